@@ -1,0 +1,17 @@
+"""Fused LIF gates, LIF attention and CfC recurrences for PyTorch.
+
+The operators live in `ember_ext.ops`, the modules in `ember_ext.nn`, and the definition of every
+operator, in plain PyTorch, in `ember_ext.reference`.
+"""
+
+from pkgutil import extend_path
+
+# `python -m pytest` in a clone imports this folder, while the compiled modules sit in the installed
+# copy: with both folders on the package's path, Python files come from here and `_C` from there.
+__path__ = extend_path(__path__, __name__)
+
+__version__ = "0.1.0"
+
+from ember_ext.ops import lif_gate
+
+__all__ = ["__version__", "lif_gate"]

@@ -1,0 +1,9 @@
+"""What each operator computes, in plain PyTorch: the text that kernels and tests are held to.
+
+These modules import only torch, run in any floating dtype and on any device, and are
+differentiable by autograd.
+"""
+
+from ember_ext.reference.lif_gate import lif_gate
+
+__all__ = ["lif_gate"]
