@@ -12,6 +12,11 @@ __path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
 
-from ember_ext.ops import lif_gate
+from ember_ext import _native
 
-__all__ = ["__version__", "lif_gate"]
+_native.load(__version__)
+
+from ember_ext import nn  # noqa: E402
+from ember_ext.ops import lif_gate  # noqa: E402
+
+__all__ = ["__version__", "lif_gate", "nn"]

@@ -1,10 +1,93 @@
-"""Loads the compiled operators, and says once why where they are missing."""
+"""Loads the compiled operators, and says once why where they are missing.
+
+`load` opens the libraries that belong to the installed `_C`. Whatever goes wrong there costs speed
+and not function: `has` then says no, and the operators run their reference.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
 import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_INSTALL_HINT = "run `pip install --no-build-isolation --force-reinstall --no-deps .` in the clone"
+
+build_info: dict[str, str] = {}
+"""How the library was built: version, torch, compiler, cuda, cuda_architectures; {} if missing."""
+
+isa = ""
+"""What the CPU kernels use: "baseline", "avx2" or "avx512"; empty if there are none."""
+
+unavailable: dict[str, str] = {}
+"""Why there are no compiled kernels, for each device type ("cpu", "cuda") without them."""
+
+_devices: set[str] = set()
 
 
 def has(device_type: str) -> bool:
-    """Whether compiled kernels for this device type ("cpu", "cuda") are registered."""
+    """Whether compiled kernels are there for a device type, such as "cpu" or "cuda"."""
+    if device_type in _devices:
+        return True
+    if not torch.compiler.is_compiling():
+        _warn_once(device_type)
     return False
+
+
+@functools.cache
+def _warn_once(device_type: str) -> None:
+    reason = unavailable.get(device_type, "there are none for this device type")
+    warnings.warn(
+        f"ember_ext: no compiled kernels for {device_type} tensors, using the slower PyTorch "
+        f"reference: {reason}",
+        stacklevel=3,
+    )
+
+
+def _load(module: ModuleType, library: str) -> str:
+    assert module.__file__ is not None
+    path = Path(module.__file__).parent / f"lib{library}.so"
+    if not path.is_file():
+        raise RuntimeError(f"{path.name} was not built")
+    return str(module.load(str(path)))
+
+
+def load(version: str) -> None:
+    """Load the libraries; `ember_ext/__init__.py` calls this once, with the package's version."""
+    global isa
+    try:
+        module = importlib.import_module("ember_ext._C")
+        build_info.update(module.build_info())
+        if build_info["version"] != version:
+            raise RuntimeError(
+                f"compiled for version {build_info['version']}, but the Python code is {version}"
+            )
+        if hasattr(torch.ops.ember_ext, "lif_gate"):
+            raise RuntimeError("another copy of the library is loaded in this process")
+        isa = _load(module, "ember_ext_ops")
+        _devices.add("cpu")
+    except (ImportError, RuntimeError) as error:
+        unavailable["cpu"] = unavailable["cuda"] = f"{error}; {_INSTALL_HINT}"
+        _warn_once("cpu")
+        return
+    wanted = os.environ.get("EMBER_EXT_ISA")
+    if wanted and wanted != isa:
+        warnings.warn(
+            f"ember_ext: this machine cannot run EMBER_EXT_ISA={wanted}, using {isa}",
+            stacklevel=2,
+        )
+    if not build_info["cuda"]:
+        unavailable["cuda"] = "ember-ext was built without CUDA; see EMBER_CUDA in the README"
+    elif torch.version.cuda is None:
+        unavailable["cuda"] = f"this torch ({torch.__version__}) has no CUDA"
+    else:
+        try:
+            _load(module, "ember_ext_cuda")
+            _devices.add("cuda")
+        except RuntimeError as error:
+            unavailable["cuda"] = f"{error}; {_INSTALL_HINT}"
+            _warn_once("cuda")

@@ -1,8 +1,8 @@
-"""Argument checks shared by the operators: every message names operator, argument, expected, got."""
+"""Argument checks shared by the operators; messages name operator, argument, expected and got."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,7 +31,9 @@ def check_device(op: str, argument: str, value: Tensor, like: Tensor, like_name:
         fail(op, argument, f"on {like_name}'s device {like.device}", value.device)
 
 
-def check_shape(op: str, argument: str, value: Tensor, symbols: str, shape: tuple[int, ...]) -> None:
+def check_shape(
+    op: str, argument: str, value: Tensor, symbols: str, shape: tuple[int, ...]
+) -> None:
     """Raise ValueError unless `value` has `shape`, which `symbols` ("[B, H]") puts in words."""
     if value.shape != shape:
         fail(op, argument, f"{symbols} = {list(shape)}", list(value.shape))
@@ -56,3 +58,15 @@ def check_gate_parameters(op: str, threshold: Tensor, leak: Tensor, steepness: T
         if not bool(good.all()):
             index = int((~good).flatten().nonzero()[0])
             fail(op, argument, expected, f"{value.flatten()[index].item()} at index {index}")
+
+
+def forbid_double_backward(operator: str, op: str) -> None:
+    """Make differentiating a backward operator an error; torch would return zeros in silence."""
+
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"ember_ext.{op}: double backward is not implemented; "
+            f"ember_ext.reference.{op} can be differentiated any number of times"
+        )
+
+    torch.library.register_autograd(operator, backward)

@@ -38,7 +38,7 @@ def lif_gate(
 
 
 def _norm_ratio(x: Tensor, y: Tensor, order: int, eps: float) -> Tensor:
-    """‖x‖ / (‖y‖ + eps) over the last dimension; 1, with zero gradient, for a row of zeros."""
+    """‖x‖ / (‖y‖ + eps) over the last dimension; 0, its limit, for a row of zeros."""
     # Both norms are taken of the row divided by its largest entry, so that 1e30² cannot overflow.
     scale = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_ones(1)
     zero = scale == 0
@@ -48,4 +48,4 @@ def _norm_ratio(x: Tensor, y: Tensor, order: int, eps: float) -> Tensor:
         torch.linalg.vector_norm(torch.where(zero, 1, v / scale), order, -1, keepdim=True)
         for v in (x, y)
     )
-    return torch.where(zero, 1, x_norm / (y_norm + eps / scale))
+    return torch.where(zero, 0, x_norm / (y_norm + eps / scale))

@@ -1,0 +1,142 @@
+// exp, sigmoid and tanh as branch-free polynomials that a compiler vectorises.
+//
+// Plain loops over these functions become SIMD code under -O3 -fno-math-errno -fno-trapping-math;
+// libm's would stay scalar calls. NaN goes through; exp is clamped to the range of normal numbers.
+// On a GPU the toolkit's own functions are used.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "macros.h"
+
+#ifdef __CUDACC__
+#include <cmath>
+#endif
+
+namespace ember {
+inline namespace EMBER_ISA {
+
+template <typename To, typename From>
+EMBER_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast between sizes");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// The comparisons are written so that NaN in `x` is returned.
+template <typename T>
+EMBER_HD T clamp(T x, T low, T high) {
+  x = high < x ? high : x;
+  return low > x ? low : x;
+}
+
+EMBER_HD float absolute(float x) {
+  return __builtin_fabsf(x);
+}
+EMBER_HD double absolute(double x) {
+  return __builtin_fabs(x);
+}
+
+#ifdef __CUDACC__
+
+EMBER_HD float exponential(float x) {
+  return expf(x);
+}
+EMBER_HD double exponential(double x) {
+  return exp(x);
+}
+EMBER_HD float hyperbolic_tangent(float x) {
+  return tanhf(x);
+}
+EMBER_HD double hyperbolic_tangent(double x) {
+  return tanh(x);
+}
+
+#else
+
+// e^x = 2^n e^r with n = round(x / ln 2). Adding 1.5 * 2^23 rounds to an integer and leaves n in
+// the low bits, from where a shift moves it into the exponent. Polynomial: Cephes expf.
+EMBER_HD float exponential(float x) {
+  x = clamp(x, -87.33654f, 88.02969f);
+  const float rounder = 12582912.0f;
+  const float shifted = x * 1.44269504f + rounder;
+  const float n = shifted - rounder;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const uint32_t power = (bit_cast<uint32_t>(shifted) + 127u) << 23;
+  return p * bit_cast<float>(power);
+}
+
+// The same with 1.5 * 2^52; the Taylor series is enough: at |r| <= ln(2) / 2 its next term is
+// 4e-18.
+EMBER_HD double exponential(double x) {
+  x = clamp(x, -708.39, 709.43);
+  const double rounder = 6755399441055744.0;
+  const double shifted = x * 1.4426950408889634 + rounder;
+  const double n = shifted - rounder;
+  const double r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6;
+  double p = 1.6059043836821613e-10;
+  p = p * r + 2.0876756987868099e-9;
+  p = p * r + 2.5052108385441719e-8;
+  p = p * r + 2.7557319223985891e-7;
+  p = p * r + 2.7557319223985893e-6;
+  p = p * r + 2.4801587301587302e-5;
+  p = p * r + 1.9841269841269841e-4;
+  p = p * r + 1.3888888888888889e-3;
+  p = p * r + 8.3333333333333333e-3;
+  p = p * r + 4.1666666666666667e-2;
+  p = p * r + 0.16666666666666667;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  const uint64_t power = (bit_cast<uint64_t>(shifted) + 1023u) << 52;
+  return p * bit_cast<double>(power);
+}
+
+// Below 0.625 an odd polynomial (Cephes tanhf) keeps the relative error small where
+// 1 - 2 / (e^2x + 1) cancels.
+EMBER_HD float hyperbolic_tangent(float x) {
+  const float u = absolute(x);
+  const float large = 1.0f - 2.0f / (exponential(2.0f * u) + 1.0f);
+  const float s = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const float small = p * s * x + x;
+  return u < 0.625f ? small : __builtin_copysignf(large, x);
+}
+
+// Below 0.625 the rational approximation of Cephes tanh.
+EMBER_HD double hyperbolic_tangent(double x) {
+  const double u = absolute(x);
+  const double large = 1.0 - 2.0 / (exponential(2.0 * u) + 1.0);
+  const double s = x * x;
+  double p = -9.64399179425052238628e-1;
+  p = p * s - 9.92877231001918586564e1;
+  p = p * s - 1.61468768441708447952e3;
+  double q = s + 1.12811678491632931402e2;
+  q = q * s + 2.23548839060100448583e3;
+  q = q * s + 4.84406305325125486048e3;
+  const double small = x + x * s * (p / q);
+  return u < 0.625 ? small : __builtin_copysign(large, x);
+}
+
+#endif  // __CUDACC__
+
+template <typename T>
+EMBER_HD T sigmoid(T x) {
+  return T(1) / (T(1) + exponential(-x));
+}
+
+}  // namespace EMBER_ISA
+}  // namespace ember

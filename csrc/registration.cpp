@@ -1,0 +1,67 @@
+// The schemas of all operators and the functions that register them, compiled into the operator
+// library of each device.
+//
+// Registration runs from an exported function, not from a static object: an error there reaches
+// Python as a message, and the package can go on with the reference implementation.
+#include <torch/csrc/stable/library.h>
+
+#include <cstdio>
+#include <exception>
+
+#include "binding/device.h"
+
+// Every operator once: X(<stem>).
+#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate)
+
+namespace {
+
+// <stem> is differentiable (ember_ext/ops registers its gradient); <stem>_forward and
+// <stem>_backward are the raw kernels.
+constexpr const char* schemas[] = {
+    "lif_gate(Tensor x, Tensor threshold, Tensor leak, Tensor steepness, int norm, int unit_dim, "
+    "float eps) -> Tensor",
+    "lif_gate_forward(Tensor x, Tensor threshold, Tensor leak, Tensor steepness, int norm, "
+    "int unit_dim, float eps) -> Tensor",
+    "lif_gate_backward(Tensor grad_y, Tensor x, Tensor threshold, Tensor leak, Tensor steepness, "
+    "int norm, int unit_dim, float eps, bool parameter_gradients) -> (Tensor, Tensor)",
+};
+
+}  // namespace
+
+namespace ember {
+namespace binding {
+#define EMBER_DECLARE(stem) void register_##stem(torch::stable::detail::StableLibrary&);
+EMBER_FOR_EACH_OPERATOR(EMBER_DECLARE)
+#undef EMBER_DECLARE
+}  // namespace binding
+}  // namespace ember
+
+// Returns 0, or writes a message of at most `size` bytes to `error` and returns 1. The library
+// objects are never freed: taking operators back while Python may call them is not safe.
+extern "C" __attribute__((visibility("default"))) int ember_ext_register(char* error, size_t size) {
+  using torch::stable::detail::StableLibrary;
+  try {
+#ifndef EMBER_CUDA
+    auto* definitions =
+        new StableLibrary(StableLibrary::Kind::DEF, "ember_ext", nullptr, __FILE__, __LINE__);
+    for (const char* schema : schemas) definitions->def(schema);
+#else
+    (void)schemas;
+#endif
+    auto* kernels = new StableLibrary(StableLibrary::Kind::IMPL, "ember_ext", EMBER_DISPATCH_KEY,
+                                      __FILE__, __LINE__);
+#define EMBER_REGISTER(stem) ember::binding::register_##stem(*kernels);
+    EMBER_FOR_EACH_OPERATOR(EMBER_REGISTER)
+#undef EMBER_REGISTER
+    return 0;
+  } catch (const std::exception& e) {
+    std::snprintf(error, size, "%s", e.what());
+    return 1;
+  }
+}
+
+#ifndef EMBER_CUDA
+extern "C" __attribute__((visibility("default"))) const char* ember_ext_isa() {
+  return ember::isa_name(ember::selected_isa());
+}
+#endif

@@ -1,0 +1,145 @@
+"""The leaky integrate-and-fire gate as a fused operator."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ember_ext import _native, reference
+from ember_ext.ops import _checks
+
+Norm = Literal["l1", "l2"]
+
+_OP = "lif_gate"
+_NORM_CODES: dict[str | None, int] = {None: 0, "l1": 1, "l2": 2}
+_NORMS: tuple[Norm | None, ...] = (None, "l1", "l2")
+
+
+def lif_gate(
+    x: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    steepness: Tensor,
+    *,
+    norm: Norm | None = None,
+    unit_dim: int = -1,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Gate every element of `x` by how far its magnitude exceeds a threshold.
+
+    y = x (f + λ (1 - f)) with the fire mask f = σ(k (|x| - θ)): an element above the threshold
+    passes in full, one below it is attenuated to the leak λ (section 2.1 of the paper). With
+    `norm`, each row y (along the last dimension) is scaled by ‖x‖ / (‖y‖ + eps), which keeps the
+    row's norm; a row of zeros stays zero and gets zero gradient. Differentiable once in all four
+    tensors. The sum over a row is computed in fp32 (fp64 for fp64 input), without overflow or
+    underflow in the squares.
+
+    Args:
+        x: any shape with at least one dimension; float64, float32, bfloat16 or float16. Copied once
+            unless contiguous.
+        threshold: θ, shape [x.shape[unit_dim]], finite. Like `leak` and `steepness` of any
+            floating dtype; used in fp32 (fp64 if `x` is), also under autocast.
+        leak: λ, shape as `threshold`, within [0, 1].
+        steepness: k, shape as `threshold`, finite and > 0.
+        norm: "l1", "l2" or None: the norm of each row that the gate preserves. Default: None.
+        unit_dim: the dimension of `x` along which θ, λ and k vary. Default: the last.
+        eps: added to ‖y‖. Default: 1e-8.
+
+    Returns:
+        y, contiguous, with the shape and dtype of `x`.
+
+    Raises:
+        TypeError: an argument is not a tensor or not of a supported dtype.
+        ValueError: a shape, device, value or option does not fit. The values of θ, λ and k are
+            checked on CPU tensors only: on a GPU the check would wait for the device.
+    """
+    _check(x, threshold, leak, steepness, norm, unit_dim, eps)
+    compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if threshold.dtype != compute_dtype:
+        threshold = threshold.to(compute_dtype)
+    if leak.dtype != compute_dtype:
+        leak = leak.to(compute_dtype)
+    if steepness.dtype != compute_dtype:
+        steepness = steepness.to(compute_dtype)
+    if not _native.has(x.device.type):
+        if not torch.compiler.is_compiling() and x.device.type == "cpu":
+            _checks.check_gate_parameters(_OP, threshold, leak, steepness)
+        return reference.lif_gate(
+            x, threshold, leak, steepness, norm=norm, unit_dim=unit_dim, eps=eps
+        ).contiguous()
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad or threshold.requires_grad or leak.requires_grad or steepness.requires_grad
+    )
+    operator = torch.ops.ember_ext.lif_gate if needs_grad else torch.ops.ember_ext.lif_gate_forward
+    arguments = (x, threshold, leak, steepness, _NORM_CODES[norm], unit_dim, eps)
+    if torch.compiler.is_compiling():
+        return operator(*arguments)  # type: ignore[no-any-return]
+    try:
+        return operator(*arguments)  # type: ignore[no-any-return]
+    except RuntimeError:
+        # The kernel looks at the values for free, but only Python words errors the package's way.
+        _checks.check_gate_parameters(_OP, threshold, leak, steepness)
+        raise
+
+
+def _check(
+    x: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    steepness: Tensor,
+    norm: str | None,
+    unit_dim: int,
+    eps: float,
+) -> None:
+    _checks.check_tensor(_OP, "x", x)
+    if norm not in _NORM_CODES:
+        _checks.fail(_OP, "norm", "None, 'l1' or 'l2'", repr(norm))
+    dims = x.dim()
+    if dims == 0:
+        _checks.fail(_OP, "x", "of at least one dimension", "a scalar")
+    if not -dims <= unit_dim < dims:
+        _checks.fail(_OP, "unit_dim", f"within [{-dims}, {dims - 1}]", unit_dim)
+    if not eps >= 0:
+        _checks.fail(_OP, "eps", ">= 0", eps)
+    units = x.shape[unit_dim]
+    for name, parameter in (("threshold", threshold), ("leak", leak), ("steepness", steepness)):
+        _checks.check_tensor(_OP, name, parameter)
+        if parameter.dim() != 1 or parameter.shape[0] != units:
+            _checks.fail(_OP, name, f"[x.shape[{unit_dim}]] = [{units}]", list(parameter.shape))
+        if parameter.device != x.device:
+            _checks.fail(_OP, name, f"on x's device {x.device}", parameter.device)
+
+
+def _register() -> None:
+    """Give the operators their fake kernels and gradients."""
+
+    @torch.library.register_fake("ember_ext::lif_gate")
+    @torch.library.register_fake("ember_ext::lif_gate_forward")
+    def _(x: Tensor, *_: Any) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("ember_ext::lif_gate_backward")
+    def _(grad_y: Tensor, x: Tensor, threshold: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        rows = 3 if options[-1] else 0
+        return x.new_empty(x.shape), threshold.new_empty((rows, threshold.shape[0]))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.norm, ctx.unit_dim, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        parameter_gradients = any(ctx.needs_input_grad[1:4])
+        grad_x, grad_parameters = torch.ops.ember_ext.lif_gate_backward(
+            grad_y, *ctx.saved_tensors, ctx.norm, ctx.unit_dim, ctx.eps, parameter_gradients
+        )
+        gradients = grad_parameters.unbind(0) if parameter_gradients else (None, None, None)
+        return grad_x, *gradients, None, None, None
+
+    torch.library.register_autograd("ember_ext::lif_gate", backward, setup_context=setup_context)
+    _checks.forbid_double_backward("ember_ext::lif_gate_backward", _OP)
+
+
+if _native.has("cpu"):
+    _register()
