@@ -1,0 +1,127 @@
+"""LiquidEmber: a language model whose blocks mix tokens with a CfC, not with attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from ncps.torch import CfC
+from ncps.wirings import AutoNCP
+from torch import Tensor, nn
+
+from ember_ext.models._base import MLP, LanguageModel, ModelConfig
+from ember_ext.nn import LIFGate
+from ember_ext.ops._checks import check_shape
+
+LiquidEmberCondition = Literal["standard", "lif"]
+
+WIRING_SEED = 22222
+"""Every layer of every run has the same wiring, the one that ncps draws by default."""
+
+
+@dataclass(frozen=True)
+class LiquidEmberConfig(ModelConfig):
+    """Sizes and variant of a `LiquidEmber`; the defaults are those of the paper's text CfC.
+
+    `block_size` is the training window only: the model reads sequences of any length.
+
+    Attributes:
+        cfc_units: neurons of each CfC (inter, command and motor), at least n_embd + 3.
+        condition: "standard", or "lif" for a LIF gate on each CfC's output.
+    """
+
+    n_layer: int = 4
+    n_embd: int = 256
+    cfc_units: int = 384
+    dropout: float = 0.1
+    bias: bool = True
+    condition: LiquidEmberCondition = "lif"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("condition", get_args(LiquidEmberCondition))
+        self._check_positive("cfc_units")
+        if self.cfc_units < self.n_embd + 3:
+            expected = f"at least n_embd + 3 = {self.n_embd + 3}"
+            self._fail("cfc_units", expected, self.cfc_units)
+
+
+class LiquidEmberState(NamedTuple):
+    """The hidden state of each block's CfC, [B, cfc_units]."""
+
+    hidden: tuple[Tensor, ...]
+
+    def detach(self) -> LiquidEmberState:
+        """The same state cut from the graph, for truncated back-propagation through time."""
+        return LiquidEmberState(tuple(h.detach() for h in self.hidden))
+
+
+class LiquidEmber(LanguageModel[LiquidEmberState]):
+    """The paper's CfC language model (section 2.3).
+
+    Pre-norm blocks of CfC, optional LIF gate and MLP, tied embeddings and no positions: time is the
+    CfC's own. The CfC of block i is `blocks.{i}.cfc`, and `blocks.{i}.gate` takes its output under
+    every condition (without LIF it is an identity), so that hooks see the same tensor in both.
+
+    Args:
+        config: sizes and variant. Models of one random seed have equal weights under both
+            conditions.
+    """
+
+    config: LiquidEmberConfig
+
+    def __init__(self, config: LiquidEmberConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self._init_weights()
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, state: LiquidEmberState | None = None
+    ) -> tuple[Tensor, Tensor | None, LiquidEmberState | None]:
+        """See `LanguageModel.forward`; T may exceed `block_size`."""
+        self._check_inputs(idx, targets)
+        if state is not None:
+            self._check_state(state, idx.shape[0])
+        x = self.drop(self.wte(idx))
+        hidden = []
+        for i, block in enumerate(self.blocks):
+            x, h = block(x, None if state is None else state.hidden[i])
+            hidden.append(h)
+        logits, loss = self._logits_and_loss(self.ln_f(x), targets)
+        return logits, loss, None if state is None else LiquidEmberState(tuple(hidden))
+
+    def initial_state(self, batch_size: int) -> LiquidEmberState:
+        """All hidden states zero, as at the start of every training window."""
+        zeros = self.wte.weight.new_zeros(batch_size, self.config.cfc_units)
+        return LiquidEmberState((zeros,) * self.config.n_layer)
+
+    def _check_state(self, state: LiquidEmberState, batch_size: int) -> None:
+        for i, h in enumerate(state.hidden):
+            shape = (batch_size, self.config.cfc_units)
+            check_shape(self._name, f"state.hidden[{i}]", h, "[B, cfc_units]", shape)
+
+
+class Block(nn.Module):
+    """x += dropout(gate(CfC(norm(x)))), then x += MLP(norm(x))."""
+
+    def __init__(self, config: LiquidEmberConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        wiring = AutoNCP(config.cfc_units, config.n_embd, seed=WIRING_SEED)
+        self.cfc = CfC(config.n_embd, wiring)
+        self.gate: nn.Module = nn.Identity()
+        if config.condition == "lif":
+            self.gate = LIFGate(config.n_embd, preset=config.gate_preset)
+        self.drop = nn.Dropout(config.dropout)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config.n_embd, config.dropout, config.bias)
+
+    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Map x [B, T, n_embd] and the CfC's state [B, cfc_units] to their successors."""
+        y, h = self.cfc(self.ln_1(x), h)
+        x = x + self.drop(self.gate(y))
+        return x + self.mlp(self.ln_2(x)), h
