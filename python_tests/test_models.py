@@ -214,6 +214,30 @@ def test_the_paper_s_refractory_mode_leaks_and_says_so() -> None:
         model(idx, state=ember().initial_state(2))
 
 
+# Attention weights.
+
+
+@pytest.mark.parametrize("mode", ["causal", "paper"])
+@pytest.mark.parametrize("condition", EMBER_CONDITIONS)
+def test_attention_weights_are_those_that_forward_applies(condition: str, mode: str) -> None:
+    model = scramble(ember(condition, refractory_mode=mode)).double().eval()
+    idx = tokens(2, 7)
+    values, outputs = [], []
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda m, args: values.append(m.qkv(args[0])[2]))
+        block.attn.c_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
+    with torch.no_grad():
+        model(idx)
+    weights = list(model.attention_weights(idx))
+    for w, value, output in zip(weights, values[:3], outputs[:3], strict=True):
+        assert w.shape == (2, 2, 7, 7)
+        torch.testing.assert_close(w.sum(-1), torch.ones_like(w.sum(-1)))
+        if condition != "qwen-gate":
+            torch.testing.assert_close((w @ value).transpose(1, 2).flatten(2), output)
+    gated, plain = (torch.stack(list(model.attention_weights(idx, gated=g))) for g in (True, False))
+    assert torch.equal(gated, plain) == (not condition.startswith("lif"))
+
+
 # Generation.
 
 

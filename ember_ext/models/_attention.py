@@ -29,36 +29,37 @@ class RefractoryParameters(LIFParameters):
         self.across = nn.Parameter(torch.full((num_units,), -2.0))
 
 
-def lif_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def attention_probabilities(query: Tensor, key: Tensor) -> Tensor:
+    """Causal softmax of query [B, H, T, D] and key [B, H, S + T, D]: [B, H, T, S + T].
+
+    The last query stands at the last key.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    visible = scores.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return scores.masked_fill(~visible, -math.inf).softmax(-1)
+
+
+def gate_probabilities(
+    p: Tensor,
     gate: LIFParameters,
-    dropout_p: float,
     previous_load: Tensor | None,
     past_loads: tuple[Tensor, Tensor] | None,
     mode: str,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """Causal softmax, LIF gate, renormalisation; the last query stands at the last key.
+    """LIF gate on attention probabilities, renormalised so that rows sum to 1.
 
     Args:
-        query: [B, H, T, D].
-        key: [B, H, S + T, D].
-        value: [B, H, S + T, D].
+        p: [B, H, T, S + T].
         gate: one (θ, λ, k) per head; with `RefractoryParameters` thresholds follow loads.
-        dropout_p: probability of dropping a weight, after the gate.
         previous_load: what the previous layer returned, [B, T or 1, S + T].
         past_loads: sums over the S queries before these: `LayerCache.loads`.
         mode: "causal" or "paper"; see `EmberConfig.refractory_mode`.
 
     Returns:
-        The output [B, H, T, D]; with `RefractoryParameters` also the load for the next layer and,
-        in causal mode, the sums with these queries added.
+        The weights, like p; with `RefractoryParameters` also the load for the next layer and, in
+        causal mode, the sums with these queries added.
     """
-    queries, keys = query.shape[2], key.shape[2]
-    scores = query @ key.mT / math.sqrt(query.shape[-1])
-    visible = scores.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    p = scores.masked_fill(~visible, -math.inf).softmax(-1)
     threshold, leak, steepness = (v.view(-1, 1, 1) for v in gate.effective())
     refractory = gate if isinstance(gate, RefractoryParameters) else None
     past_p, past_w = (None, None) if past_loads is None else past_loads
@@ -71,11 +72,10 @@ def lif_attention(
     fire = torch.sigmoid(steepness * (p - threshold))
     w = p * (fire + leak * (1 - fire))
     w = w / (w.sum(-1, keepdim=True) + EPS)
-    y = F.dropout(w, dropout_p) @ value
     if refractory is None:
-        return y, None, None
+        return w, None, None
     next_load, sum_w = _mean_over_queries(w.mean(1), past_w, mode)
-    return y, next_load, None if mode == "paper" else (sum_p, sum_w)
+    return w, next_load, None if mode == "paper" else (sum_p, sum_w)
 
 
 def _mean_over_queries(weights: Tensor, past: Tensor | None, mode: str) -> tuple[Tensor, Tensor]:

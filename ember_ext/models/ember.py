@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ember_ext.models._attention import RefractoryParameters, lif_attention
+from ember_ext.models._attention import (
+    RefractoryParameters,
+    attention_probabilities,
+    gate_probabilities,
+)
 from ember_ext.models._base import INIT_STD, MLP, LanguageModel, ModelConfig
 from ember_ext.nn import LIFParameters
 from ember_ext.ops._checks import check_shape, fail
@@ -101,11 +106,7 @@ class Ember(LanguageModel[EmberState]):
         """See `LanguageModel.forward`; T and the state's length together reach `block_size`."""
         self._check_inputs(idx, targets)
         seen = 0 if state is None else self._check_state(state, idx.shape[0])
-        end = seen + idx.shape[1]
-        if end > self.config.block_size:
-            expected = f"at most block_size = {self.config.block_size} tokens long, state included"
-            fail(self._name, "idx", expected, end)
-        x = self.drop(self.wte(idx) + self.wpe.weight[seen:end])
+        x = self._embed(idx, seen)
         caches, load = [], None
         for i, block in enumerate(self.blocks):
             x, cache, load = block(x, None if state is None else state.layers[i], load)
@@ -139,16 +140,39 @@ class Ember(LanguageModel[EmberState]):
             loads = (like.new_empty(batch_size, c.n_head, 0), like.new_empty(batch_size, 0))
         return EmberState((LayerCache(empty, empty, loads),) * c.n_layer)
 
+    @torch.no_grad()
+    def attention_weights(self, idx: Tensor, *, gated: bool = True) -> Iterator[Tensor]:
+        """Yield each layer's attention weights, [B, n_head, T, T]; for analysis, in eval mode.
+
+        Args:
+            idx: tokens [B, T], as in `forward`.
+            gated: True for the weights that multiply the values, False for the softmax's
+                probabilities, which a LIF gate compares with θ. They differ under LIF only.
+        """
+        self._check_inputs(idx, None)
+        x, load = self._embed(idx, 0), None
+        for block in cast("list[Block]", self.blocks):
+            yield block.attn.weights(block.ln_1(x), load, gated)
+            x, _, load = block(x, None, load)
+
+    def _embed(self, idx: Tensor, seen: int) -> Tensor:
+        """Token and position embeddings of `idx`, which follows `seen` tokens."""
+        end = seen + idx.shape[1]
+        if end > self.config.block_size:
+            expected = f"at most block_size = {self.config.block_size} tokens long, state included"
+            fail(self._name, "idx", expected, end)
+        x: Tensor = self.drop(self.wte(idx) + self.wpe.weight[seen:end])
+        return x
+
     def _add_qwen_gates(self) -> None:
         """Give each block its output gate without advancing torch's random stream."""
         n_embd = self.config.n_embd
         device = self.wte.weight.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device]):
-            for module in self.modules():
-                if isinstance(module, SelfAttention):
-                    gate = nn.Linear(n_embd, n_embd, bias=False)
-                    nn.init.normal_(gate.weight, std=INIT_STD)
-                    module.qwen_gate = gate
+            for block in cast("list[Block]", self.blocks):
+                gate = nn.Linear(n_embd, n_embd, bias=False)
+                nn.init.normal_(gate.weight, std=INIT_STD)
+                block.attn.qwen_gate = gate
 
     def _check_state(self, state: EmberState, batch_size: int) -> int:
         """Return the state's length."""
@@ -234,14 +258,22 @@ class SelfAttention(nn.Module):
             y = _causal_attention(query, key, value, dropout_p)
         else:
             past = None if cache is None else cache.loads
-            y, load, loads = lif_attention(
-                query, key, value, self.gate, dropout_p, load, past, self.refractory_mode
-            )
+            p = attention_probabilities(query, key)
+            w, load, loads = gate_probabilities(p, self.gate, load, past, self.refractory_mode)
+            y = F.dropout(w, dropout_p) @ value
         y = y.transpose(1, 2).flatten(2)
         if self.qwen_gate is not None:
             y = y * torch.sigmoid(self.qwen_gate(x))
         y = self.resid_dropout(self.c_proj(y))
         return y, None if cache is None else LayerCache(key, value, loads), load
+
+    def weights(self, x: Tensor, load: Tensor | None, gated: bool) -> Tensor:
+        """The weights [B, n_head, T, T] that `forward` applies, or those before the gate."""
+        query, key, _ = self.qkv(x)
+        p = attention_probabilities(query, key)
+        if self.gate is None or not gated:
+            return p
+        return gate_probabilities(p, self.gate, load, None, self.refractory_mode)[0]
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x [B, T, n_embd], each [B, n_head, T, head_dim]."""
