@@ -1,5 +1,6 @@
 """Modules that own the raw parameters of the operators and their transforms."""
 
+from ember_ext.nn.cfc import CfC
 from ember_ext.nn.lif_gate import GATE_PRESETS, GatePreset, LIFGate, LIFParameters
 
-__all__ = ["GATE_PRESETS", "GatePreset", "LIFGate", "LIFParameters"]
+__all__ = ["GATE_PRESETS", "CfC", "GatePreset", "LIFGate", "LIFParameters"]

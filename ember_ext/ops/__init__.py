@@ -3,6 +3,7 @@
 Each function here has a definition of the same name in `ember_ext.reference`.
 """
 
+from ember_ext.ops.cfc_scan import cfc_scan
 from ember_ext.ops.lif_gate import lif_gate
 
-__all__ = ["lif_gate"]
+__all__ = ["cfc_scan", "lif_gate"]

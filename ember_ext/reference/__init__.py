@@ -4,6 +4,7 @@ These modules import only torch, run in any floating dtype and on any device, an
 differentiable by autograd.
 """
 
+from ember_ext.reference.cfc_scan import cfc_scan
 from ember_ext.reference.lif_gate import lif_gate
 
-__all__ = ["lif_gate"]
+__all__ = ["cfc_scan", "lif_gate"]

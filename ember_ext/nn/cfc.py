@@ -1,0 +1,397 @@
+"""`CfC`: the drop-in for `ncps.torch.CfC` that runs each cell over a whole sequence at once.
+
+A wired CfC is a stack of cells: a neuron of the inter, command or motor layer sees the previous
+layer's states and its own layer's past. So the whole sequence of one layer can be computed before
+the next layer starts: three scans instead of three cells per time step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Number
+from typing import Any, NoReturn
+
+import ncps.torch
+import torch
+from ncps.wirings import Wiring
+from torch import Tensor, nn
+
+from ember_ext.ops.cfc_scan import ACTIVATIONS, MODES, Activation, cfc_scan
+from ember_ext.reference.cfc_scan import Affine, CfCWeights, cfc_cell
+
+Hidden = Tensor | tuple[Tensor, Tensor]
+"""[B, S], or with mixed memory a pair (h, c) of such; S = `state_size`."""
+
+_ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    ncps.torch.cfc_cell.LeCun: "lecun_tanh",
+    nn.Tanh: "tanh",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+}
+
+
+class CfC(ncps.torch.CfC):  # type: ignore[misc]
+    """A closed-form continuous-time network: `ncps.torch.CfC` 1.0.1, many times faster.
+
+    Constructor, initial values, state-dict keys and results are those of ncps, so checkpoints
+    go back and forth unchanged. What ncps does and one might not expect is kept: a wiring's mask
+    covers the input weights of ff1 and ff2, and neither time_a, time_b nor the recurrent weights;
+    it counts as a (frozen) parameter; `activation` has no effect on a wired network; dropout
+    starts at the second backbone layer.
+
+    Differences to ncps, where ncps fails:
+        - `timespans` of shape [B, T] or [B, T, 1] belong to each row and step. ncps squeezes a
+          step's column to [B] and multiplies it along the *units*: an error, or a wrong result
+          where B equals the number of units. Numbers are accepted too.
+        - The default state has the input's dtype and not always float32.
+        - T = 0 returns the state unchanged.
+        - Arguments are checked, with messages that say what was expected.
+
+    Additions: `step` for streaming, `lengths` for padded batches, and `chunk_size`.
+
+    Args:
+        input_size: number of input features; None for a wiring that was built.
+        units: number of hidden units, or an `ncps.wirings.Wiring`.
+        proj_size: width of a linear layer on the output. Default: no such layer.
+        return_sequences: return the output at every step and not only at the last. Default: True.
+        batch_first: batched input is [B, T, C] and not [T, B, C]. Default: True.
+        mixed_memory: run an LSTM cell on the state before each step; that takes PyTorch operations
+            step by step, as in ncps. Default: False.
+        mode: "default", "pure" or "no_gate", see `ember_ext.ops.cfc_scan`.
+        activation: of the backbone: "lecun_tanh" (the default), "tanh", "relu", "silu" or "gelu".
+        backbone_units: width of each backbone layer. Default: 128. Not for wirings, like the next
+            two.
+        backbone_layers: number of backbone layers. Default: 1.
+        backbone_dropout: dropout rate after the second and later backbone layers. Default: 0.
+        chunk_size: time steps whose activations are kept at once for the backward pass, see
+            `ember_ext.ops.cfc_scan`. Default: all, up to 1024 steps.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument does not fit.
+    """
+
+    chunk_size: int | None = None
+
+    def __init__(
+        self,
+        input_size: int | None,
+        units: Any,
+        proj_size: int | None = None,
+        return_sequences: bool = True,
+        batch_first: bool = True,
+        mixed_memory: bool = False,
+        mode: str = "default",
+        activation: str = "lecun_tanh",
+        backbone_units: int | None = None,
+        backbone_layers: int | None = None,
+        backbone_dropout: float | None = None,
+        *,
+        chunk_size: int | None = None,
+    ) -> None:
+        if isinstance(units, Wiring):
+            if input_size is None and not units.is_built():
+                _fail("units", "a wiring that was built, or input_size given", "neither")
+            if units.is_built() and input_size not in (None, units.input_dim):
+                expected = f"{units.input_dim}, for which the wiring was built"
+                _fail("input_size", expected, input_size)
+        else:
+            _check_count("units", units, 0)
+            if activation not in ACTIVATIONS:
+                _fail("activation", f"one of {list(ACTIVATIONS)}", repr(activation))
+        if mode not in MODES:
+            _fail("mode", f"one of {list(MODES)}", repr(mode))
+        if input_size is not None or not isinstance(units, Wiring):
+            _check_count("input_size", input_size, 0)
+        for name, count in (
+            ("proj_size", proj_size),
+            ("backbone_units", backbone_units),
+            ("backbone_layers", backbone_layers),
+            ("chunk_size", chunk_size),
+        ):
+            if count is not None:
+                _check_count(name, count, 0)
+        if backbone_dropout is not None and not 0 <= backbone_dropout <= 1:
+            _fail("backbone_dropout", "within [0, 1]", backbone_dropout)
+        super().__init__(
+            input_size,
+            units,
+            proj_size,
+            return_sequences,
+            batch_first,
+            mixed_memory,
+            mode,
+            activation,
+            backbone_units,
+            backbone_layers,
+            backbone_dropout,
+        )
+        if proj_size is not None and self._output_width != self.output_size:
+            expected = (
+                f"None as the wiring's {self.output_size} outputs are not a layer of their own"
+            )
+            _fail("proj_size", expected, proj_size)
+        self.chunk_size = chunk_size
+
+    @property
+    def _cells(self) -> Sequence[Any]:
+        cell = self.rnn_cell
+        return [cell] if isinstance(cell, ncps.torch.CfCCell) else list(cell._layers)
+
+    @property
+    def _output_width(self) -> int:
+        return int(self._cells[-1].hidden_size)
+
+    @property
+    def _layer_sizes(self) -> list[int]:
+        return [int(cell.hidden_size) for cell in self._cells]
+
+    def forward(
+        self,
+        input: Tensor,
+        hx: Hidden | None = None,
+        timespans: Tensor | float | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Hidden]:
+        """Run the network over a sequence.
+
+        Args:
+            input: [B, T, C], or [T, B, C] without `batch_first`, or [T, C] for a single sequence.
+            hx: initial state, [B, S], or [S] for a single sequence; with mixed memory a pair of
+                such. Default: zeros.
+            timespans: time since the previous step, ≥ 0: a number, or a tensor shaped as the input
+                without C, or with C = 1. Default: 1.
+            lengths: [B], integers: row b ends after `lengths[b]` steps. Its state is frozen from
+                there on and its outputs are zero before `proj_size`'s layer. Default: all T.
+
+        Returns:
+            The output, shaped as the input with C the number of motor neurons (or units, or
+            `proj_size`), or without T if `return_sequences` is False; and the state after each
+            row's last step, shaped as `hx`.
+        """
+        batched = self._check_input(input)
+        x = input if batched else input.unsqueeze(0)
+        if batched and not self.batch_first:
+            x = x.transpose(0, 1)
+        h, c = self._initial_state(x, hx, batched)
+        spans = self._batch_major_timespans(timespans, x, batched)
+        if lengths is not None and not batched:
+            _fail("lengths", "None for an unbatched sequence", "a tensor")
+        if c is None:
+            y, h = self._scan(x, h, spans, lengths)
+        else:
+            y, h, c = self._mixed_scan(x, h, c, spans, lengths)
+        if not self.return_sequences:
+            readout = self.fc(h[:, h.shape[1] - self._output_width :])
+        else:
+            readout = self.fc(y)
+            if batched and not self.batch_first:
+                readout = readout.transpose(0, 1)
+        if not batched:
+            readout, h = readout.squeeze(0), h.squeeze(0)
+            c = None if c is None else c.squeeze(0)
+        return readout, h if c is None else (h, c)
+
+    def step(
+        self, input: Tensor, hx: Hidden | None = None, timespan: Tensor | float = 1.0
+    ) -> tuple[Tensor, Hidden]:
+        """One time step, for streaming: `forward` on a sequence of length 1, without its dimension.
+
+        Args:
+            input: [B, C], or [C] for a single sequence.
+            hx: the state, as `forward` takes and returns it. Default: zeros.
+            timespan: time since the previous step, ≥ 0: a number, [B] or [B, 1]. Default: 1.
+
+        Returns:
+            The output [B, units] (or motor neurons, or `proj_size`), and the new state.
+        """
+        batched = input.dim() == 2
+        if not batched and input.dim() != 1:
+            _fail("input", "[B, C] or [C]", list(input.shape))
+        time_dim = 1 if batched and self.batch_first else 0
+        if isinstance(timespan, Tensor) and timespan.dim() > 0:
+            timespan = timespan.reshape(input.shape[:-1]).unsqueeze(time_dim)
+        y, hx = self.forward(input.unsqueeze(time_dim), hx, timespan)
+        return (y.squeeze(time_dim) if self.return_sequences else y), hx
+
+    def _scan(
+        self, x: Tensor, h0: Tensor, timespans: Tensor | float, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The stack of scans: motor output [B, T, M] and final state [B, S]."""
+        finals = []
+        for cell, h in zip(self._cells, h0.split(self._layer_sizes, 1), strict=True):
+            weights, activation = _weights(cell)
+            x, final = cfc_scan(
+                x,
+                weights,
+                h,
+                timespans=timespans,
+                lengths=lengths,
+                mode=cell.mode,
+                activation=activation,
+                dropout_scale=_dropout_scale(cell, x),
+                chunk_size=self.chunk_size,
+            )
+            finals.append(final)
+        return x, finals[0] if len(finals) == 1 else torch.cat(finals, 1)
+
+    def _mixed_scan(
+        self,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        timespans: Tensor | float,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_scan` with the LSTM in between, which ties the layers of a wiring together."""
+        cells = [(cell, *_weights(cell)) for cell in self._cells]
+        scales = [_dropout_scale(cell, x) for cell in self._cells]
+        outputs = []
+        for t in range(x.shape[1]):
+            span = (
+                timespans[:, t] if isinstance(timespans, Tensor) and timespans.dim() else timespans
+            )
+            mixed, new_c = self.lstm(x[:, t], (h, c))
+            value, states = x[:, t], []
+            parts = mixed.split(self._layer_sizes, 1)
+            for (cell, weights, activation), part, scale in zip(cells, parts, scales, strict=True):
+                value = cfc_cell(
+                    value,
+                    part,
+                    weights,
+                    span,
+                    mode=cell.mode,
+                    activation=activation,
+                    dropout_scale=None if scale is None else scale[:, t],
+                )
+                states.append(value)
+            new_h = torch.cat(states, 1)
+            if lengths is not None:
+                running = (t < lengths)[:, None]
+                new_h, new_c = torch.where(running, new_h, h), torch.where(running, new_c, c)
+                value = torch.where(running, value, 0)
+            h, c = new_h, new_c
+            outputs.append(value)
+        y = torch.stack(outputs, 1) if outputs else x.new_empty(x.shape[0], 0, self._output_width)
+        return y, h, c
+
+    def _check_input(self, input: Tensor) -> bool:
+        """Whether `input` is batched."""
+        if not isinstance(input, Tensor):
+            _fail("input", "a torch.Tensor", type(input).__name__, TypeError)
+        layout = "[B, T, C]" if self.batch_first else "[T, B, C]"
+        if input.dim() not in (2, 3):
+            _fail("input", f"{layout} or [T, C]", list(input.shape))
+        features = int(self._cells[0].input_size)
+        if input.shape[-1] != features:
+            _fail("input", f"{layout} or [T, C] with C = {features}", list(input.shape))
+        return input.dim() == 3
+
+    def _initial_state(
+        self, x: Tensor, hx: Hidden | None, batched: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, size = x.shape[0], int(self.state_size)
+        if hx is None:
+            zeros = x.new_zeros(batch, size)
+            return zeros, zeros if self.use_mixed else None
+        if self.use_mixed:
+            if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+                _fail("hx", "a pair (h, c) with mixed memory", type(hx).__name__, TypeError)
+            h, c = hx
+            return self._check_state("hx[0]", h, x, batched), self._check_state(
+                "hx[1]", c, x, batched
+            )
+        return self._check_state("hx", hx, x, batched), None
+
+    def _check_state(self, name: str, h: object, x: Tensor, batched: bool) -> Tensor:
+        if not isinstance(h, Tensor):
+            _fail(name, "a torch.Tensor", type(h).__name__, TypeError)
+        if not h.is_floating_point():
+            _fail(name, "of a floating dtype", h.dtype, TypeError)
+        size = int(self.state_size)
+        shape = (x.shape[0], size) if batched else (size,)
+        symbols = "[B, S]" if batched else "[S]"
+        if h.shape != shape:
+            _fail(name, f"{symbols} = {list(shape)}", list(h.shape))
+        return h if batched else h.unsqueeze(0)
+
+    def _batch_major_timespans(
+        self, timespans: Tensor | float | None, x: Tensor, batched: bool
+    ) -> Tensor | float:
+        """`timespans` as a number, a tensor of no dimension, or [B, T, 1]."""
+        if timespans is None:
+            return 1.0
+        if not isinstance(timespans, Tensor):
+            if not isinstance(timespans, Number):
+                got = type(timespans).__name__
+                _fail("timespans", "a number or a tensor", got, TypeError)
+            return timespans
+        if timespans.dim() == 0:
+            return timespans
+        batch, steps = x.shape[:2]
+        shape: tuple[int, ...] = (batch, steps) if self.batch_first else (steps, batch)
+        symbols = "[B, T]" if self.batch_first else "[T, B]"
+        if not batched:
+            shape, symbols = (steps,), "[T]"
+        if timespans.shape not in (shape, (*shape, 1)):
+            expected = f"a scalar, {symbols} = {list(shape)} or the same with a last dimension 1"
+            _fail("timespans", expected, list(timespans.shape))
+        spans = timespans.reshape(shape)
+        if not batched:
+            spans = spans.unsqueeze(0)
+        elif not self.batch_first:
+            spans = spans.transpose(0, 1)
+        return spans.unsqueeze(-1)
+
+
+def _weights(cell: Any) -> tuple[CfCWeights, Activation]:
+    """The parameters of an ncps cell, and the name of its backbone's activation."""
+    backbone: list[Affine] = []
+    activation: Activation = "lecun_tanh"
+    for layer in () if cell.backbone is None else cell.backbone:
+        if isinstance(layer, nn.Linear):
+            backbone.append(Affine(layer.weight, layer.bias))
+        elif type(layer) in _ACTIVATIONS:
+            activation = _ACTIVATIONS[type(layer)]
+    pure = cell.mode == "pure"
+
+    def head(name: str) -> Affine | None:
+        return None if pure else Affine(getattr(cell, name).weight, getattr(cell, name).bias)
+
+    weights = CfCWeights(
+        ff1=Affine(cell.ff1.weight, cell.ff1.bias),
+        ff2=head("ff2"),
+        time_a=head("time_a"),
+        time_b=head("time_b"),
+        mask=cell.sparsity_mask,
+        w_tau=cell.w_tau.flatten() if pure else None,
+        amplitude=cell.A.flatten() if pure else None,
+        backbone=tuple(backbone),
+    )
+    return weights, activation
+
+
+def _dropout_scale(cell: Any, x: Tensor) -> Tensor | None:
+    """Fresh dropout of a cell's backbone, [B, T, layers - 1, U], if it has any and trains."""
+    layers = () if cell.backbone is None else cell.backbone
+    dropouts = [layer for layer in layers if isinstance(layer, nn.Dropout)]
+    if not dropouts or not dropouts[0].training:
+        return None
+    units = cell.ff1.weight.shape[1]
+    ones = x.new_ones(x.shape[0], x.shape[1], len(dropouts), units)
+    return nn.functional.dropout(ones, dropouts[0].p)
+
+
+def _check_count(argument: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        _fail(argument, "an integer", type(value).__name__, TypeError)
+    if value < least:
+        _fail(argument, f">= {least}", value)
+
+
+def _fail(
+    argument: str, expected: str, got: object, error: type[Exception] = ValueError
+) -> NoReturn:
+    raise error(f"ember_ext.nn.CfC: {argument} must be {expected}, got {got}")

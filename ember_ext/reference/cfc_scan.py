@@ -1,0 +1,162 @@
+"""A closed-form continuous-time (CfC) cell over a sequence; section 2.3 of the paper."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Affine(NamedTuple):
+    """z -> weight z + bias, with weight [out, in] and bias [out]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class CfCWeights(NamedTuple):
+    """The parameters of one CfC cell with H units.
+
+    Z is I + H, or the backbone's width U if there is one. `pure` cells have `ff1`, `w_tau` and
+    `amplitude`; the other modes have the four heads.
+    """
+
+    ff1: Affine
+    """[H, Z]"""
+    ff2: Affine | None = None
+    """[H, Z]"""
+    time_a: Affine | None = None
+    """[H, Z]: how fast the gate between ff1 and ff2 moves with the time span."""
+    time_b: Affine | None = None
+    """[H, Z]"""
+    mask: Tensor | None = None
+    """[H, Z], multiplied onto the weights of ff1 and ff2 (not of time_a and time_b, as in ncps)."""
+    w_tau: Tensor | None = None
+    """[H]"""
+    amplitude: Tensor | None = None
+    """[H]; ncps calls it A."""
+    backbone: tuple[Affine, ...] = ()
+    """[U, I + H], then [U, U] for each further layer."""
+
+
+def activate(u: Tensor, activation: str) -> Tensor:
+    """The backbone's activation: "lecun_tanh", "tanh", "relu", "silu" or "gelu"."""
+    if activation == "lecun_tanh":
+        return 1.7159 * torch.tanh(0.666 * u)
+    if activation == "tanh":
+        return torch.tanh(u)
+    if activation == "relu":
+        return F.relu(u)
+    return F.silu(u) if activation == "silu" else F.gelu(u)
+
+
+def cfc_cell(
+    x: Tensor,
+    h: Tensor,
+    weights: CfCWeights,
+    timespan: Tensor | float,
+    *,
+    mode: str = "default",
+    activation: str = "lecun_tanh",
+    dropout_scale: Tensor | None = None,
+) -> Tensor:
+    """One time step: the next state [B, H] from the input [B, I], the state [B, H] and a time span.
+
+    Args:
+        x: input, [B, I].
+        h: state, [B, H].
+        weights: of the cell, in the dtype of `x` and `h`.
+        timespan: a number, or [B, 1].
+        mode: "default", "pure" or "no_gate".
+        activation: of the backbone, see `activate`.
+        dropout_scale: [B, layers - 1, U], multiplied onto the output of every backbone layer but
+            the first.
+    """
+    z = torch.cat([x, h], 1)
+    for layer, affine in enumerate(weights.backbone):
+        z = activate(F.linear(z, *affine), activation)
+        if dropout_scale is not None and layer > 0:
+            z = z * dropout_scale[:, layer - 1]
+
+    def head(affine: Affine | None, masked: bool = False) -> Tensor:
+        assert affine is not None
+        weight = affine.weight * weights.mask if masked and weights.mask is not None else affine[0]
+        return F.linear(z, weight, affine.bias)
+
+    ff1 = head(weights.ff1, masked=True)
+    if mode == "pure":
+        assert weights.w_tau is not None
+        assert weights.amplitude is not None
+        decay = torch.exp(-timespan * (weights.w_tau.abs() + ff1.abs()))
+        return weights.amplitude - weights.amplitude * decay * ff1
+    ff1, ff2 = torch.tanh(ff1), torch.tanh(head(weights.ff2, masked=True))
+    gate = torch.sigmoid(head(weights.time_a) * timespan + head(weights.time_b))
+    if mode == "no_gate":
+        return ff1 + gate * ff2
+    return ff1 * (1 - gate) + gate * ff2
+
+
+def cfc_scan(
+    x: Tensor,
+    weights: CfCWeights,
+    h0: Tensor | None = None,
+    *,
+    timespans: Tensor | float = 1.0,
+    lengths: Tensor | None = None,
+    mode: str = "default",
+    activation: str = "lecun_tanh",
+    dropout_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All states [B, T, H] and the final state [B, H]; see `ember_ext.ops.cfc_scan`.
+
+    bf16 and fp16 are computed in fp32, the state included, and the results rounded once.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    batch, steps, _ = x.shape
+    weights = to_dtype(weights, dtype)
+    h = x.new_zeros(batch, len(weights.ff1.bias), dtype=dtype) if h0 is None else h0.to(dtype)
+    varying = isinstance(timespans, Tensor) and timespans.dim() > 0
+    spans = timespans.to(dtype) if isinstance(timespans, Tensor) else timespans
+    states = []
+    for t in range(steps):
+        new = cfc_cell(
+            x[:, t].to(dtype),
+            h,
+            weights,
+            spans.reshape(batch, steps, 1)[:, t] if varying else spans,  # type: ignore[union-attr]
+            mode=mode,
+            activation=activation,
+            dropout_scale=None if dropout_scale is None else dropout_scale[:, t].to(dtype),
+        )
+        if lengths is None:
+            h = new
+            states.append(new)
+        else:
+            running = (t < lengths)[:, None]
+            h = torch.where(running, new, h)
+            states.append(torch.where(running, new, 0))
+    y = torch.stack(states, 1) if states else h.new_empty(batch, 0, h.shape[1])
+    return y.to(x.dtype), h.to(x.dtype)
+
+
+def to_dtype(weights: CfCWeights, dtype: torch.dtype) -> CfCWeights:
+    """The same weights in another dtype."""
+
+    def cast(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(dtype)
+
+    def cast_affine(affine: Affine | None) -> Affine | None:
+        return None if affine is None else Affine(affine.weight.to(dtype), affine.bias.to(dtype))
+
+    return CfCWeights(
+        ff1=Affine(weights.ff1.weight.to(dtype), weights.ff1.bias.to(dtype)),
+        ff2=cast_affine(weights.ff2),
+        time_a=cast_affine(weights.time_a),
+        time_b=cast_affine(weights.time_b),
+        mask=cast(weights.mask),
+        w_tau=cast(weights.w_tau),
+        amplitude=cast(weights.amplitude),
+        backbone=tuple(Affine(w.to(dtype), b.to(dtype)) for w, b in weights.backbone),
+    )
