@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -48,6 +49,15 @@ def scramble(model: LanguageModel[Any]) -> LanguageModel[Any]:
 
 def tokens(*shape: int) -> Tensor:
     return torch.randint(VOCAB, shape)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Waking a second thread costs more than these tiny models' work, above all on a busy box."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +133,27 @@ def test_conditions_start_from_the_same_weights(build: Any, conditions: tuple[st
     shared = weights[0]
     assert all(torch.equal(w[name], shared[name]) for w in weights for name in shared)
     assert len(set(next_draws)) == 1
+
+
+@pytest.mark.parametrize(
+    ("build", "conditions"), [(ember, EMBER_CONDITIONS), (liquid, LIQUID_CONDITIONS)]
+)
+def test_conditions_drop_the_same_elements(build: Any, conditions: tuple[str, ...]) -> None:
+    """With a leak of 1 a gate passes everything, so that only dropout could tell them apart."""
+    idx = tokens(2, BLOCK)
+    logits, next_draws = {}, []
+    for condition in conditions:
+        torch.manual_seed(42)
+        model = build(condition, dropout=0.3)
+        for gate in model.gates().values():
+            gate.leak.data.fill_(100.0)
+        logits[condition] = model(idx)[0]
+        next_draws.append(torch.rand(()).item())
+    assert len(set(next_draws)) == 1
+    # Qwen's gate cannot be opened fully, so that its logits are its own.
+    logits.pop("qwen-gate", None)
+    for other in logits.values():
+        torch.testing.assert_close(other, logits["standard"])
 
 
 def test_initial_weights_have_the_paper_s_scales() -> None:
@@ -322,15 +353,23 @@ def test_every_parameter_gets_a_gradient(build: Any, condition: str, gate_preset
 
 @every_model
 def test_overfits_one_batch(build: Any, condition: str) -> None:
-    model = build(condition, n_embd=32, **({"cfc_units": 48} if build is liquid else {}))
+    model = build(condition, n_layer=1, n_embd=32, **({"cfc_units": 48} if build is liquid else {}))
     optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=1e-2)
     idx = tokens(2, BLOCK)
-    for _ in range(60):
+    for _ in range(50):
         optimizer.zero_grad()
         _, loss, _ = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
+
+
+@every_model
+def test_compiles_without_a_graph_break(build: Any, condition: str) -> None:
+    model = build(condition, n_layer=1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    idx = tokens(2, 5)
+    torch.testing.assert_close(compiled(idx, idx)[1], model(idx, idx)[1])
 
 
 @every_model
@@ -447,3 +486,13 @@ def test_a_state_of_another_batch_size_is_rejected(build: Any) -> None:
     model = build()
     with pytest.raises(ValueError, match=r"state\."):
         model(tokens(2, 3), state=model.initial_state(3))
+
+
+@pytest.mark.parametrize("build", [ember, liquid])
+def test_a_state_of_another_model_is_rejected(build: Any) -> None:
+    model = build()
+    other = liquid() if build is ember else ember()
+    with pytest.raises(TypeError, match=r"state must be an? \w*EmberState, got"):
+        model(tokens(2, 3), state=other.initial_state(2))
+    with pytest.raises(ValueError, match="state must be of n_layer = "):
+        model(tokens(2, 3), state=build(n_layer=1).initial_state(2))

@@ -43,37 +43,36 @@ def attention_probabilities(query: Tensor, key: Tensor) -> Tensor:
 def gate_probabilities(
     p: Tensor,
     gate: LIFParameters,
-    previous_load: Tensor | None,
+    previous_load: Tensor,
     past_loads: tuple[Tensor, Tensor] | None,
     mode: str,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """LIF gate on attention probabilities, renormalised so that rows sum to 1.
 
     Args:
         p: [B, H, T, S + T].
         gate: one (θ, λ, k) per head; with `RefractoryParameters` thresholds follow loads.
-        previous_load: what the previous layer returned, [B, T or 1, S + T].
+        previous_load: what the previous layer returned, broadcastable to [B, T, S + T].
         past_loads: sums over the S queries before these: `LayerCache.loads`.
         mode: "causal" or "paper"; see `EmberConfig.refractory_mode`.
 
     Returns:
-        The weights, like p; with `RefractoryParameters` also the load for the next layer and, in
-        causal mode, the sums with these queries added.
+        The weights, like p; the load for the next layer; with `RefractoryParameters` in causal
+        mode, the sums with these queries added.
     """
     threshold, leak, steepness = (v.view(-1, 1, 1) for v in gate.effective())
     refractory = gate if isinstance(gate, RefractoryParameters) else None
     past_p, past_w = (None, None) if past_loads is None else past_loads
     if refractory is not None:
         load, sum_p = _mean_over_queries(p, past_p, mode)
-        threshold = threshold + F.softplus(refractory.within).view(-1, 1, 1) * load
-        if previous_load is not None:
-            across = torch.sigmoid(refractory.across).view(-1, 1, 1)
-            threshold = threshold + across * previous_load.unsqueeze(1)
+        within = F.softplus(refractory.within).view(-1, 1, 1)
+        across = torch.sigmoid(refractory.across).view(-1, 1, 1)
+        threshold = threshold + within * load + across * previous_load.unsqueeze(1)
     fire = torch.sigmoid(steepness * (p - threshold))
     w = p * (fire + leak * (1 - fire))
     w = w / (w.sum(-1, keepdim=True) + EPS)
     if refractory is None:
-        return w, None, None
+        return w, previous_load, None
     next_load, sum_w = _mean_over_queries(w.mean(1), past_w, mode)
     return w, next_load, None if mode == "paper" else (sum_p, sum_w)
 

@@ -216,6 +216,12 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
                     self._name, "targets", f"of idx's shape {list(idx.shape)}", list(targets.shape)
                 )
 
+    def _check_state_kind(self, state: tuple[tuple[Any, ...]], kind: type) -> None:
+        if not isinstance(state, kind):
+            fail(self._name, "state", f"a {kind.__name__}", type(state).__name__, TypeError)
+        if len(state[0]) != self.config.n_layer:
+            fail(self._name, "state", f"of n_layer = {self.config.n_layer} layers", len(state[0]))
+
     def _check_tokens(self, argument: str, tokens: Tensor, lowest: int = 0) -> None:
         if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
             got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__

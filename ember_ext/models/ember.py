@@ -107,7 +107,7 @@ class Ember(LanguageModel[EmberState]):
         self._check_inputs(idx, targets)
         seen = 0 if state is None else self._check_state(state, idx.shape[0])
         x = self._embed(idx, seen)
-        caches, load = [], None
+        caches, load = [], self._no_load()
         for i, block in enumerate(self.blocks):
             x, cache, load = block(x, None if state is None else state.layers[i], load)
             caches.append(cache)
@@ -150,7 +150,7 @@ class Ember(LanguageModel[EmberState]):
                 probabilities, which a LIF gate compares with θ. They differ under LIF only.
         """
         self._check_inputs(idx, None)
-        x, load = self._embed(idx, 0), None
+        x, load = self._embed(idx, 0), self._no_load()
         for block in cast("list[Block]", self.blocks):
             yield block.attn.weights(block.ln_1(x), load, gated)
             x, _, load = block(x, None, load)
@@ -163,6 +163,10 @@ class Ember(LanguageModel[EmberState]):
             fail(self._name, "idx", expected, end)
         x: Tensor = self.drop(self.wte(idx) + self.wpe.weight[seen:end])
         return x
+
+    def _no_load(self) -> Tensor:
+        """What precedes the first layer: zeros, so that its coupling has a gradient (of 0)."""
+        return self.wte.weight.new_zeros(1, 1, 1)
 
     def _add_qwen_gates(self) -> None:
         """Give each block its output gate without advancing torch's random stream."""
@@ -179,6 +183,7 @@ class Ember(LanguageModel[EmberState]):
         if not self.incremental:
             fail(self._name, "state", "None with refractory_mode 'paper'", type(state).__name__)
         c = self.config
+        self._check_state_kind(state, EmberState)
         shape = (batch_size, c.n_head, state.length, c.n_embd // c.n_head)
         check_shape(
             self._name,
@@ -201,8 +206,8 @@ class Block(nn.Module):
         self.mlp = MLP(config.n_embd, config.dropout, config.bias)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None, load: Tensor | None
-    ) -> tuple[Tensor, LayerCache | None, Tensor | None]:
+        self, x: Tensor, cache: LayerCache | None, load: Tensor
+    ) -> tuple[Tensor, LayerCache | None, Tensor]:
         """Map x [B, T, n_embd] to its successor; see `SelfAttention` for the rest."""
         y, cache, load = self.attn(self.ln_1(x), cache, load)
         x = x + y
@@ -236,15 +241,15 @@ class SelfAttention(nn.Module):
         self.qwen_gate = None
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None, load: Tensor | None
-    ) -> tuple[Tensor, LayerCache | None, Tensor | None]:
+        self, x: Tensor, cache: LayerCache | None, load: Tensor
+    ) -> tuple[Tensor, LayerCache | None, Tensor]:
         """Attend from x to the cached tokens and to x.
 
         Args:
             x: normed residual stream [B, T, n_embd].
             cache: the S tokens before x, or None.
-            load: with refractory thresholds, what each key drew in the previous layer,
-                [B, T or 1, S + T]; None at the first.
+            load: what each key drew in the previous layer, broadcastable to [B, T, S + T]; used by
+                refractory thresholds only.
 
         Returns:
             The output [B, T, n_embd], the cache with x (None without one), and this layer's load.
@@ -267,7 +272,7 @@ class SelfAttention(nn.Module):
         y = self.resid_dropout(self.c_proj(y))
         return y, None if cache is None else LayerCache(key, value, loads), load
 
-    def weights(self, x: Tensor, load: Tensor | None, gated: bool) -> Tensor:
+    def weights(self, x: Tensor, load: Tensor, gated: bool) -> Tensor:
         """The weights [B, n_head, T, T] that `forward` applies, or those before the gate."""
         query, key, _ = self.qkv(x)
         p = attention_probabilities(query, key)

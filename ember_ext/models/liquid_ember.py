@@ -100,6 +100,7 @@ class LiquidEmber(LanguageModel[LiquidEmberState]):
         return LiquidEmberState((zeros,) * self.config.n_layer)
 
     def _check_state(self, state: LiquidEmberState, batch_size: int) -> None:
+        self._check_state_kind(state, LiquidEmberState)
         for i, h in enumerate(state.hidden):
             shape = (batch_size, self.config.cfc_units)
             check_shape(self._name, f"state.hidden[{i}]", h, "[B, cfc_units]", shape)
