@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from ncps.torch import CfC
 from ncps.wirings import AutoNCP
 from torch import Tensor, nn
 
 from ember_ext.models._base import MLP, LanguageModel, ModelConfig
-from ember_ext.nn import LIFGate
+from ember_ext.nn import CfC, LIFGate
 from ember_ext.ops._checks import check_shape
 
 LiquidEmberCondition = Literal["standard", "lif"]
