@@ -496,3 +496,8 @@ def test_a_state_of_another_model_is_rejected(build: Any) -> None:
         model(tokens(2, 3), state=other.initial_state(2))
     with pytest.raises(ValueError, match="state must be of n_layer = "):
         model(tokens(2, 3), state=build(n_layer=1).initial_state(2))
+
+
+def test_a_state_without_loads_is_rejected_by_refractory_thresholds() -> None:
+    with pytest.raises(ValueError, match="state must be a state of condition 'lif-refractory'"):
+        ember("lif-refractory")(tokens(1, 2), state=ember("lif").initial_state(1))

@@ -184,14 +184,12 @@ class Ember(LanguageModel[EmberState]):
             fail(self._name, "state", "None with refractory_mode 'paper'", type(state).__name__)
         c = self.config
         self._check_state_kind(state, EmberState)
+        first = state.layers[0]
         shape = (batch_size, c.n_head, state.length, c.n_embd // c.n_head)
-        check_shape(
-            self._name,
-            "state.layers[0].key",
-            state.layers[0].key,
-            "[B, n_head, S, head_dim]",
-            shape,
-        )
+        check_shape(self._name, "state.layers[0].key", first.key, "[B, n_head, S, head_dim]", shape)
+        if (first.loads is not None) != (c.condition == "lif-refractory"):
+            got = "one of another condition"
+            fail(self._name, "state", f"a state of condition {c.condition!r}", got)
         return state.length
 
 
