@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, get_args
 
@@ -112,7 +113,6 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
         """Whether advancing a state gives what one forward pass over the whole sequence gives."""
         return True
 
-    @torch.no_grad()
     def generate(
         self,
         idx: Tensor,
@@ -121,6 +121,21 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
+        """Continue each row of `idx`: prompt and continuation, [B, T + max_new_tokens].
+
+        See `stream` for the arguments.
+        """
+        tokens = self.stream(idx, max_new_tokens, temperature, top_k, generator)
+        return torch.cat([idx, *tokens], dim=1)
+
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
         """Continue each row of `idx`, in evaluation mode, one token at a time.
 
         The state is carried from token to token. A model with a `context_limit` sees the last
@@ -134,8 +149,8 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
             top_k: sample among this many likeliest tokens only. Default: all.
             generator: source of randomness, on the model's device. Default: torch's global one.
 
-        Returns:
-            Prompt and continuation, [B, T + max_new_tokens].
+        Yields:
+            The next token of each row, [B, 1], `max_new_tokens` times.
 
         Raises:
             ValueError: `max_new_tokens` or `temperature` is negative, or `top_k` is below 1.
@@ -149,23 +164,29 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
             fail(name, "top_k", "≥ 1 or None", top_k)
         self._check_tokens("idx", idx)
 
+        state = self.initial_state(idx.shape[0]) if self.incremental else None
+        seen = 0
+        for _ in range(max_new_tokens):
+            limit = self.context_limit
+            if limit is not None and idx.shape[1] > limit:
+                state, seen = None, idx.shape[1] - limit
+            logits, state = self._evaluate(idx[:, seen:], state)
+            if state is not None:
+                seen = idx.shape[1]
+            token = _sample(logits[:, -1], temperature, top_k, generator)
+            idx = torch.cat([idx, token], dim=1)
+            yield token
+
+    @torch.no_grad()
+    def _evaluate(self, idx: Tensor, state: State | None) -> tuple[Tensor, State | None]:
+        """One forward pass in evaluation mode: logits and state."""
         was_training = self.training
         self.eval()
         try:
-            state = self.initial_state(idx.shape[0]) if self.incremental else None
-            seen = 0
-            for _ in range(max_new_tokens):
-                limit = self.context_limit
-                if limit is not None and idx.shape[1] > limit:
-                    state, seen = None, idx.shape[1] - limit
-                logits, _, state = self(idx[:, seen:], state=state)
-                if state is not None:
-                    seen = idx.shape[1]
-                token = _sample(logits[:, -1], temperature, top_k, generator)
-                idx = torch.cat([idx, token], dim=1)
+            logits, _, state = self(idx, state=state)
         finally:
             self.train(was_training)
-        return idx
+        return logits, state
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for AdamW: matrices decay; gains, biases and the gates' parameters do not."""

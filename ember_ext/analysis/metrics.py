@@ -1,0 +1,127 @@
+"""What the paper measures inside its models: attention entropy, fire rate, neuron entropy.
+
+The definitions are those of the authors' analysis code, except that models without a gate are
+measured through a virtual one, a gate at its initial values: the authors set their fire rate to 1
+and their entropy to 0 by definition, which makes any comparison with them meaningless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ember_ext.models import Ember, LiquidEmber
+from ember_ext.nn.lif_gate import LIFParameters, PresetName
+from ember_ext.reference.lif_gate import fire_mask
+
+HISTOGRAM_BINS = 10
+
+
+def attention_entropy(weights: Tensor) -> Tensor:
+    """Mean entropy of the attention of each head.
+
+    Args:
+        weights: rows that sum to 1, [B, H, T, T].
+
+    Returns:
+        -Σ w ln w in nats, averaged over batch and all queries, [H]. Over a uniform causal window
+        of T = 256 it is 4.560.
+    """
+    return -(weights * weights.clamp_min(1e-10).log()).sum(-1).mean((0, 2))
+
+
+def fire_rate(firing: Tensor) -> Tensor:
+    """How often each neuron fires.
+
+    Args:
+        firing: f = σ(k(|x|-θ)) of each neuron, [..., N].
+
+    Returns:
+        The fraction with f > 1/2, that is |x| > θ, [N].
+    """
+    return (firing > 0.5).flatten(0, -2).float().mean(0)
+
+
+def neuron_entropy(firing: Tensor) -> Tensor:
+    """How widely each neuron's firing varies.
+
+    Args:
+        firing: f of each neuron, [..., N].
+
+    Returns:
+        Entropy in nats of the histogram of f in ten equal bins of [0, 1], [N]; at most 2.303.
+    """
+    bins = (firing.flatten(0, -2) * HISTOGRAM_BINS).long().clamp_max(HISTOGRAM_BINS - 1)
+    shares = nn.functional.one_hot(bins, HISTOGRAM_BINS).float().mean(0)
+    return -(shares * shares.clamp_min(1e-10).log()).sum(-1)
+
+
+@torch.no_grad()
+def collect_metrics(
+    model: Ember | LiquidEmber, windows: Tensor, gate_preset: PresetName
+) -> dict[str, Any]:
+    """Measure every layer of a model on a few windows of text.
+
+    Nothing of this is computed in training.
+
+    Args:
+        model: in evaluation mode.
+        windows: tokens [B, T], int64, on the model's device.
+        gate_preset: the virtual gate's initial values.
+
+    Returns:
+        gates: for each gate by its name, the effective "threshold", "leak" and "steepness" of each
+        head or neuron.
+        Transformer: attention_entropy, one value a head, for each layer.
+        CfC: fire_rate and neuron_entropy, means over the neurons, one value a layer; measured
+        through the model's own gates (None if it has none), and as virtual_fire_rate and
+        virtual_neuron_entropy through the virtual gate.
+    """
+    gates = {}
+    for name, gate in model.gates().items():
+        threshold, leak, steepness = (value.tolist() for value in gate.effective())
+        gates[name] = {"threshold": threshold, "leak": leak, "steepness": steepness}
+    if isinstance(model, Ember):
+        entropies = [attention_entropy(w).tolist() for w in model.attention_weights(windows)]
+        return {"gates": gates, "attention_entropy": entropies}
+    virtual = LIFParameters(model.config.n_embd, preset=gate_preset).to(windows.device)
+    layers = [block.get_submodule("gate") for block in model.blocks]
+    own: list[tuple[float | None, float | None]] = []
+    through_virtual: list[tuple[float, float]] = []
+    for layer, (x,) in zip(layers, _inputs(model, layers, windows), strict=True):
+        own.append(_firing(x, layer) if isinstance(layer, LIFParameters) else (None, None))
+        through_virtual.append(_firing(x, virtual))
+    return {
+        "gates": gates,
+        "fire_rate": [rate for rate, _ in own],
+        "neuron_entropy": [entropy for _, entropy in own],
+        "virtual_fire_rate": [rate for rate, _ in through_virtual],
+        "virtual_neuron_entropy": [entropy for _, entropy in through_virtual],
+    }
+
+
+def _firing(x: Tensor, gate: LIFParameters) -> tuple[float, float]:
+    """Mean fire rate and mean neuron entropy of x [B, T, N]."""
+    threshold, _, steepness = gate.effective()
+    firing = fire_mask(x.abs(), threshold, steepness)
+    return float(fire_rate(firing).mean()), float(neuron_entropy(firing).mean())
+
+
+def _inputs(
+    model: nn.Module, modules: Iterable[nn.Module], windows: Tensor
+) -> list[tuple[Any, ...]]:
+    """The positional arguments that each of `modules` receives in one forward pass."""
+    caught: list[tuple[Any, ...]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, arguments: caught.append(arguments))
+        for module in modules
+    ]
+    try:
+        model(windows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return caught

@@ -1,0 +1,35 @@
+"""Training of the paper's language models: presets, the loop, run folders and their command lines.
+
+>>> config = preset_config("cfc", "quick")
+>>> summary = train(config, load_text("shakespeare"), RunFolder("runs/mine"))
+"""
+
+from ember_ext.training.config import (
+    ConfigError,
+    TrainConfig,
+    build_model,
+    preset_config,
+    resolve_device,
+)
+from ember_ext.training.evaluation import evaluate
+from ember_ext.training.run_folder import RunError, RunFolder
+from ember_ext.training.sampling import load_run, stream_text
+from ember_ext.training.signals import StopRequested
+from ember_ext.training.trainer import NonFiniteLossError, Reporter, train
+
+__all__ = [
+    "ConfigError",
+    "NonFiniteLossError",
+    "Reporter",
+    "RunError",
+    "RunFolder",
+    "StopRequested",
+    "TrainConfig",
+    "build_model",
+    "evaluate",
+    "load_run",
+    "preset_config",
+    "resolve_device",
+    "stream_text",
+    "train",
+]

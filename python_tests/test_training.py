@@ -1,0 +1,431 @@
+"""Runs: presets, paired random streams, resuming, stopping, and folders that must not be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ember_ext.data import Corpus, load_text
+from ember_ext.models import Ember, LiquidEmber
+from ember_ext.training import (
+    ConfigError,
+    NonFiniteLossError,
+    RunError,
+    RunFolder,
+    StopRequested,
+    TrainConfig,
+    build_model,
+    evaluate,
+    load_run,
+    preset_config,
+    resolve_device,
+    stream_text,
+    train,
+)
+from ember_ext.training import trainer as trainer_module
+from ember_ext.training.config import read_config
+from ember_ext.training.trainer import SilentReporter
+
+TINY = TrainConfig(
+    backbone="transformer",
+    device="cpu",
+    n_layer=1,
+    n_head=2,
+    n_embd=16,
+    cfc_units=24,
+    dropout=0.1,
+    block_size=16,
+    batch_size=4,
+    steps=12,
+    learning_rate=1e-2,
+    eval_interval=5,
+    eval_iters=2,
+    sample_length=20,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose time to a second thread; equal counts make runs comparable."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return load_text("lighthouse")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def tiny(**fields: Any) -> TrainConfig:
+    return dataclasses.replace(TINY, **fields)
+
+
+def curve(folder: RunFolder) -> list[dict[str, Any]]:
+    """The metrics without what depends on the clock."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in folder.read_metrics()]
+
+
+class StopAfter(SilentReporter):
+    """Sends this process a signal once a step is done."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self._step, self._number = step, number
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        if step == self._step:
+            os.kill(os.getpid(), self._number)
+
+
+@pytest.mark.parametrize(("backbone", "condition"), [("transformer", "lif"), ("cfc", "lif")])
+def test_run_leaves_everything_behind(
+    corpus: Corpus, folder: RunFolder, backbone: Any, condition: Any
+) -> None:
+    config = tiny(backbone=backbone, condition=condition, steps=6)
+    summary = train(config, corpus, folder)
+    assert summary == json.loads(folder.summary.read_text())
+    assert summary["val_loss"] < math.log(len(corpus.vocabulary))
+    assert summary["best_val_loss"] <= summary["val_loss"]
+    assert summary["corpus"] == "lighthouse"
+    assert summary["lif_parameters"] == {"transformer": 6, "cfc": 48}[backbone]
+    assert summary["tokens_per_second"] > 0
+    assert summary["seconds"] > 0
+    assert folder.plot.read_bytes().startswith(b"\x89PNG")
+    assert len(folder.sample.read_text()) == 20
+    evaluations = [r for r in folder.read_metrics() if r["event"] == "evaluation"]
+    assert [r["step"] for r in evaluations] == [0, 5, 6]
+    gates = evaluations[-1]["gates"]
+    assert all(gate.keys() == {"threshold", "leak", "steepness"} for gate in gates.values())
+    assert len(gates) == 1
+
+
+def test_last_and_best_weights_are_both_kept(corpus: Corpus, folder: RunFolder) -> None:
+    # A learning rate this high spoils the model after the first evaluation.
+    summary = train(tiny(learning_rate=3.0, grad_clip=100.0), corpus, folder)
+    assert summary["best_step"] < summary["steps"]
+    assert summary["best_val_loss"] < summary["val_loss"]
+    model, _ = load_run(folder)
+    assert evaluate(model, corpus, folder.read_config())["val_loss"] == summary["best_val_loss"]
+
+
+def test_evaluation_does_not_change_training(corpus: Corpus, tmp_path: Path) -> None:
+    curves = []
+    for interval in (3, 100):
+        folder = RunFolder(tmp_path / str(interval))
+        train(tiny(eval_interval=interval), corpus, folder)
+        curves.append([r["loss"] for r in folder.read_metrics() if r["event"] == "step"])
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("condition", ["lif", "lif-fixed", "lif-refractory", "qwen-gate"])
+def test_conditions_are_paired(corpus: Corpus, tmp_path: Path, condition: Any) -> None:
+    """With gates that do nothing, another condition's first loss is the standard one's."""
+    first = {}
+    for name in ("standard", condition):
+        folder = RunFolder(tmp_path / name)
+        train(tiny(condition=name, steps=1), corpus, folder)
+        first[name] = next(r["loss"] for r in folder.read_metrics() if r["event"] == "step")
+    # At the start attention is nearly uniform, so no gate can change much.
+    assert first[condition] == pytest.approx(first["standard"], rel=1e-3)
+
+
+def test_different_seeds_differ(corpus: Corpus, tmp_path: Path) -> None:
+    losses = [
+        train(tiny(steps=1, seed=seed), corpus, RunFolder(tmp_path / str(seed)))["val_loss"]
+        for seed in (1, 2)
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_full_validation_pass_counts_each_character_once(corpus: Corpus) -> None:
+    torch.manual_seed(0)
+    model = build_model(TINY, len(corpus.vocabulary)).eval()
+    losses = []
+    for start in range(0, len(corpus.val) - 1, TINY.block_size):
+        window = corpus.val[start : start + TINY.block_size + 1]
+        logits = model(window[None, :-1])[0]
+        losses.append(torch.nn.functional.cross_entropy(logits[0], window[1:], reduction="none"))
+    expected = torch.cat(losses)
+    assert len(expected) == len(corpus.val) - 1
+    assert evaluate(model, corpus, TINY)["val_loss"] == pytest.approx(expected.mean().item())
+    assert model.training
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [5, 7])
+def test_signal_stops_cleanly_and_resuming_is_bit_identical(
+    corpus: Corpus, tmp_path: Path, number: signal.Signals, step: int
+) -> None:
+    whole, stopped = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "stopped")
+    train(TINY, corpus, whole)
+    before = signal.getsignal(number)
+    with pytest.raises(StopRequested) as stop:
+        train(TINY, corpus, stopped, reporter=StopAfter(step, number))
+    assert stop.value.exit_code == 128 + number
+    assert signal.getsignal(number) is before
+    assert len([r for r in stopped.read_metrics() if r["event"] == "step"]) == step
+    train(TINY, corpus, stopped, resume=True)
+    assert curve(stopped) == curve(whole)
+    assert stopped.best.read_bytes() == whole.best.read_bytes()
+    assert stopped.sample.read_text() == whole.sample.read_text()
+
+
+def test_resuming_a_finished_run_changes_nothing(corpus: Corpus, folder: RunFolder) -> None:
+    summary = train(TINY, corpus, folder)
+    before = folder.metrics.read_bytes()
+    assert train(TINY, corpus, folder, resume=True) == summary
+    assert folder.metrics.read_bytes() == before
+
+
+def test_more_steps_continue_a_finished_run(corpus: Corpus, tmp_path: Path) -> None:
+    long, extended = RunFolder(tmp_path / "long"), RunFolder(tmp_path / "extended")
+    train(TINY, corpus, long)
+    train(tiny(steps=10), corpus, extended)
+    train(TINY, corpus, extended, resume=True)
+    assert curve(extended) == curve(long)
+    assert extended.read_config() == TINY
+
+
+SCRIPT = """
+import sys
+from ember_ext.data import load_text
+from ember_ext.training import RunFolder, train
+from test_training import tiny
+config = tiny(steps=30, checkpoint_seconds=0.0)
+train(config, load_text("lighthouse"), RunFolder(sys.argv[1]), resume=sys.argv[2] == "resume")
+"""
+
+
+def start_process(folder: Path, mode: str) -> subprocess.Popen[bytes]:
+    root = Path(__file__).parents[1]
+    path = f"{root}:{root / 'python_tests'}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder), mode], env=environment, stderr=subprocess.PIPE
+    )
+
+
+def test_killed_at_any_moment_and_resumed_is_bit_identical(corpus: Corpus, tmp_path: Path) -> None:
+    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
+    mode = "start"
+    for size in (1_500, 4_000):
+        process = start_process(killed.path, mode)
+        deadline = time.monotonic() + 60
+        while not (killed.metrics.exists() and killed.metrics.stat().st_size > size):
+            assert process.poll() is None, process.communicate()[1].decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        mode = "resume"
+    config = tiny(steps=30, checkpoint_seconds=0.0)
+    train(config, corpus, killed, resume=True)
+    train(config, corpus, whole)
+    assert curve(killed) == curve(whole)
+    assert killed.best.read_bytes() == whole.best.read_bytes()
+
+
+def test_killed_before_the_first_checkpoint(corpus: Corpus, folder: RunFolder) -> None:
+    folder.create(TINY, corpus)
+    folder.metrics.write_text('{"event": "st')
+    train(TINY, corpus, folder, resume=True)
+    assert folder.summary.exists()
+
+
+def test_non_finite_loss_keeps_the_checkpoint(
+    corpus: Corpus, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poisoned(SilentReporter):
+        def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+            if step == 7:
+                with torch.no_grad():
+                    models[0].blocks[0].mlp.c_fc.weight[0, 0] = math.nan
+
+    models: list[Ember] = []
+
+    def keep(config: TrainConfig, vocab_size: int) -> Ember | LiquidEmber:
+        model = build_model(config, vocab_size)
+        assert isinstance(model, Ember)
+        models.append(model)
+        return model
+
+    monkeypatch.setattr(trainer_module, "build_model", keep)
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 7, learning rate 0\.01.*gradient: .*last good checkpoint"
+    ):
+        train(TINY, corpus, folder, reporter=Poisoned())
+    monkeypatch.undo()
+    assert math.isfinite(train(TINY, corpus, folder, resume=True)["val_loss"])
+
+
+def test_full_disk_keeps_the_last_checkpoint(
+    corpus: Corpus, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny(steps=5), corpus, folder)
+    checkpoint = folder.last.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(checkpoint) // 2, hard))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*: .* is intact"):
+            train(TINY, corpus, folder, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert folder.last.read_bytes() == checkpoint
+    assert not list(folder.path.glob(".*.part"))
+    train(TINY, corpus, folder, resume=True)
+
+
+def test_metrics_on_a_full_disk(
+    corpus: Corpus, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder.create(TINY, corpus)
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(RunError, match=r"cannot write .*metrics.jsonl: No space left"):
+        folder.append({"event": "step"})
+
+
+def test_folder_of_another_configuration(corpus: Corpus, folder: RunFolder) -> None:
+    train(tiny(steps=1), corpus, folder)
+    other = tiny(steps=1, seed=9, n_embd=32)
+    with pytest.raises(
+        RunError, match=r"another configuration: seed is 0 there and 9 here, n_embd"
+    ):
+        train(other, corpus, folder, resume=True)
+    with pytest.raises(RunError, match="corpus is 'lighthouse' there and 'other' here"):
+        train(tiny(steps=1), Corpus.of("other", "To be, or not.\n" * 30), folder, resume=True)
+    with pytest.raises(RunError, match="holds a run already"):
+        train(tiny(steps=1), corpus, folder)
+
+
+def test_folder_without_a_run(corpus: Corpus, folder: RunFolder) -> None:
+    with pytest.raises(RunError, match="holds no run"):
+        train(TINY, corpus, folder, resume=True)
+    with pytest.raises(RunError, match="holds no run"):
+        load_run(folder)
+    folder.create(TINY, corpus)
+    with pytest.raises(RunError, match="no trained weights yet"):
+        load_run(folder)
+
+
+@pytest.mark.parametrize("name", ["last", "config", "corpus", "metrics"])
+def test_damaged_folder(corpus: Corpus, folder: RunFolder, name: str) -> None:
+    train(tiny(steps=1), corpus, folder)
+    path: Path = getattr(folder, name)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(RunError, match=path.name):
+        train(tiny(steps=1), corpus, folder, resume=True)
+
+
+def test_checkpoint_of_another_model(corpus: Corpus, tmp_path: Path) -> None:
+    small, large = RunFolder(tmp_path / "small"), RunFolder(tmp_path / "large")
+    train(tiny(steps=1), corpus, small)
+    train(tiny(steps=1, n_embd=32), corpus, large)
+    large.last.replace(small.last)
+    with pytest.raises(RunError, match="weights of another model"):
+        train(tiny(steps=1), corpus, small, resume=True)
+
+
+def test_unwritable_folder(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot write"):
+        train(TINY, corpus, RunFolder(tmp_path / "file" / "run"))
+
+
+def test_text_shorter_than_a_window(corpus: Corpus, folder: RunFolder) -> None:
+    with pytest.raises(ConfigError, match="block_size 500 needs a validation text"):
+        train(tiny(block_size=500), corpus, folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "cfc"])
+@pytest.mark.parametrize("preset", ["quick", "xs", "paper"])
+def test_presets_build(backbone: Any, preset: Any) -> None:
+    model = build_model(preset_config(backbone, preset, "cpu"), 65)
+    if preset == "paper":
+        # The published sizes, plus the gates.
+        expected = {"transformer": 10_745_088 + 108, "cfc": 4_344_884 + 3_072}[backbone]
+        assert model.num_parameters() == expected
+
+
+def test_auto_preset_suits_the_device() -> None:
+    assert preset_config("cfc", "auto", "cpu").preset == "quick"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 0), ("learning_rate", 0.0), ("beta2", 1.0), ("weight_decay", -1.0)],
+)
+def test_config_out_of_range(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=field):
+        tiny(**{field: value})
+
+
+def test_condition_of_the_other_backbone() -> None:
+    with pytest.raises(ConfigError, match="condition must be one of 'standard', 'lif'"):
+        build_model(tiny(backbone="cfc", condition="qwen-gate"), 65)
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99"])
+def test_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device '{device}' cannot be used"):
+        resolve_device(device)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot read"), ("{", "not JSON"), ("[]", "object"), ('{"sede": 1}', "unknown.*sede")],
+)
+def test_bad_config_file(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_config(path)
+
+
+def test_learning_rate_schedule() -> None:
+    config = tiny(steps=110, warmup_steps=10, lr_schedule="cosine", learning_rate=1.0)
+    rates = [config.learning_rate_at(step) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+    assert tiny().learning_rate_at(10**6) == TINY.learning_rate
+
+
+def test_stream_text(corpus: Corpus, folder: RunFolder) -> None:
+    train(tiny(steps=1), corpus, folder)
+    model, vocabulary = load_run(folder)
+    pieces = list(stream_text(model, vocabulary, prompt="Keeper:\n", length=40, seed=3))
+    assert len(pieces) == 40
+    again = stream_text(model, vocabulary, prompt="Keeper:\n", length=40, seed=3)
+    assert list(again) == pieces
+    with pytest.raises(ValueError, match="not in the vocabulary: 'é'"):
+        list(stream_text(model, vocabulary, prompt="é"))
+    with pytest.raises(ValueError, match="at least one character"):
+        list(stream_text(model, vocabulary, prompt=""))
