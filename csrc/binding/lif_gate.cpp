@@ -1,9 +1,11 @@
 // ember_ext::lif_gate_forward and lif_gate_backward: tensors to LifGateParams.
 //
-// Shapes, dtypes and devices are checked in ember_ext/ops/lif_gate.py; here they are taken as
-// given, except that the gate's values are looked at, which on a CPU costs nothing.
+// All that memory safety rests on is checked here, with a terse message: ops/lif_gate.py calls
+// first and, if that fails, finds out what to tell the user.
 #include "../common/lif_gate.h"
 
+#include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "device.h"
@@ -15,23 +17,35 @@ namespace ember {
 namespace binding {
 namespace {
 
-#ifndef EMBER_CUDA
+void check(bool good) {
+  STD_TORCH_CHECK(good, "ember_ext.lif_gate: invalid arguments");
+}
+
+// Looked at on a CPU only, where it costs nothing: a GPU would have to be waited for.
 template <typename C>
-bool valid(const LifGateParams& p) {
+bool valid_values(const LifGateParams& p) {
+#ifndef EMBER_CUDA
   const C *threshold = static_cast<const C*>(p.threshold), *leak = static_cast<const C*>(p.leak),
           *steepness = static_cast<const C*>(p.steepness);
-  bool good = true;
   for (int64_t i = 0; i < p.units; ++i) {
-    good &= threshold[i] - threshold[i] == 0 && leak[i] >= 0 && leak[i] <= 1 && steepness[i] > 0 &&
-            steepness[i] - steepness[i] == 0;
+    const C infinity = std::numeric_limits<C>::infinity();
+    if (!(std::fabs(threshold[i]) < infinity && leak[i] >= 0 && leak[i] <= 1 && steepness[i] > 0 &&
+          steepness[i] < infinity)) {
+      return false;
+    }
   }
-  return good;
-}
 #endif
+  return true;
+}
 
 LifGateParams describe(const Tensor& x, const Tensor& threshold, const Tensor& leak,
                        const Tensor& steepness, int64_t norm, int64_t unit_dim, double eps) {
   const int64_t dims = x.dim(), unit = unit_dim < 0 ? unit_dim + dims : unit_dim;
+  check(unit >= 0 && unit < dims && norm >= 0 && norm <= 2 && eps >= 0);
+  for (const Tensor* parameter : {&threshold, &leak, &steepness}) {
+    check(parameter->dim() == 1 && parameter->size(0) == x.size(unit) &&
+          parameter->scalar_type() == compute_type(x) && parameter->device() == x.device());
+  }
   LifGateParams p{};
   p.dtype = dtype_of(x);
   p.norm = static_cast<Norm>(norm);
@@ -54,10 +68,7 @@ LifGateParams describe(const Tensor& x, const Tensor& threshold, const Tensor& l
     for (int64_t d = unit + 1; d < dims - 1; ++d) p.unit_rows *= x.size(d);
   }
   p.rows = p.cols ? x.numel() / p.cols : 0;
-#ifndef EMBER_CUDA
-  STD_TORCH_CHECK(p.dtype == DType::f64 ? valid<double>(p) : valid<float>(p),
-                  "ember_ext.lif_gate: invalid gate parameters");
-#endif
+  check(p.dtype == DType::f64 ? valid_values<double>(p) : valid_values<float>(p));
   return p;
 }
 
@@ -74,9 +85,9 @@ Tensor lif_gate_forward(const Tensor& x_, const Tensor& threshold_, const Tensor
                         const Tensor& steepness_, int64_t norm, int64_t unit_dim, double eps) {
   const Tensor x = dense(x_), threshold = dense(threshold_), leak = dense(leak_),
                steepness = dense(steepness_);
+  LifGateParams p = describe(x, threshold, leak, steepness, norm, unit_dim, eps);
   Tensor y = torch::stable::new_empty(x, x.sizes());
   if (x.numel() == 0) return y;
-  LifGateParams p = describe(x, threshold, leak, steepness, norm, unit_dim, eps);
   p.y = y.mutable_data_ptr();
 #ifndef EMBER_CUDA
   const Tensor scratch = thread_scratch(p, x);
@@ -93,12 +104,14 @@ std::tuple<Tensor, Tensor> lif_gate_backward(const Tensor& grad_y_, const Tensor
                                              bool parameter_gradients) {
   const Tensor x = dense(x_), grad_y = dense(grad_y_), threshold = dense(threshold_),
                leak = dense(leak_), steepness = dense(steepness_);
+  LifGateParams p = describe(x, threshold, leak, steepness, norm, unit_dim, eps);
+  check(grad_y.numel() == x.numel() && grad_y.scalar_type() == x.scalar_type() &&
+        grad_y.device() == x.device());
   const ScalarType compute = compute_type(x);
   Tensor grad_x = torch::stable::new_empty(x, x.sizes());
   Tensor grad_parameters =
       torch::stable::new_empty(x, {parameter_gradients ? 3 : 0, threshold.numel()}, compute);
   if (x.numel() == 0) return {grad_x, torch::stable::zero_(grad_parameters)};
-  LifGateParams p = describe(x, threshold, leak, steepness, norm, unit_dim, eps);
   p.grad_y = grad_y.const_data_ptr();
   p.grad_x = grad_x.mutable_data_ptr();
   Tensor partial;

@@ -25,11 +25,14 @@ EMBER_HD To bit_cast(From from) {
   return to;
 }
 
-// The comparisons are written so that NaN in `x` is returned.
-template <typename T>
-EMBER_HD T clamp(T x, T low, T high) {
-  x = high < x ? high : x;
-  return low > x ? low : x;
+// Returns NaN for NaN.
+EMBER_HD float clamp(float x, float low, float high) {
+  x = x > high ? high : x;
+  return x < low ? low : x;
+}
+EMBER_HD double clamp(double x, double low, double high) {
+  x = x > high ? high : x;
+  return x < low ? low : x;
 }
 
 EMBER_HD float absolute(float x) {

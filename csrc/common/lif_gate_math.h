@@ -1,6 +1,8 @@
-// The gate on one element, and its derivatives (section 2.1 of the paper).
+// The gate on one element, and its derivatives (section 2.1 of the paper):
 //
 //   f = sigmoid(k (|x| - theta)),  g = f + lambda (1 - f),  y = x g
+//
+// Scalars in, scalars out: inside an `omp simd` loop gcc keeps structures in memory.
 #pragma once
 
 #include "elementwise_math.h"
@@ -8,43 +10,37 @@
 namespace ember {
 inline namespace EMBER_ISA {
 
+// (1 - f) / f. From it follow f = 1 / (1 + odds) and 1 - f = odds * f, the latter without the
+// cancellation that subtracting would bring as f approaches 1.
 template <typename T>
-struct GateParameters {
-  T threshold, leak, steepness;
-};
-
-// f, and 1 - f without the cancellation that subtracting would bring as f approaches 1.
-template <typename T>
-struct Firing {
-  T fire, smoulder;
-};
-
-template <typename T>
-EMBER_HD Firing<T> gate_firing(T magnitude, const GateParameters<T>& gate) {
-  const T e = exponential(-gate.steepness * (magnitude - gate.threshold));
-  const T fire = T(1) / (T(1) + e);
-  return {fire, e * fire};
+EMBER_HD T gate_odds(T magnitude, T threshold, T steepness) {
+  return exponential(steepness * (threshold - magnitude));
 }
 
+// g; `smoulder` is 1 - f.
 template <typename T>
-EMBER_HD T gate_value(const Firing<T>& f, const GateParameters<T>& gate) {
-  return f.fire + gate.leak * f.smoulder;
+EMBER_HD T gate_value(T fire, T smoulder, T leak) {
+  return fire + leak * smoulder;
 }
 
-// Derivatives of y = x g with respect to x and the three parameters.
+// dg/dz at z = k (|x| - theta).
 template <typename T>
-struct GateDerivatives {
-  T x, threshold, leak, steepness;
-};
+EMBER_HD T gate_slope(T fire, T smoulder, T leak) {
+  return (T(1) - leak) * fire * smoulder;
+}
 
+// Derivatives of y = x g. That with respect to lambda is x * smoulder.
 template <typename T>
-EMBER_HD GateDerivatives<T> gate_derivatives(T x, const Firing<T>& f,
-                                             const GateParameters<T>& gate) {
-  const T magnitude = absolute(x);
-  const T slope = (T(1) - gate.leak) * f.fire * f.smoulder;  // dg/d(k (|x| - theta))
-  const T x_slope = x * slope;
-  return {gate_value(f, gate) + magnitude * gate.steepness * slope, -gate.steepness * x_slope,
-          x * f.smoulder, (magnitude - gate.threshold) * x_slope};
+EMBER_HD T gate_dy_dx(T magnitude, T steepness, T value, T slope) {
+  return value + magnitude * steepness * slope;
+}
+template <typename T>
+EMBER_HD T gate_dy_dthreshold(T x, T steepness, T slope) {
+  return -steepness * x * slope;
+}
+template <typename T>
+EMBER_HD T gate_dy_dsteepness(T x, T magnitude, T threshold, T slope) {
+  return (magnitude - threshold) * x * slope;
 }
 
 }  // namespace EMBER_ISA

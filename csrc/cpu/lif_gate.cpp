@@ -13,18 +13,21 @@ namespace ember {
 inline namespace EMBER_ISA {
 namespace {
 
+// The parameters of element j of a row, where every column is a unit and where the row is one.
 template <typename C>
 struct ColumnGates {
-  const C *threshold, *leak, *steepness;
-  EMBER_HD GateParameters<C> operator()(int64_t j) const {
-    return {threshold[j], leak[j], steepness[j]};
-  }
+  const C *thresholds, *leaks, *steepnesses;
+  EMBER_HD C threshold(int64_t j) const { return thresholds[j]; }
+  EMBER_HD C leak(int64_t j) const { return leaks[j]; }
+  EMBER_HD C steepness(int64_t j) const { return steepnesses[j]; }
 };
 
 template <typename C>
 struct RowGate {
-  GateParameters<C> gate;
-  EMBER_HD GateParameters<C> operator()(int64_t) const { return gate; }
+  C row_threshold, row_leak, row_steepness;
+  EMBER_HD C threshold(int64_t) const { return row_threshold; }
+  EMBER_HD C leak(int64_t) const { return row_leak; }
+  EMBER_HD C steepness(int64_t) const { return row_steepness; }
 };
 
 template <Norm norm, typename C>
@@ -76,8 +79,9 @@ EMBER_HD void forward_row(int64_t n, const C* x, const Gates& gates, double eps,
   C x_sum = 0, y_sum = 0;
 #pragma omp simd reduction(+ : x_sum, y_sum)
   for (int64_t j = 0; j < n; ++j) {
-    const GateParameters<C> gate = gates(j);
-    const C out = x[j] * gate_value(gate_firing(absolute(x[j]), gate), gate);
+    const C odds = gate_odds(absolute(x[j]), gates.threshold(j), gates.steepness(j));
+    const C fire = C(1) / (C(1) + odds);
+    const C out = x[j] * gate_value(fire, odds * fire, gates.leak(j));
     x_sum += norm_term<norm>(x[j]);
     y_sum += norm_term<norm>(out);
     y[j] = out;
@@ -162,85 +166,69 @@ EMBER_HD void store_row(const C* buffer, int64_t n, T* row) {
   for (int64_t j = 0; j < n; ++j) narrow(buffer[j], row[j]);
 }
 
-template <typename C>
-struct ElementGradients {
-  C x, threshold, leak, steepness;
-};
-
-template <Norm norm, typename R, typename C>
-EMBER_HD ElementGradients<C> backward_element(C x, C grad_y, const Firing<C>& f,
-                                              const GateParameters<C>& gate,
-                                              const NormGradient<R>& ng) {
-  const GateDerivatives<C> d = gate_derivatives(x, f, gate);
-  C dy = grad_y, through_norm = 0;
-  if (norm != Norm::none) {
-    dy = C(ng.ratio * dy + ng.from_y * norm_slope<norm>(x * gate_value(f, gate)));
-    through_norm = C(ng.from_x * norm_slope<norm>(x));
-  }
-  return {through_norm + dy * d.x, dy * d.threshold, dy * d.leak, dy * d.steepness};
-}
-
-// One row of backward. `sums`, if not null, holds the running parameter gradients [3, stride].
-template <Norm norm, typename R, typename C>
-EMBER_HD void backward_row(int64_t n, const C* x, const C* grad_y, const C* fire, const C* smoulder,
-                           const ColumnGates<C>& gates, const NormGradient<R>& ng, C* grad_x,
-                           C* sums, int64_t stride) {
-  const auto at = [&](int64_t j) {
-    const GateParameters<C> gate = gates(j);
-    const Firing<C> f =
-        norm == Norm::none ? gate_firing(absolute(x[j]), gate) : Firing<C>{fire[j], smoulder[j]};
-    return backward_element<norm>(x[j], grad_y[j], f, gate, ng);
-  };
-  if (!sums) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) grad_x[j] = at(j).x;
-    return;
-  }
-  C *threshold = sums, *leak = sums + stride, *steepness = sums + 2 * stride;
-#pragma omp simd
+// One row of backward. `sums` holds the running parameter gradients [3, stride], of the row's
+// columns or of its one unit; without `want_sums` it is not touched.
+template <Norm norm, bool want_sums, typename R, typename C, typename Gates>
+EMBER_HD void backward_row(int64_t n, const C* x, const C* grad_y, const C* fires,
+                           const C* smoulders, const Gates& gates, const NormGradient<R>& ng,
+                           C* grad_x, C* sums, int64_t stride) {
+  constexpr bool per_column = std::is_same<Gates, ColumnGates<C>>::value;
+  const R ratio = ng.ratio, from_y = ng.from_y, from_x = ng.from_x;
+  C *thresholds = sums, *leaks = sums + stride, *steepnesses = sums + 2 * stride;
+  C threshold_sum = 0, leak_sum = 0, steepness_sum = 0;
+#pragma omp simd reduction(+ : threshold_sum, leak_sum, steepness_sum)
   for (int64_t j = 0; j < n; ++j) {
-    const ElementGradients<C> g = at(j);
-    grad_x[j] = g.x;
-    threshold[j] += g.threshold;
-    leak[j] += g.leak;
-    steepness[j] += g.steepness;
+    const C magnitude = absolute(x[j]), threshold = gates.threshold(j), leak = gates.leak(j),
+            steepness = gates.steepness(j);
+    C fire, smoulder;
+    if (norm == Norm::none) {
+      const C odds = gate_odds(magnitude, threshold, steepness);
+      fire = C(1) / (C(1) + odds);
+      smoulder = odds * fire;
+    } else {
+      fire = fires[j];
+      smoulder = smoulders[j];
+    }
+    const C value = gate_value(fire, smoulder, leak), slope = gate_slope(fire, smoulder, leak);
+    C dy = grad_y[j], dx = 0;
+    if (norm != Norm::none) {
+      dy = C(ratio * dy + from_y * norm_slope<norm>(x[j] * value));
+      dx = C(from_x * norm_slope<norm>(x[j]));
+    }
+    const C d_threshold = dy * gate_dy_dthreshold(x[j], steepness, slope),
+            d_leak = dy * x[j] * smoulder,
+            d_steepness = dy * gate_dy_dsteepness(x[j], magnitude, threshold, slope);
+    grad_x[j] = dx + dy * gate_dy_dx(magnitude, steepness, value, slope);
+    if (want_sums && per_column) {
+      thresholds[j] += d_threshold;
+      leaks[j] += d_leak;
+      steepnesses[j] += d_steepness;
+    } else if (want_sums) {
+      threshold_sum += d_threshold;
+      leak_sum += d_leak;
+      steepness_sum += d_steepness;
+    }
+  }
+  if (want_sums && !per_column) {
+    *thresholds += threshold_sum;
+    *leaks += leak_sum;
+    *steepnesses += steepness_sum;
   }
 }
 
-template <Norm norm, typename R, typename C>
-EMBER_HD void backward_row(int64_t n, const C* x, const C* grad_y, const C* fire, const C* smoulder,
-                           const RowGate<C>& gates, const NormGradient<R>& ng, C* grad_x, C* sums,
-                           int64_t stride) {
-  C threshold = 0, leak = 0, steepness = 0;
-#pragma omp simd reduction(+ : threshold, leak, steepness)
-  for (int64_t j = 0; j < n; ++j) {
-    const Firing<C> f = norm == Norm::none ? gate_firing(absolute(x[j]), gates.gate)
-                                           : Firing<C>{fire[j], smoulder[j]};
-    const ElementGradients<C> g = backward_element<norm>(x[j], grad_y[j], f, gates.gate, ng);
-    grad_x[j] = g.x;
-    threshold += g.threshold;
-    leak += g.leak;
-    steepness += g.steepness;
-  }
-  if (!sums) return;
-  sums[0] += threshold;
-  sums[stride] += leak;
-  sums[2 * stride] += steepness;
-}
-
-// The first loop over a row that has a norm: its sums, and the gate's state for the second loop.
+// The first loop over a row that has a norm: its sums, and what the second loop reads.
 template <Norm norm, typename C, typename Gates>
 EMBER_HD RowSums<C> backward_sums(int64_t n, const C* x, const C* grad_y, const Gates& gates,
-                                  C* fire, C* smoulder, C* y_row) {
+                                  C* fires, C* smoulders, C* ys) {
   C x_sum = 0, y_sum = 0, dot = 0;
 #pragma omp simd reduction(+ : x_sum, y_sum, dot)
   for (int64_t j = 0; j < n; ++j) {
-    const GateParameters<C> gate = gates(j);
-    const Firing<C> f = gate_firing(absolute(x[j]), gate);
-    const C y = x[j] * gate_value(f, gate);
-    fire[j] = f.fire;
-    smoulder[j] = f.smoulder;
-    y_row[j] = y;
+    const C odds = gate_odds(absolute(x[j]), gates.threshold(j), gates.steepness(j));
+    const C fire = C(1) / (C(1) + odds);
+    const C y = x[j] * gate_value(fire, odds * fire, gates.leak(j));
+    fires[j] = fire;
+    smoulders[j] = odds * fire;
+    ys[j] = y;
     x_sum += norm_term<norm>(x[j]);
     y_sum += norm_term<norm>(y);
     dot += grad_y[j] * y;
@@ -248,13 +236,13 @@ EMBER_HD RowSums<C> backward_sums(int64_t n, const C* x, const C* grad_y, const 
   return {x_sum, y_sum, dot};
 }
 
-template <Norm norm, typename C, typename Gates>
+template <Norm norm, bool want_sums, typename C, typename Gates>
 EMBER_HD void backward_whole_row(int64_t n, const C* x, const C* grad_y, const Gates& gates,
                                  double eps, const Scratch<C>& s, C* grad_x, C* sums,
                                  int64_t stride) {
   if (norm == Norm::none) {
-    backward_row<norm>(n, x, grad_y, s.fire, s.smoulder, gates, NormGradient<C>{}, grad_x, sums,
-                       stride);
+    backward_row<norm, want_sums>(n, x, grad_y, s.fire, s.smoulder, gates, NormGradient<C>{},
+                                  grad_x, sums, stride);
     return;
   }
   // grad_x is not read before the second loop writes it, so it can hold y until then.
@@ -262,14 +250,14 @@ EMBER_HD void backward_whole_row(int64_t n, const C* x, const C* grad_y, const G
   const RowNorms norms = row_norms<norm, C>(n, x, grad_x, row, eps);
   if (row.trustworthy()) {
     const NormGradient<double> ng = norm_gradient<norm>(norms, row.dot, eps);
-    backward_row<norm>(n, x, grad_y, s.fire, s.smoulder, gates,
-                       NormGradient<C>{C(ng.ratio), C(ng.from_y), C(ng.from_x)}, grad_x, sums,
-                       stride);
+    backward_row<norm, want_sums>(n, x, grad_y, s.fire, s.smoulder, gates,
+                                  NormGradient<C>{C(ng.ratio), C(ng.from_y), C(ng.from_x)}, grad_x,
+                                  sums, stride);
   } else {
     double dot = 0;
     for (int64_t j = 0; j < n; ++j) dot += double(grad_y[j]) * double(grad_x[j]);
-    backward_row<norm>(n, x, grad_y, s.fire, s.smoulder, gates,
-                       norm_gradient<norm>(norms, dot, eps), grad_x, sums, stride);
+    backward_row<norm, want_sums>(n, x, grad_y, s.fire, s.smoulder, gates,
+                                  norm_gradient<norm>(norms, dot, eps), grad_x, sums, stride);
   }
 }
 
@@ -286,8 +274,8 @@ template <typename C>
 struct GatesOf<C, false> {
   static EMBER_HD RowGate<C> at(const LifGateParams& p, int64_t row, int64_t) {
     const int64_t unit = row / p.unit_rows % p.units;
-    return {{static_cast<const C*>(p.threshold)[unit], static_cast<const C*>(p.leak)[unit],
-             static_cast<const C*>(p.steepness)[unit]}};
+    return {static_cast<const C*>(p.threshold)[unit], static_cast<const C*>(p.leak)[unit],
+            static_cast<const C*>(p.steepness)[unit]};
   }
 };
 
@@ -322,30 +310,29 @@ EMBER_HD void flush(int64_t n, C* sums, double* total) {
 }
 
 // The rows [row, row_end) and columns [first, first + n): one block, or one tile of it.
-template <typename T, Norm norm, bool per_column>
+template <typename T, Norm norm, bool per_column, bool want_sums>
 void backward_block(const LifGateParams& p, const Scratch<compute_t<T>>& s, int64_t block,
                     int64_t first, int64_t n) {
   using C = compute_t<T>;
   const int64_t flush_rows = 32, block_rows = lif_gate_block_rows(p);
   const int64_t row_end = (block + 1) * block_rows < p.rows ? (block + 1) * block_rows : p.rows;
   const int64_t units = per_column ? n : p.units;
-  const bool want_sums = p.grad_parameters != nullptr;
   for (int64_t j = 0; want_sums && j < 3 * units; ++j) {
     s.sums[j] = 0;
     s.total[j] = 0;
   }
   for (int64_t row = block * block_rows; row < row_end; ++row) {
     const int64_t tile = lif_gate_tile_cols(p);
-    C* sums = !want_sums ? nullptr : per_column ? s.sums : s.sums + row / p.unit_rows % p.units;
+    C* sums = per_column ? s.sums : s.sums + row / p.unit_rows % p.units;
     for (int64_t from = first; from < first + n; from += tile) {
       const int64_t width = first + n - from < tile ? first + n - from : tile;
       const int64_t offset = row * p.cols + from;
       T* grad_x = static_cast<T*>(p.grad_x) + offset;
       C* written = row_to_write(grad_x, s.written);
-      backward_whole_row<norm>(width, load_row(static_cast<const T*>(p.x) + offset, width, s.x),
-                               load_row(static_cast<const T*>(p.grad_y) + offset, width, s.grad_y),
-                               GatesOf<C, per_column>::at(p, row, from), p.eps, s, written, sums,
-                               units);
+      backward_whole_row<norm, want_sums>(
+          width, load_row(static_cast<const T*>(p.x) + offset, width, s.x),
+          load_row(static_cast<const T*>(p.grad_y) + offset, width, s.grad_y),
+          GatesOf<C, per_column>::at(p, row, from), p.eps, s, written, sums, units);
       store_row(written, width, grad_x);
     }
     if (want_sums && (row + 1) % flush_rows == 0) flush(3 * units, s.sums, s.total);
@@ -372,7 +359,11 @@ void backward(const LifGateParams& p, const ThreadPool& pool) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % tiles * width;
       const int64_t n = p.cols - first < width ? p.cols - first : width;
-      backward_block<T, norm, per_column>(p, s, i / tiles, first, n);
+      if (p.grad_parameters) {
+        backward_block<T, norm, per_column, true>(p, s, i / tiles, first, n);
+      } else {
+        backward_block<T, norm, per_column, false>(p, s, i / tiles, first, n);
+      }
     }
   });
   if (!p.grad_parameters) return;
