@@ -160,11 +160,11 @@ _PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "cfc_units": 144,
         "bias": True,
         "block_size": 64,
-        "steps": 600,
+        "steps": 400,
         "learning_rate": 6e-3,
         "lr_schedule": "cosine",
         "warmup_steps": 50,
-        "eval_interval": 150,
+        "eval_interval": 100,
         "eval_iters": 10,
     },
 }

@@ -1,0 +1,93 @@
+"""The paper's measures against cases that can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from ember_ext.analysis.metrics import (
+    attention_entropy,
+    collect_metrics,
+    fire_rate,
+    neuron_entropy,
+)
+from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
+
+SIZES: dict[str, Any] = {"block_size": 12, "vocab_size": 11, "n_layer": 2, "n_embd": 16}
+
+
+def uniform_attention(length: int) -> torch.Tensor:
+    visible = torch.ones(length, length).tril()
+    return visible / visible.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(256, 4.560), (128, 3.878)])
+def test_entropy_of_uniform_attention(length: int, expected: float) -> None:
+    entropy = attention_entropy(uniform_attention(length).expand(2, 3, -1, -1))
+    assert entropy.tolist() == pytest.approx([expected] * 3, abs=5e-4)
+
+
+def test_entropy_of_pointing_attention() -> None:
+    assert attention_entropy(torch.eye(5).expand(1, 2, 5, 5)).tolist() == [0.0, 0.0]
+
+
+def test_fire_rate_and_entropy_of_neurons() -> None:
+    always, never = torch.full((8, 5), 0.9), torch.full((8, 5), 0.1)
+    half = torch.cat((always[:4], never[:4]))
+    firing = torch.stack((always, never, half), dim=-1)
+    assert fire_rate(firing).tolist() == [1.0, 0.0, 0.5]
+    assert neuron_entropy(firing).tolist() == pytest.approx([0, 0, math.log(2)], abs=1e-6)
+
+
+def test_neuron_entropy_of_even_spread() -> None:
+    firing = torch.linspace(0, 1, 1000)[:, None]
+    assert neuron_entropy(firing).item() == pytest.approx(math.log(10), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "condition", ["standard", "lif", "lif-fixed", "lif-refractory", "qwen-gate"]
+)
+def test_transformer_metrics(condition: Any) -> None:
+    torch.manual_seed(0)
+    model = Ember(EmberConfig(n_head=4, condition=condition, **SIZES)).eval()
+    metrics = collect_metrics(model, torch.randint(11, (3, 12)), "seed")
+    gated = condition.startswith("lif")
+    assert len(metrics["gates"]) == (2 if gated else 0)
+    assert all(len(gate["leak"]) == 4 for gate in metrics["gates"].values())
+    # Weights this small leave attention nearly uniform.
+    uniform = attention_entropy(uniform_attention(12)[None, None]).item()
+    for layer in metrics["attention_entropy"]:
+        assert layer == pytest.approx([uniform] * 4, rel=1e-2)
+
+
+@pytest.mark.parametrize("condition", ["standard", "lif"])
+def test_cfc_metrics_use_one_virtual_gate_for_all(condition: Any) -> None:
+    torch.manual_seed(0)
+    config = LiquidEmberConfig(cfc_units=24, condition=condition, gate_preset="released", **SIZES)
+    model = LiquidEmber(config).eval()
+    metrics = collect_metrics(model, torch.randint(11, (3, 12)), "released")
+    assert all(0 <= rate <= 1 for rate in metrics["virtual_fire_rate"])
+    if condition == "standard":
+        assert metrics["fire_rate"] == metrics["neuron_entropy"] == [None, None]
+        return
+    # A gate that has not learned yet is the virtual one.
+    assert metrics["fire_rate"] == metrics["virtual_fire_rate"]
+    assert metrics["neuron_entropy"] == metrics["virtual_neuron_entropy"]
+    with torch.no_grad():
+        for gate in model.gates().values():
+            gate.threshold.fill_(1e6)
+    after = collect_metrics(model, torch.randint(11, (3, 12)), "released")
+    assert after["fire_rate"] == [0.0, 0.0]
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = LiquidEmber(LiquidEmberConfig(cfc_units=24, **SIZES)).eval()
+    windows = torch.randint(11, (3, 12))
+    before = model(windows)[0]
+    collect_metrics(model, windows, "seed")
+    assert torch.equal(model(windows)[0], before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
