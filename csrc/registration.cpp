@@ -11,7 +11,7 @@
 #include "binding/device.h"
 
 // Every operator once: X(<stem>).
-#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate)
+#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(cfc_scan)
 
 namespace {
 
@@ -24,6 +24,16 @@ constexpr const char* schemas[] = {
     "int unit_dim, float eps) -> Tensor",
     "lif_gate_backward(Tensor grad_y, Tensor x, Tensor threshold, Tensor leak, Tensor steepness, "
     "int norm, int unit_dim, float eps, bool parameter_gradients) -> (Tensor, Tensor)",
+    "cfc_scan(Tensor x, Tensor h0, Tensor[] weights, Tensor? timespans, Tensor? lengths, "
+    "Tensor? dropout_scale, Tensor? decay, int mode, int activation, int chunk) "
+    "-> (Tensor, Tensor, Tensor)",
+    "cfc_scan_forward(Tensor x, Tensor h0, Tensor[] weights, Tensor? timespans, Tensor? lengths, "
+    "Tensor? dropout_scale, Tensor? decay, int mode, int activation, int chunk) "
+    "-> (Tensor, Tensor, Tensor)",
+    "cfc_scan_backward(Tensor grad_y, Tensor grad_h_last, Tensor saved, Tensor? x, "
+    "Tensor[] weights, Tensor? timespans, Tensor? lengths, Tensor? dropout_scale, Tensor? decay, "
+    "int mode, int activation, int chunk, bool input_gradient, bool weight_gradients) "
+    "-> (Tensor, Tensor, Tensor[], Tensor, Tensor)",
 };
 
 }  // namespace

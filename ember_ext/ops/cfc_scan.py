@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ember_ext import reference
+from ember_ext import _native, reference
 from ember_ext.ops import _checks
 from ember_ext.reference.cfc_scan import Affine, CfCWeights
 
@@ -18,6 +18,9 @@ Activation = Literal["lecun_tanh", "tanh", "relu", "silu", "gelu"]
 _OP = "cfc_scan"
 MODES = ("default", "pure", "no_gate")
 ACTIVATIONS = ("lecun_tanh", "tanh", "relu", "silu", "gelu")
+MAX_UNCHUNKED = 1024
+"""The longest sequence whose activations are all kept by default."""
+DEFAULT_CHUNK = 128
 
 
 def cfc_scan(
@@ -75,16 +78,100 @@ def cfc_scan(
         low = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(low), _round_matrices(weights, low)
     with torch.autocast(x.device.type, enabled=False):
-        return reference.cfc_scan(
-            x,
-            weights,
-            h0,
-            timespans=timespans,
-            lengths=lengths,
-            mode=mode,
-            activation=activation,
-            dropout_scale=dropout_scale,
+        if not _native.has(x.device.type):
+            return reference.cfc_scan(
+                x,
+                weights,
+                h0,
+                timespans=timespans,
+                lengths=lengths,
+                mode=mode,
+                activation=activation,
+                dropout_scale=dropout_scale,
+            )
+        return _native_scan(
+            x, weights, h0, timespans, lengths, mode, activation, dropout_scale, chunk_size
         )
+
+
+def _native_scan(
+    x: Tensor,
+    weights: CfCWeights,
+    h0: Tensor | None,
+    timespans: Tensor | float,
+    lengths: Tensor | None,
+    mode: str,
+    activation: str,
+    dropout_scale: Tensor | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = _checks.compute_dtype(x.dtype)
+    batch, steps, _ = x.shape
+    if isinstance(timespans, Tensor):
+        timespans = timespans.to(dtype)
+    varying = isinstance(timespans, Tensor) and timespans.dim() > 0
+    maps = [_joined(affine, dtype) for affine in weights.backbone]
+    maps.append(_joined_heads(weights, mode, None if varying else timespans, dtype))
+    decay = spans = None
+    if mode == "pure":
+        assert weights.w_tau is not None
+        assert weights.amplitude is not None
+        decay = torch.stack([weights.w_tau, weights.amplitude]).to(dtype)
+        if not isinstance(timespans, Tensor):
+            spans = x.new_full((batch, steps), timespans, dtype=dtype)
+        elif not varying:
+            spans = timespans.expand(batch, steps)
+    if varying:
+        spans = timespans.reshape(batch, steps)  # type: ignore[union-attr]
+    if h0 is None:
+        state = x.new_zeros(batch, weights.ff1.bias.shape[0], dtype=dtype)
+    else:
+        state = h0.to(dtype)
+    tensors = (
+        x,
+        state,
+        maps,
+        spans,
+        None if lengths is None else lengths.to(torch.int64),
+        None if dropout_scale is None else dropout_scale.to(dtype),
+        decay,
+    )
+    options = (MODES.index(mode), ACTIVATIONS.index(activation))
+    differentiable = [x, state, *maps, spans, decay]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        if chunk_size is None:
+            chunk_size = 0 if steps <= MAX_UNCHUNKED else DEFAULT_CHUNK
+        y, h_last, _ = torch.ops.ember_ext.cfc_scan(*tensors, *options, chunk_size)
+    else:
+        y, h_last, _ = torch.ops.ember_ext.cfc_scan_forward(*tensors, *options, -1)
+    return y, h_last.to(x.dtype)
+
+
+def _joined(affine: Affine, dtype: torch.dtype) -> Tensor:
+    """An affine map as one matrix [out, 1 + in], the bias first."""
+    return torch.cat([affine.bias.to(dtype)[:, None], affine.weight.to(dtype)], 1)
+
+
+def _joined_heads(
+    weights: CfCWeights, mode: str, timespan: Tensor | float | None, dtype: torch.dtype
+) -> Tensor:
+    """The heads below each other, [heads * H, 1 + Z].
+
+    With one time span for all steps, time_a and time_b come to a single head, Δt time_a + time_b.
+    """
+    heads = [weights.ff1] if weights.ff2 is None else [weights.ff1, weights.ff2]
+    if mode == "pure":
+        heads = heads[:1]
+    matrices = [_joined(head, dtype) for head in heads]
+    if weights.mask is not None:
+        mask = torch.nn.functional.pad(weights.mask.to(dtype), (1, 0), value=1.0)
+        matrices = [matrix * mask for matrix in matrices]
+    if mode != "pure":
+        assert weights.time_a is not None
+        assert weights.time_b is not None
+        time_a, time_b = _joined(weights.time_a, dtype), _joined(weights.time_b, dtype)
+        matrices += [time_a, time_b] if timespan is None else [timespan * time_a + time_b]
+    return torch.cat(matrices)
 
 
 def _round_matrices(weights: CfCWeights, dtype: torch.dtype) -> CfCWeights:
@@ -206,3 +293,127 @@ def _check_lengths(lengths: Tensor | None, x: Tensor) -> None:
             index = int((~good).nonzero()[0])
             got = f"{lengths[index].item()} at index {index}"
             _checks.fail(_OP, "lengths", f"within [0, T] = [0, {steps}]", got)
+
+
+def _pad(n: int) -> int:
+    return (n + 15) // 16 * 16
+
+
+def _stride(n: int) -> int:
+    return ((n + 15) // 16 | 1) * 16
+
+
+def _saved_size(
+    x: Tensor, hidden: int, weights: list[Tensor], spans: Tensor | None, mode: int, chunk: int
+) -> int:
+    """Elements of the saved tensor; csrc/common/cfc_scan.h says what they are."""
+    batch, steps, inputs = x.shape
+    if chunk < 0:
+        return 0
+    if chunk > 0:
+        return (steps + chunk - 1) // chunk * batch * hidden
+    heads = 1 if MODES[mode] == "pure" else 3 if spans is None else 4
+    first = _stride(1 + inputs + _pad(hidden))
+    row = first + heads * _pad(hidden)
+    for matrix in weights[:-1]:
+        row += _pad(matrix.shape[0]) + _stride(1 + _pad(matrix.shape[0]))
+    return (steps * row + first) * batch
+
+
+def _register() -> None:
+    """Give the operators their fake kernels and gradients."""
+
+    @torch.library.register_fake("ember_ext::cfc_scan")
+    @torch.library.register_fake("ember_ext::cfc_scan_forward")
+    def _(
+        x: Tensor, h0: Tensor, weights: list[Tensor], spans: Tensor | None, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *_, mode, _, chunk = options
+        hidden = h0.shape[1]
+        size = _saved_size(x, hidden, weights, spans, mode, chunk)
+        return (
+            x.new_empty(x.shape[0], x.shape[1], hidden),
+            h0.new_empty(h0.shape),
+            h0.new_empty(size),
+        )
+
+    @torch.library.register_fake("ember_ext::cfc_scan_backward")
+    def _(
+        grad_y: Tensor,
+        grad_h_last: Tensor,
+        saved: Tensor,
+        x: Tensor | None,
+        weights: list[Tensor],
+        spans: Tensor | None,
+        lengths: Tensor | None,
+        dropout_scale: Tensor | None,
+        decay: Tensor | None,
+        mode: int,
+        activation: int,
+        chunk: int,
+        input_gradient: bool,
+        weight_gradients: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
+        batch, steps, hidden = grad_y.shape
+        inputs = weights[0].shape[1] - 1 - hidden
+        return (
+            grad_y.new_empty(batch if input_gradient else 0, steps, inputs),
+            grad_h_last.new_empty(batch, hidden),
+            [w.new_empty(w.shape[0] if weight_gradients else 0, w.shape[1]) for w in weights],
+            grad_h_last.new_empty(0 if spans is None else batch, steps),
+            grad_h_last.new_empty(2 if decay is not None and weight_gradients else 0, hidden),
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, _, weights, spans, lengths, dropout_scale, decay, *ctx.options = inputs
+        y, h_last, saved = output
+        chunk = ctx.options[-1]
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dtypes, ctx.num_weights = y.shape, (y.dtype, h_last.dtype), len(weights)
+        # The tape holds a copy of x.
+        kept_x = x if chunk > 0 else None
+        ctx.save_for_backward(saved, kept_x, spans, lengths, dropout_scale, decay, *weights)
+
+    def backward(ctx: Any, grad_y: Tensor | None, grad_h_last: Tensor | None, _: Any) -> Any:
+        saved, x, spans, lengths, dropout_scale, decay, *weights = ctx.saved_tensors
+        if grad_y is None:
+            grad_y = saved.new_zeros(ctx.shape, dtype=ctx.dtypes[0])
+        if grad_h_last is None:
+            grad_h_last = saved.new_zeros((ctx.shape[0], ctx.shape[2]))
+        wanted = ctx.needs_input_grad
+        weight_gradients = any(wanted[2]) if isinstance(wanted[2], (list, tuple)) else wanted[2]
+        grad_x, grad_h0, grad_weights, grad_spans, grad_decay = (
+            torch.ops.ember_ext.cfc_scan_backward(
+                grad_y,
+                grad_h_last,
+                saved,
+                x,
+                weights,
+                spans,
+                lengths,
+                dropout_scale,
+                decay,
+                *ctx.options,
+                wanted[0],
+                weight_gradients or wanted[6],
+            )
+        )
+        return (
+            grad_x if wanted[0] else None,
+            grad_h0,
+            grad_weights if weight_gradients else [None] * len(weights),
+            grad_spans if wanted[3] else None,
+            None,
+            None,
+            grad_decay if wanted[6] else None,
+            None,
+            None,
+            None,
+        )
+
+    torch.library.register_autograd("ember_ext::cfc_scan", backward, setup_context=setup_context)
+    _checks.forbid_double_backward("ember_ext::cfc_scan_backward", _OP)
+
+
+if _native.has("cpu"):
+    _register()

@@ -1,0 +1,151 @@
+// ember_ext::cfc_scan_forward and cfc_scan_backward: tensors to CfcScanParams.
+//
+// Shapes, dtypes, devices and values are checked in ember_ext/ops/cfc_scan.py; here they are taken
+// as given.
+#include "../common/cfc_scan.h"
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "device.h"
+
+EMBER_KERNEL(cfc_scan_forward, CfcScanParams)
+EMBER_KERNEL(cfc_scan_backward, CfcScanParams)
+
+namespace ember {
+namespace binding {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+// Dense copies where needed, kept alive for as long as the parameters point to them.
+struct Arguments {
+  CfcScanParams p{};
+  std::vector<CfcLayer> layers;
+  Tensors held;
+
+  const void* hold(const Tensor& t) {
+    held.push_back(dense(t));
+    return held.back().const_data_ptr();
+  }
+  const void* hold(const MaybeTensor& t) { return t ? hold(*t) : nullptr; }
+
+  // p.dtype, batch, steps, inputs and hidden are set.
+  void describe(const Tensors& weights, const MaybeTensor& timespans, const MaybeTensor& lengths,
+                const MaybeTensor& dropout_scale, const MaybeTensor& decay, int64_t mode,
+                int64_t activation) {
+    p.mode = static_cast<CfcMode>(mode);
+    p.activation = static_cast<CfcActivation>(activation);
+    p.num_layers = int64_t(weights.size());
+    layers.resize(weights.size());
+    for (size_t l = 0; l < weights.size(); ++l) {
+      const bool is_heads = l + 1 == weights.size();
+      const int64_t rows = weights[l].size(0);
+      layers[l].weight = hold(weights[l]);
+      layers[l].inputs = weights[l].size(1) - 1;
+      layers[l].units = is_heads ? p.hidden : rows;
+      layers[l].segments = !is_heads ? 1 : p.mode == CfcMode::pure ? 1 : timespans ? 4 : 3;
+    }
+    p.heads = layers.back().segments;
+    p.timespans = hold(timespans);
+    p.lengths = static_cast<const int64_t*>(hold(lengths));
+    p.dropout_scale = hold(dropout_scale);
+    p.decay = hold(decay);
+    cfc_lay_out(p, layers.data());
+  }
+
+  Tensor workspace(const Tensor& like, ScalarType compute, bool backward) {
+    Tensor t = torch::stable::new_empty(like, {cfc_workspace(p, backward).size}, compute);
+    p.workspace = t.mutable_data_ptr();
+    return t;
+  }
+};
+
+// chunk < 0: nothing is saved; 0: the tape; > 0: the states at the chunks' borders.
+std::tuple<Tensor, Tensor, Tensor> cfc_scan_forward(
+    const Tensor& x, const Tensor& h0, Tensors weights, MaybeTensor timespans, MaybeTensor lengths,
+    MaybeTensor dropout_scale, MaybeTensor decay, int64_t mode, int64_t activation, int64_t chunk) {
+  const ScalarType compute = compute_type(x);
+  Arguments a;
+  CfcScanParams& p = a.p;
+  p.dtype = dtype_of(x);
+  p.batch = x.size(0);
+  p.steps = x.size(1);
+  p.inputs = x.size(2);
+  p.hidden = h0.size(1);
+  p.chunk = chunk > 0 ? chunk : 0;
+  a.describe(weights, timespans, lengths, dropout_scale, decay, mode, activation);
+  p.x = a.hold(x);
+  p.h0 = a.hold(h0);
+  Tensor y = torch::stable::new_empty(x, {p.batch, p.steps, p.hidden});
+  Tensor h_last = torch::stable::new_empty(x, {p.batch, p.hidden}, compute);
+  const int64_t saved_size = chunk < 0    ? 0
+                             : chunk == 0 ? cfc_tape_size(p, p.steps)
+                                          : (p.steps + chunk - 1) / chunk * p.batch * p.hidden;
+  Tensor saved = torch::stable::new_empty(x, {saved_size}, compute);
+  p.y = y.mutable_data_ptr();
+  p.h_last = h_last.mutable_data_ptr();
+  p.saved = chunk < 0 ? nullptr : saved.mutable_data_ptr();
+  if (p.batch * p.hidden > 0) {
+    const Tensor workspace = a.workspace(x, compute, false);
+    EMBER_LAUNCH(cfc_scan_forward, p, x);
+  }
+  return {y, h_last, saved};
+}
+
+// Gradients of x, h0, the weights, the time spans and decay; empty where not asked for.
+std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> cfc_scan_backward(
+    const Tensor& grad_y, const Tensor& grad_h_last, const Tensor& saved, MaybeTensor x,
+    Tensors weights, MaybeTensor timespans, MaybeTensor lengths, MaybeTensor dropout_scale,
+    MaybeTensor decay, int64_t mode, int64_t activation, int64_t chunk, bool input_gradient,
+    bool weight_gradients) {
+  const ScalarType compute = compute_type(grad_y);
+  Arguments a;
+  CfcScanParams& p = a.p;
+  p.dtype = dtype_of(grad_y);
+  p.batch = grad_y.size(0);
+  p.steps = grad_y.size(1);
+  p.hidden = grad_y.size(2);
+  p.inputs = weights[0].size(1) - 1 - p.hidden;
+  p.chunk = chunk;
+  a.describe(weights, timespans, lengths, dropout_scale, decay, mode, activation);
+  p.x = a.hold(x);
+  p.grad_y = a.hold(grad_y);
+  p.grad_h_last = a.hold(grad_h_last);
+  p.saved = saved.mutable_data_ptr();
+  const int64_t wanted = input_gradient ? 1 : 0;
+  Tensor grad_x =
+      torch::stable::new_empty(grad_y, {wanted * p.batch, p.steps, p.inputs}, grad_y.scalar_type());
+  Tensor grad_h0 = torch::stable::new_empty(grad_y, {p.batch, p.hidden}, compute);
+  Tensor grad_timespans =
+      torch::stable::new_empty(grad_y, {timespans ? p.batch : 0, p.steps}, compute);
+  Tensor grad_decay =
+      torch::stable::new_empty(grad_y, {decay && weight_gradients ? 2 : 0, p.hidden}, compute);
+  Tensors grad_weights;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const int64_t rows = weight_gradients ? weights[l].size(0) : 0;
+    grad_weights.push_back(
+        torch::stable::new_empty(grad_y, {rows, weights[l].size(1)}, compute));
+    if (weight_gradients) a.layers[l].grad_weight = grad_weights[l].mutable_data_ptr();
+  }
+  p.grad_x = input_gradient ? grad_x.mutable_data_ptr() : nullptr;
+  p.grad_h0 = grad_h0.mutable_data_ptr();
+  p.grad_timespans = timespans ? grad_timespans.mutable_data_ptr() : nullptr;
+  p.grad_decay = decay && weight_gradients ? grad_decay.mutable_data_ptr() : nullptr;
+  const Tensor workspace = a.workspace(grad_y, compute, true);
+  EMBER_LAUNCH(cfc_scan_backward, p, grad_y);
+  return {grad_x, grad_h0, grad_weights, grad_timespans, grad_decay};
+}
+
+}  // namespace
+
+void register_cfc_scan(torch::stable::detail::StableLibrary& library) {
+  library.impl("cfc_scan", TORCH_BOX(&cfc_scan_forward));
+  library.impl("cfc_scan_forward", TORCH_BOX(&cfc_scan_forward));
+  library.impl("cfc_scan_backward", TORCH_BOX(&cfc_scan_backward));
+}
+
+}  // namespace binding
+}  // namespace ember

@@ -1,0 +1,797 @@
+// The CfC scan on the CPU.
+//
+// Every thread takes some rows of the batch through all steps of a chunk, without waiting for the
+// others. A step multiplies the rows [1, x_t, h_{t-1}] by the packed weights, panel by panel: a
+// panel holds one vector of units for each head, so that the heads of a unit meet in registers and
+// the cell is computed as soon as the products are there. The new state is written into the next
+// step's row; those rows are, at the same time, what the backward pass needs.
+//
+// Backward walks a chunk in reverse in the same way and leaves the gradients before activation of
+// each step and row. What is not recurrent follows for the whole chunk: the gradient of x, and the
+// weights' gradients, shared out over tiles of the weights and summed in a fixed order, which makes
+// the result independent of the number of threads.
+#include "../common/cfc_scan.h"
+
+#include <type_traits>
+
+#include "parallel.h"
+#include "vector.h"
+
+namespace ember {
+inline namespace EMBER_ISA {
+namespace {
+
+// A row of `segments` pieces of `length` values, the pieces `stride` apart.
+struct RowShape {
+  int64_t segments, length, stride;
+};
+
+// out[n][r][lane] = sum over the row a + r * lda of its values times panel[value][n][lane].
+template <typename C, int N, int R>
+void product(const C* a, int64_t lda, const RowShape& row, const C* panel, C* out) {
+  using V = Vector<C>;
+  V sum[N][R] = {};
+  for (int64_t s = 0; s < row.segments; ++s) {
+    const C* values[R];
+    for (int r = 0; r < R; ++r) values[r] = a + r * lda + s * row.stride;
+    for (int64_t k = 0; k < row.length; ++k) {
+      V w[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) w[n] = load_vector(panel + n * lanes<C>);
+      panel += N * lanes<C>;
+#pragma GCC unroll 24
+      for (int r = 0; r < R; ++r) {
+        const C value = values[r][k];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sum[n][r] += value * w[n];
+      }
+    }
+  }
+  for (int n = 0; n < N; ++n) {
+    for (int r = 0; r < R; ++r) store_vector(sum[n][r], out + (n * R + r) * lanes<C>);
+  }
+}
+
+// Rows that a product of N vectors takes at once: its sums must fit the registers.
+template <int N>
+constexpr int max_rows = vector_sums / N < 12 ? vector_sums / N : 12;
+
+template <typename C, int N, int R = max_rows<N>>
+void product_of(int rows, const C* a, int64_t lda, const RowShape& row, const C* panel, C* out) {
+  if constexpr (R > 1) {
+    if (rows < R) return product_of<C, N, R - 1>(rows, a, lda, row, panel, out);
+  }
+  product<C, N, R>(a, lda, row, panel, out);
+}
+
+// The largest result of a product, in elements.
+template <typename C>
+constexpr int product_size = vector_sums * lanes<C>;
+
+// body(first, count) for groups of about equal size, at most `most` rows each.
+template <typename Body>
+void for_row_groups(int64_t rows, int64_t most, const Body& body) {
+  const int64_t groups = (rows + most - 1) / most;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = rows * g / groups;
+    body(first, int(rows * (g + 1) / groups - first));
+  }
+}
+
+// Multiplies `rows` rows by one panel; epilogue(first row, rows, products [N, rows, lanes]).
+template <int N, typename C, typename Epilogue>
+void multiply_panel(int64_t rows, const C* a, int64_t lda, const RowShape& row, const C* panel,
+                    const Epilogue& epilogue) {
+  for_row_groups(rows, max_rows<N>, [&](int64_t first, int count) {
+    alignas(64) C out[product_size<C>];
+    product_of<C, N>(count, a + first * lda, lda, row, panel, out);
+    epilogue(first, count, out);
+  });
+}
+
+// Multiplies `rows` rows by a matrix of `columns` columns, packed two vectors at a time;
+// epilogue(first column, first row, rows, products [rows, lanes]).
+template <typename C, typename Epilogue>
+void multiply(int64_t rows, const C* a, int64_t lda, const RowShape& row, const C* packed,
+              int64_t columns, const Epilogue& epilogue) {
+  const int64_t depth = row.segments * row.length;
+  for (int64_t column = 0; column < columns; column += 2 * lanes<C>) {
+    const C* panel = packed + column * depth;
+    if (columns - column > lanes<C>) {
+      multiply_panel<2>(rows, a, lda, row, panel, [&](int64_t first, int count, const C* out) {
+        epilogue(column, first, count, out);
+        epilogue(column + lanes<C>, first, count, out + count * lanes<C>);
+      });
+    } else {
+      multiply_panel<1>(rows, a, lda, row, panel, [&](int64_t first, int count, const C* out) {
+        epilogue(column, first, count, out);
+      });
+    }
+  }
+}
+
+// Elements that `columns` packed columns take for each value of a row.
+template <typename C>
+int64_t packed_width(int64_t columns) {
+  return (columns + lanes<C> - 1) / lanes<C> * lanes<C>;
+}
+
+// weight [segments, units, depth] -> panels of one vector of units for each of the segments,
+// [panels, depth, segments, lanes].
+template <typename C>
+void pack_heads(const C* weight, int64_t segments, int64_t units, int64_t depth, C* packed) {
+  for (int64_t unit = 0; unit < units; unit += lanes<C>) {
+    for (int64_t s = 0; s < segments; ++s) {
+      for (int64_t lane = 0; lane < lanes<C>; ++lane) {
+        const C* row = weight + (s * units + unit + lane) * depth;
+        const bool inside = unit + lane < units;
+        for (int64_t k = 0; k < depth; ++k) {
+          packed[(k * segments + s) * lanes<C> + lane] = inside ? row[k] : C(0);
+        }
+      }
+    }
+    packed += depth * segments * lanes<C>;
+  }
+}
+
+// A matrix given by its columns, value(depth index, column), to panels of two vectors of columns;
+// the last has one if one is enough.
+template <typename C, typename Value>
+void pack_columns(int64_t depth, int64_t columns, C* packed, const Value& value) {
+  for (int64_t column = 0; column < columns; column += 2 * lanes<C>) {
+    const int64_t width = columns - column > lanes<C> ? 2 * lanes<C> : lanes<C>;
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t lane = 0; lane < width; ++lane) {
+        packed[k * width + lane] = column + lane < columns ? value(k, column + lane) : C(0);
+      }
+    }
+    packed += depth * width;
+  }
+}
+
+template <typename From, typename To>
+EMBER_HD void convert(const From* from, int64_t n, To* to) {
+  for (int64_t i = 0; i < n; ++i) narrow(widen(from[i]), to[i]);
+}
+
+template <typename C>
+EMBER_HD void copy(const C* from, int64_t n, C* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
+template <typename T>
+class Scan {
+ public:
+  using C = compute_t<T>;
+
+  Scan(const CfcScanParams& p, bool backward)
+      : p_(p),
+        chunk_(cfc_chunk_steps(p, backward)),
+        heads_(p.layers[p.num_layers - 1]),
+        has_tape_(p.saved && !p.chunk) {
+    const CfcWorkspace w = cfc_workspace(p, backward);
+    C* workspace = static_cast<C*>(p.workspace);
+    packed_ = workspace + w.packed;
+    transposed_ = workspace + w.transposed;
+    tape_ = has_tape_ ? static_cast<C*>(p.saved) : workspace + w.tape;
+    slots_ = has_tape_ ? p.steps : chunk_;
+    grad_tape_ = workspace + w.grad_tape;
+    carry_ = workspace + w.carry;
+    weight_grads_ = workspace + w.weight_grads;
+    decay_grads_ = workspace + w.decay_grads;
+  }
+
+  void forward(const ThreadPool& pool) {
+    pack_forward();
+    for_row_blocks(pool, [&](int64_t begin, int64_t end) {
+      place_state(static_cast<const C*>(p_.h0), begin, end);
+      for (int64_t first = 0; first < p_.steps; first += slots_) {
+        const int64_t steps = p_.steps - first < slots_ ? p_.steps - first : slots_;
+        if (p_.saved && p_.chunk) store_border(first, begin, end);
+        forward_steps(first, steps, begin, end, has_tape_, true);
+        if (first + steps < p_.steps) move_state(steps, begin, end);
+      }
+      const int64_t last = p_.steps ? (p_.steps - 1) % slots_ + 1 : 0;
+      C* h_last = static_cast<C*>(p_.h_last);
+      for (int64_t b = begin; b < end; ++b) {
+        copy(state(last, b), p_.hidden, h_last + b * p_.hidden);
+      }
+    });
+  }
+
+  void backward(const ThreadPool& pool) {
+    if (p_.chunk) pack_forward();
+    pack_transposed();
+    for (int64_t i = 0; i < weight_grads_size(); ++i) weight_grads_[i] = 0;
+    const C* grad_h_last = static_cast<const C*>(p_.grad_h_last);
+    for (int64_t b = 0; b < p_.batch; ++b) {
+      copy(grad_h_last + b * p_.hidden, p_.hidden, carry_ + b * cfc_pad(p_.hidden));
+    }
+    if (p_.grad_decay) {
+      for (int64_t i = 0; i < p_.batch * 2 * cfc_pad(p_.hidden); ++i) decay_grads_[i] = 0;
+    }
+    const int64_t chunks = (p_.steps + chunk_ - 1) / chunk_;
+    for (int64_t c = chunks - 1; c >= 0; --c) {
+      const int64_t first = c * chunk_;
+      const int64_t steps = p_.steps - first < chunk_ ? p_.steps - first : chunk_;
+      const int64_t slot = has_tape_ ? first : 0;
+      for_row_blocks(pool, [&](int64_t begin, int64_t end) {
+        if (p_.chunk) {
+          place_state(static_cast<const C*>(p_.saved) + c * p_.batch * p_.hidden, begin, end);
+          forward_steps(first, steps, begin, end, true, false);
+        }
+        for (int64_t i = steps - 1; i >= 0; --i) backward_step(first + i, slot + i, i, begin, end);
+      });
+      if (p_.grad_x) input_gradients(pool, first, steps);
+      weight_gradients(pool, slot, steps);
+    }
+    C* grad_h0 = static_cast<C*>(p_.grad_h0);
+    for (int64_t b = 0; b < p_.batch; ++b) {
+      copy(carry_ + b * cfc_pad(p_.hidden), p_.hidden, grad_h0 + b * p_.hidden);
+    }
+    store_weight_gradients();
+  }
+
+ private:
+  // ---- rows and pieces
+
+  template <typename Body>
+  void for_row_blocks(const ThreadPool& pool, const Body& body) {
+    // A block's rows stay in the first-level cache from panel to panel. How rows are grouped has no
+    // influence on their values, so the number of threads may decide it.
+    const int64_t most = 32;
+    int64_t blocks = (p_.batch + most - 1) / most;
+    blocks = (blocks + pool.threads - 1) / pool.threads * pool.threads;
+    if (blocks > p_.batch) blocks = p_.batch;
+    parallel_for(pool, blocks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        body(p_.batch * i / blocks, p_.batch * (i + 1) / blocks);
+      }
+    });
+  }
+
+  C* input(int64_t layer, int64_t slot, int64_t b) const {
+    const CfcLayer& l = p_.layers[layer];
+    return tape_ + l.input_offset * slots_ * p_.batch + (slot * p_.batch + b) * l.input_stride;
+  }
+  C* kept(const CfcLayer& l, int64_t slot, int64_t b) const {
+    return tape_ + l.kept_offset * slots_ * p_.batch + (slot * p_.batch + b) * l.kept_stride;
+  }
+  C* grads(const CfcLayer& l, int64_t slot, int64_t b) const {
+    return grad_tape_ + l.grad_offset * chunk_ * p_.batch + (slot * p_.batch + b) * l.grad_stride;
+  }
+  C* state(int64_t slot, int64_t b) const { return input(0, slot, b) + 1 + p_.inputs; }
+
+  C timespan(int64_t b, int64_t t) const {
+    return static_cast<const C*>(p_.timespans)[b * p_.steps + t];
+  }
+  bool runs(int64_t b, int64_t t) const { return !p_.lengths || t < p_.lengths[b]; }
+  const C* dropout_scale(int64_t layer, int64_t b, int64_t t) const {
+    const int64_t scaled = p_.num_layers - 2;
+    if (!p_.dropout_scale || layer == 0) return nullptr;
+    return static_cast<const C*>(p_.dropout_scale) +
+           ((b * p_.steps + t) * scaled + layer - 1) * p_.layers[layer].units;
+  }
+
+  void place_state(const C* from, int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) copy(from + b * p_.hidden, p_.hidden, state(0, b));
+  }
+  void move_state(int64_t slot, int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) copy(state(slot, b), p_.hidden, state(0, b));
+  }
+  void store_border(int64_t first, int64_t begin, int64_t end) {
+    C* border = static_cast<C*>(p_.saved) + first / chunk_ * p_.batch * p_.hidden;
+    for (int64_t b = begin; b < end; ++b) copy(state(0, b), p_.hidden, border + b * p_.hidden);
+  }
+
+  // ---- forward
+
+  void pack_forward() {
+    C* packed = packed_;
+    for (int64_t l = 0; l < p_.num_layers; ++l) {
+      const CfcLayer& layer = p_.layers[l];
+      const C* weight = static_cast<const C*>(layer.weight);
+      const int64_t depth = 1 + layer.inputs;
+      if (&layer == &heads_) {
+        pack_heads(weight, layer.segments, layer.units, depth, packed);
+      } else {
+        pack_columns(depth, layer.units, packed,
+                     [&](int64_t k, int64_t unit) { return weight[unit * depth + k]; });
+      }
+      packed += layer.segments * packed_width<C>(layer.units) * depth;
+    }
+  }
+
+  // Steps [first, first + steps) of the rows [begin, end), from slot 0 on.
+  void forward_steps(int64_t first, int64_t steps, int64_t begin, int64_t end, bool keep,
+                     bool want_y) {
+    // x and y are read and written several steps at a time, since a row's steps lie side by side.
+    const int64_t stretch = 8;
+    const T* x = static_cast<const T*>(p_.x);
+    T* y = static_cast<T*>(p_.y);
+    for (int64_t from = 0; from < steps; from += stretch) {
+      const int64_t to = from + stretch < steps ? from + stretch : steps;
+      for (int64_t b = begin; b < end; ++b) {
+        for (int64_t slot = from; slot < to; ++slot) {
+          C* row = input(0, slot, b);
+          row[0] = C(1);
+          convert(x + (b * p_.steps + first + slot) * p_.inputs, p_.inputs, row + 1);
+        }
+      }
+      for (int64_t slot = from; slot < to; ++slot) {
+        const C* packed = packed_;
+        for (int64_t l = 0; l + 1 < p_.num_layers; ++l) {
+          dispatch_activation([&](auto activation) {
+            backbone_step<decltype(activation)::value>(l, first + slot, slot, begin, end, packed,
+                                                       keep);
+          });
+          packed += packed_width<C>(p_.layers[l].units) * (1 + p_.layers[l].inputs);
+        }
+        heads_step(first + slot, slot, begin, end, packed, keep);
+      }
+      if (!want_y) continue;
+      for (int64_t b = begin; b < end; ++b) {
+        for (int64_t slot = from; slot < to; ++slot) {
+          T* out = y + (b * p_.steps + first + slot) * p_.hidden;
+          if (runs(b, first + slot)) {
+            convert(state(slot + 1, b), p_.hidden, out);
+          } else {
+            for (int64_t j = 0; j < p_.hidden; ++j) narrow(C(0), out[j]);
+          }
+        }
+      }
+    }
+  }
+
+  template <typename Body>
+  void dispatch_activation(const Body& body) {
+    using A = CfcActivation;
+    switch (p_.activation) {
+      case A::lecun_tanh:
+        return body(std::integral_constant<A, A::lecun_tanh>());
+      case A::tanh:
+        return body(std::integral_constant<A, A::tanh>());
+      case A::relu:
+        return body(std::integral_constant<A, A::relu>());
+      case A::silu:
+        return body(std::integral_constant<A, A::silu>());
+      case A::gelu:
+        return body(std::integral_constant<A, A::gelu>());
+    }
+  }
+
+  template <CfcActivation activation>
+  void backbone_step(int64_t l, int64_t t, int64_t slot, int64_t begin, int64_t end,
+                     const C* packed, bool keep) {
+    const CfcLayer& layer = p_.layers[l];
+    const RowShape row{1, 1 + layer.inputs, 0};
+    for (int64_t b = begin; b < end; ++b) input(l + 1, slot, b)[0] = C(1);
+    const auto epilogue = [&](int64_t unit, int64_t first, int count, const C* u) {
+      alignas(64) C value[product_size<C>], slope[product_size<C>];
+#pragma omp simd
+      for (int i = 0; i < count * lanes<C>; ++i) {
+        const Activated<C> v = activated<activation>(u[i]);
+        value[i] = v.value;
+        slope[i] = v.slope;
+      }
+      for (int r = 0; r < count; ++r) {
+        const int64_t b = begin + first + r;
+        if (const C* scale = dropout_scale(l, b, t)) {
+          for (int64_t j = 0; j < lanes<C> && unit + j < layer.units; ++j) {
+            value[r * lanes<C> + j] *= scale[unit + j];
+            slope[r * lanes<C> + j] *= scale[unit + j];
+          }
+        }
+        copy_vector(value + r * lanes<C>, input(l + 1, slot, b) + 1 + unit);
+        if (keep) copy_vector(slope + r * lanes<C>, kept(layer, slot, b) + unit);
+      }
+    };
+    multiply(end - begin, input(l, slot, begin), layer.input_stride, row, packed, layer.units,
+             epilogue);
+  }
+
+  void heads_step(int64_t t, int64_t slot, int64_t begin, int64_t end, const C* packed, bool keep) {
+    switch (p_.heads) {
+      case 1:
+        return heads_step<1, CfcMode::pure>(t, slot, begin, end, packed, keep);
+      case 3:
+        return p_.mode == CfcMode::no_gate
+                   ? heads_step<3, CfcMode::no_gate>(t, slot, begin, end, packed, keep)
+                   : heads_step<3, CfcMode::gated>(t, slot, begin, end, packed, keep);
+      default:
+        return p_.mode == CfcMode::no_gate
+                   ? heads_step<4, CfcMode::no_gate>(t, slot, begin, end, packed, keep)
+                   : heads_step<4, CfcMode::gated>(t, slot, begin, end, packed, keep);
+    }
+  }
+
+  template <int K, CfcMode mode>
+  void heads_step(int64_t t, int64_t slot, int64_t begin, int64_t end, const C* packed, bool keep) {
+    const int64_t l = p_.num_layers - 1, padded = cfc_pad(p_.hidden);
+    const RowShape row{1, 1 + heads_.inputs, 0};
+    for (int64_t unit = 0; unit < p_.hidden; unit += lanes<C>) {
+      const auto epilogue = [&](int64_t first, int count, C* products) {
+        alignas(64) C h[product_size<C>];
+        const int64_t b = begin + first;
+        cells<K, mode>(unit, b, t, count, products, h);
+        for (int r = 0; r < count; ++r) {
+          C* next = state(slot + 1, b + r) + unit;
+          copy_vector(runs(b + r, t) ? h + r * lanes<C> : state(slot, b + r) + unit, next);
+          if (!keep) continue;
+          C* to = kept(heads_, slot, b + r) + unit;
+          for (int k = 0; k < K; ++k) {
+            copy_vector(products + (k * count + r) * lanes<C>, to + k * padded);
+          }
+        }
+      };
+      multiply_panel<K>(end - begin, input(l, slot, begin), heads_.input_stride, row, packed,
+                        epilogue);
+      packed += row.length * K * lanes<C>;
+    }
+  }
+
+  // products [K, rows, lanes] -> h [rows, lanes]; what the derivatives need replaces the products.
+  template <int K, CfcMode mode>
+  void cells(int64_t unit, int64_t b, int64_t t, int rows, C* products, C* h) {
+    const int n = rows * lanes<C>;
+    if constexpr (mode == CfcMode::pure) {
+      const C *w = static_cast<const C*>(p_.decay) + unit, *amplitude = w + p_.hidden;
+      for (int r = 0; r < rows; ++r) {
+        const C dt = timespan(b + r, t);
+        const int64_t width = p_.hidden - unit < lanes<C> ? p_.hidden - unit : lanes<C>;
+        C *a = products + r * lanes<C>, *out = h + r * lanes<C>;
+        for (int64_t j = width; j < lanes<C>; ++j) out[j] = 0;
+#pragma omp simd
+        for (int64_t j = 0; j < width; ++j) out[j] = pure_state(a[j], w[j], amplitude[j], dt);
+      }
+    } else {
+      C *a = products, *b_ = products + n, *s = products + 2 * n;
+      if constexpr (K == 4) {
+        const C* offset = products + 3 * n;
+        alignas(64) C scaled[product_size<C>];
+        for (int r = 0; r < rows; ++r) {
+          const C dt = timespan(b + r, t);
+          for (int j = 0; j < lanes<C>; ++j) {
+            const int i = r * lanes<C> + j;
+            scaled[i] = dt * s[i] + offset[i];
+          }
+        }
+        gated<mode == CfcMode::no_gate>(n, a, b_, scaled, h);
+        // Kept as tanh(ff1), tanh(ff2), time_a, gate.
+        for (int i = 0; i < n; ++i) products[3 * n + i] = scaled[i];
+      } else {
+        gated<mode == CfcMode::no_gate>(n, a, b_, s, h);
+      }
+    }
+  }
+
+  template <bool no_gate>
+  static void gated(int n, C* a, C* b, C* s, C* h) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      const GatedCell<C> c = gated_cell(a[i], b[i], s[i]);
+      a[i] = c.first;
+      b[i] = c.second;
+      s[i] = c.gate;
+      h[i] = gated_state<no_gate>(c);
+    }
+  }
+
+  // ---- backward
+
+  void pack_transposed() {
+    C* packed = transposed_;
+    for (int64_t l = 0; l < p_.num_layers; ++l) {
+      const CfcLayer& layer = p_.layers[l];
+      const C* weight = static_cast<const C*>(layer.weight);
+      const int64_t depth = layer.segments * layer.units, width = 1 + layer.inputs;
+      const int64_t split = l == 0 ? p_.inputs : 0;
+      // The input's columns apart from the state's: the former are not part of the recurrence.
+      pack_columns(depth, split, packed,
+                   [&](int64_t k, int64_t column) { return weight[k * width + 1 + column]; });
+      packed += depth * packed_width<C>(split);
+      pack_columns(depth, layer.inputs - split, packed, [&](int64_t k, int64_t column) {
+        return weight[k * width + 1 + split + column];
+      });
+      packed += depth * packed_width<C>(layer.inputs - split);
+    }
+  }
+
+  // The transposed weights of a layer from the input column `split` on.
+  const C* transposed(int64_t l, int64_t split) const {
+    const C* packed = transposed_;
+    for (int64_t i = 0; i < l; ++i) {
+      const CfcLayer& layer = p_.layers[i];
+      const int64_t own = i == 0 ? p_.inputs : 0;
+      packed += layer.segments * layer.units *
+                (packed_width<C>(own) + packed_width<C>(layer.inputs - own));
+    }
+    return packed + p_.layers[l].segments * p_.layers[l].units * packed_width<C>(split);
+  }
+
+  RowShape grad_row(const CfcLayer& layer) const {
+    return {layer.segments, layer.units, cfc_pad(layer.units)};
+  }
+
+  // One step of the rows [begin, end) in reverse. `slot` is the step's place in the tape,
+  // `grad_slot` in the gradient tape. carry_ goes from the gradient of h_t to that of h_{t-1}.
+  void backward_step(int64_t t, int64_t slot, int64_t grad_slot, int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      C* out = grads(heads_, grad_slot, b);
+      if (runs(b, t)) {
+        head_gradients(t, b, kept(heads_, slot, b), out);
+      } else {
+        for (int64_t j = 0; j < heads_.kept_stride; ++j) out[j] = 0;
+        if (p_.grad_timespans) static_cast<C*>(p_.grad_timespans)[b * p_.steps + t] = 0;
+      }
+    }
+    for (int64_t l = p_.num_layers - 1; l > 0; --l) {
+      const CfcLayer &layer = p_.layers[l], &below = p_.layers[l - 1];
+      const auto epilogue = [&](int64_t unit, int64_t first, int count, const C* v) {
+        for (int r = 0; r < count; ++r) {
+          const C* slope = kept(below, slot, begin + first + r) + unit;
+          C* out = grads(below, grad_slot, begin + first + r) + unit;
+          for (int j = 0; j < lanes<C>; ++j) out[j] = v[r * lanes<C> + j] * slope[j];
+        }
+      };
+      multiply(end - begin, grads(layer, grad_slot, begin), layer.grad_stride, grad_row(layer),
+               transposed(l, 0), below.units, epilogue);
+    }
+    const CfcLayer& first_layer = p_.layers[0];
+    const auto epilogue = [&](int64_t unit, int64_t first, int count, const C* dh) {
+      for (int r = 0; r < count; ++r) {
+        const int64_t b = begin + first + r;
+        if (runs(b, t)) {
+          copy_vector(dh + r * lanes<C>, carry_ + b * cfc_pad(p_.hidden) + unit);
+        }
+      }
+    };
+    multiply(end - begin, grads(first_layer, grad_slot, begin), first_layer.grad_stride,
+             grad_row(first_layer), transposed(0, p_.inputs), p_.hidden, epilogue);
+  }
+
+  void head_gradients(int64_t t, int64_t b, const C* cell, C* out) {
+    const int64_t n = p_.hidden, padded = cfc_pad(n);
+    const T* grad_y = static_cast<const T*>(p_.grad_y) + (b * p_.steps + t) * n;
+    C* dh = carry_ + b * padded;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) dh[j] += widen(grad_y[j]);
+    C grad_dt = 0;
+    if (p_.heads == 1) {
+      grad_dt = pure_head_gradients(timespan(b, t), cell, dh, out, decay_grads_ + b * 2 * padded);
+    } else if (p_.heads == 3) {
+      if (p_.mode == CfcMode::no_gate) {
+        gated_head_gradients<true>(n, padded, cell, cell + 2 * padded, dh, out);
+      } else {
+        gated_head_gradients<false>(n, padded, cell, cell + 2 * padded, dh, out);
+      }
+    } else {
+      // The gradient of the gate's exponent lands in time_a's place and is moved on from there.
+      if (p_.mode == CfcMode::no_gate) {
+        gated_head_gradients<true>(n, padded, cell, cell + 3 * padded, dh, out);
+      } else {
+        gated_head_gradients<false>(n, padded, cell, cell + 3 * padded, dh, out);
+      }
+      const C dt = timespan(b, t);
+      const C* time_a = cell + 2 * padded;
+      C *grad_a = out + 2 * padded, *grad_b = out + 3 * padded;
+#pragma omp simd reduction(+ : grad_dt)
+      for (int64_t j = 0; j < n; ++j) {
+        grad_b[j] = grad_a[j];
+        grad_dt += grad_a[j] * time_a[j];
+        grad_a[j] *= dt;
+      }
+    }
+    if (p_.grad_timespans) static_cast<C*>(p_.grad_timespans)[b * p_.steps + t] = grad_dt;
+  }
+
+  template <bool no_gate>
+  static void gated_head_gradients(int64_t n, int64_t padded, const C* cell, const C* gate,
+                                   const C* dh, C* out) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const GatedCell<C> g =
+          gated_gradients<no_gate>(GatedCell<C>{cell[j], cell[padded + j], gate[j]}, dh[j]);
+      out[j] = g.first;
+      out[padded + j] = g.second;
+      out[2 * padded + j] = g.gate;
+    }
+  }
+
+  C pure_head_gradients(C dt, const C* cell, const C* dh, C* out, C* grad_decay) {
+    const int64_t n = p_.hidden, padded = cfc_pad(n);
+    const C *w = static_cast<const C*>(p_.decay), *amplitude = w + n;
+    C grad_dt = 0;
+#pragma omp simd reduction(+ : grad_dt)
+    for (int64_t j = 0; j < n; ++j) {
+      const PureGradients<C> g = pure_gradients(cell[j], w[j], amplitude[j], dt, dh[j]);
+      out[j] = g.a;
+      grad_dt += g.dt;
+      if (p_.grad_decay) {
+        grad_decay[j] += g.w;
+        grad_decay[padded + j] += g.amplitude;
+      }
+    }
+    return grad_dt;
+  }
+
+  // grad_x of the steps [first, first + steps), whose gradients fill the gradient tape from slot 0.
+  void input_gradients(const ThreadPool& pool, int64_t first, int64_t steps) {
+    const CfcLayer& layer = p_.layers[0];
+    const int64_t most = 32, pieces = (steps + most - 1) / most;
+    const C* weights = transposed(0, 0);
+    T* grad_x = static_cast<T*>(p_.grad_x);
+    parallel_for(pool, p_.batch * pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / pieces, from = steps * (i % pieces) / pieces;
+        const int64_t rows = steps * (i % pieces + 1) / pieces - from;
+        T* out = grad_x + (b * p_.steps + first + from) * p_.inputs;
+        multiply(rows, grads(layer, from, b), p_.batch * layer.grad_stride, grad_row(layer),
+                 weights, p_.inputs, [&](int64_t column, int64_t row, int count, const C* dx) {
+                   const int64_t left = p_.inputs - column;
+                   const int64_t width = left < lanes<C> ? left : lanes<C>;
+                   for (int r = 0; r < count; ++r) {
+                     convert(dx + r * lanes<C>, width, out + (row + r) * p_.inputs + column);
+                   }
+                 });
+      }
+    });
+  }
+
+  // ---- gradients of the weights
+
+  static constexpr int tile_vectors = 3, tile_rows = vector_sums / tile_vectors;
+  static constexpr int64_t group_units = 32;
+
+  int64_t weight_grads_size() const {
+    int64_t size = 0;
+    for (int64_t l = 0; l < p_.num_layers; ++l) {
+      size += p_.layers[l].segments * p_.layers[l].units * p_.layers[l].input_stride;
+    }
+    return size;
+  }
+
+  // grad[r][column] += sum over m of left[m][r] * right[m][column], for one tile.
+  template <int N, int R>
+  static void outer_product(int64_t m, const C* left, int64_t left_stride, const C* right,
+                            int64_t right_stride, C* grad, int64_t grad_stride) {
+    Vector<C> sum[R][N] = {};
+    for (int64_t i = 0; i < m; ++i) {
+      Vector<C> v[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) v[n] = load_vector(right + n * lanes<C>);
+#pragma GCC unroll 24
+      for (int r = 0; r < R; ++r) {
+        const C value = left[r];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sum[r][n] += value * v[n];
+      }
+      left += left_stride;
+      right += right_stride;
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < N; ++n) {
+        C* to = grad + r * grad_stride + n * lanes<C>;
+        store_vector(load_vector(to) + sum[r][n], to);
+      }
+    }
+  }
+
+  template <int N, int R = tile_rows>
+  static void outer_product_of(int rows, int64_t m, const C* left, int64_t left_stride,
+                               const C* right, int64_t right_stride, C* grad,
+                               int64_t grad_stride) {
+    if constexpr (R > 1) {
+      if (rows < R) {
+        return outer_product_of<N, R - 1>(rows, m, left, left_stride, right, right_stride, grad,
+                                          grad_stride);
+      }
+    }
+    outer_product<N, R>(m, left, left_stride, right, right_stride, grad, grad_stride);
+  }
+
+  // One layer's gradients, shared out over tiles of `tile_vectors` columns and `group_units` units.
+  void weight_gradients(const ThreadPool& pool, int64_t slot, int64_t steps) {
+    C* grad = weight_grads_;
+    for (int64_t l = 0; l < p_.num_layers; ++l) {
+      const CfcLayer& layer = p_.layers[l];
+      if (layer.grad_weight) layer_weight_gradients(pool, l, slot, steps, grad);
+      grad += layer.segments * layer.units * layer.input_stride;
+    }
+  }
+
+  void layer_weight_gradients(const ThreadPool& pool, int64_t l, int64_t slot, int64_t steps,
+                              C* grad) {
+    const CfcLayer& layer = p_.layers[l];
+    const int64_t vectors = (1 + layer.inputs + lanes<C> - 1) / lanes<C>;
+    const int64_t tiles = (vectors + tile_vectors - 1) / tile_vectors;
+    const int64_t groups = (layer.units + group_units - 1) / group_units * layer.segments;
+    const int64_t rows = steps * p_.batch, stretch = 64;
+    parallel_for(pool, tiles * groups, 1, [&](int64_t begin, int64_t end) {
+      // Sums are moved into the gradient every few rows: rounding errors grow with the number of
+      // terms in one sum, and the stretch stays in the cache from tile to tile.
+      for (int64_t m = 0; m < rows; m += stretch) {
+        const int64_t count = rows - m < stretch ? rows - m : stretch;
+        const C* right = input(l, slot, 0) + m * layer.input_stride;
+        const C* left = grads(layer, 0, 0) + m * layer.grad_stride;
+        for (int64_t i = begin; i < end; ++i) {
+          weight_gradient_tile(layer, i / groups * tile_vectors, vectors, i % groups, count, left,
+                               right, grad);
+        }
+      }
+    });
+  }
+
+  void weight_gradient_tile(const CfcLayer& layer, int64_t vector, int64_t vectors, int64_t group,
+                            int64_t m, const C* left, const C* right, C* grad) const {
+    const int64_t per_segment = (layer.units + group_units - 1) / group_units;
+    const int64_t segment = group / per_segment, from = group % per_segment * group_units;
+    const int64_t to = from + group_units < layer.units ? from + group_units : layer.units;
+    const int width = int(vectors - vector < tile_vectors ? vectors - vector : tile_vectors);
+    right += vector * lanes<C>;
+    left += segment * cfc_pad(layer.units);
+    grad += segment * layer.units * layer.input_stride + vector * lanes<C>;
+    for_row_groups(to - from, tile_rows, [&](int64_t first, int count) {
+      const C* l = left + from + first;
+      C* g = grad + (from + first) * layer.input_stride;
+      const int64_t ls = layer.grad_stride, rs = layer.input_stride;
+      if (width == 3) {
+        outer_product_of<3>(count, m, l, ls, right, rs, g, rs);
+      } else if (width == 2) {
+        outer_product_of<2>(count, m, l, ls, right, rs, g, rs);
+      } else {
+        outer_product_of<1>(count, m, l, ls, right, rs, g, rs);
+      }
+    });
+  }
+
+  void store_weight_gradients() {
+    const C* grad = weight_grads_;
+    for (int64_t l = 0; l < p_.num_layers; ++l) {
+      const CfcLayer& layer = p_.layers[l];
+      const int64_t width = 1 + layer.inputs;
+      C* out = static_cast<C*>(layer.grad_weight);
+      for (int64_t i = 0; i < layer.segments * layer.units; ++i, grad += layer.input_stride) {
+        if (out) copy(grad, width, out + i * width);
+      }
+    }
+    if (!p_.grad_decay) return;
+    C* out = static_cast<C*>(p_.grad_decay);
+    for (int64_t i = 0; i < 2; ++i) {
+      for (int64_t j = 0; j < p_.hidden; ++j) {
+        double sum = 0;
+        for (int64_t b = 0; b < p_.batch; ++b) {
+          sum += decay_grads_[(b * 2 + i) * cfc_pad(p_.hidden) + j];
+        }
+        out[i * p_.hidden + j] = C(sum);
+      }
+    }
+  }
+
+  const CfcScanParams& p_;
+  const int64_t chunk_;
+  const CfcLayer& heads_;
+  const bool has_tape_;
+  int64_t slots_;
+  C *packed_, *transposed_, *tape_, *grad_tape_;
+  C *carry_;         // [batch, padded hidden]: the gradient of the state
+  C *weight_grads_;
+  C *decay_grads_;   // [batch, 2, padded hidden]
+};
+
+}  // namespace
+
+void cfc_scan_forward(const CfcScanParams& p, const ThreadPool& pool) {
+  dispatch_dtype(p.dtype, [&](auto* element) {
+    Scan<std::remove_pointer_t<decltype(element)>>(p, false).forward(pool);
+  });
+}
+
+void cfc_scan_backward(const CfcScanParams& p, const ThreadPool& pool) {
+  dispatch_dtype(p.dtype, [&](auto* element) {
+    Scan<std::remove_pointer_t<decltype(element)>>(p, true).backward(pool);
+  });
+}
+
+}  // namespace EMBER_ISA
+}  // namespace ember
