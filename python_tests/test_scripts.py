@@ -148,3 +148,26 @@ def test_script_stopped_by_a_signal(text: Path, number: signal.Signals) -> None:
     assert process.wait() == 128 + number
     assert "continue with: python scripts/train.py --resume run" in rest
     assert Path("run/last.safetensors").exists()
+
+
+def test_two_processes_train_like_one(text: Path) -> None:
+    """Without dropout, halves of a batch in two processes give the whole batch's loss curve."""
+    flags = [*SIZES, *["--data", "text.txt", "--steps", "6", "--dropout", "0"]]
+    assert train_main([*flags, "--out", "one"]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*command, str(ROOT / "scripts" / "train.py"), *flags, "--out", "two"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("run folder two\n") == 1
+    one, two = (
+        [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    )
+    assert [record["event"] for record in one] == [record["event"] for record in two]
+    for alone, together in zip(one, two, strict=True):
+        key = "loss" if alone["event"] == "step" else "val_loss"
+        assert together[key] == pytest.approx(alone[key], rel=1e-5)

@@ -24,6 +24,7 @@ from ember_ext.training.config import (
     resolve_device,
 )
 from ember_ext.training.console import TrainingConsole
+from ember_ext.training.distributed import join, leave
 from ember_ext.training.run_folder import RunError, RunFolder
 from ember_ext.training.sampling import load_run, stream_text
 from ember_ext.training.signals import StopRequested
@@ -86,18 +87,21 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def _train(options: TrainArguments) -> int:
     console = TrainingConsole()
-    config = dataclasses.replace(options.train, device=resolve_device(options.train.device))
-    if config.data is not None:
-        config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
     if options.resume and options.out:
         raise ConfigError("--resume names the run folder already: leave --out away")
-    corpus = load_text(data=config.data, notify=console.note)
-    folder = RunFolder(options.resume or options.out or _new_folder(config))
+    processes, device = join(resolve_device(options.train.device))
+    config = dataclasses.replace(options.train, device=device)
+    if config.data is not None:
+        config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
     try:
-        train(config, corpus, folder, resume=options.resume is not None, reporter=console)
+        corpus = load_text(data=config.data, notify=console.note)
+        path = processes.from_leader(str(options.resume or options.out or _new_folder(config)))
+        train(config, corpus, RunFolder(path), resume=options.resume is not None, reporter=console)
     except StopRequested as stop:
-        console.note(f"{stop}; continue with: python scripts/train.py --resume {folder.path}")
+        console.note(f"{stop}; continue with: python scripts/train.py --resume {path}")
         return stop.exit_code
+    finally:
+        leave()
     return 0
 
 

@@ -102,8 +102,8 @@ class RunFolder:
         # Last, because it makes the folder a run.
         self._write_json(self.config, dataclasses.asdict(config))
 
-    def reopen(self, config: TrainConfig, corpus: Corpus) -> None:
-        """Go on with the run here, which must be of `corpus` and of `config` or a shorter one.
+    def check(self, config: TrainConfig, corpus: Corpus) -> None:
+        """Make sure that the run here is of `corpus` and of `config`, or of a shorter one.
 
         Raises:
             RunError: it is another one; the message names the fields that differ.
@@ -118,6 +118,9 @@ class RunFolder:
                 for field, (there, here) in differences.items()
             )
             raise RunError(f"{self.path} belongs to another configuration: {named}")
+
+    def update_config(self, config: TrainConfig) -> None:
+        """Record what the run goes on with, such as more steps."""
         self._write_json(self.config, dataclasses.asdict(config))
 
     def read_config(self) -> TrainConfig:
@@ -150,6 +153,18 @@ class RunFolder:
         except OSError as error:
             raise self._write_error(self.metrics, error) from error
 
+    def cut_metrics(self, size: int) -> None:
+        """Forget the metrics beyond `size` bytes, which no checkpoint covers.
+
+        Raises:
+            RunError: there are fewer.
+        """
+        actual = self.metrics.stat().st_size if self.metrics.exists() else 0
+        if actual < size:
+            raise RunError(f"{self.metrics} has lost lines that the checkpoint counts on")
+        if actual > size:
+            os.truncate(self.metrics, size)
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records of the metrics."""
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
@@ -173,20 +188,17 @@ class RunFolder:
         header = {"progress": json.dumps(dataclasses.asdict(progress))}
         self._write(self.last, safetensors.torch.save(_plain(tensors), header))
 
-    def load_checkpoint(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> Progress | None:
-        """Restore what `save_checkpoint` saved, and cut the metrics to that moment.
+    def load_checkpoint(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        """Restore what `save_checkpoint` saved; nothing if there is no checkpoint yet.
 
         Returns:
-            Where the run stands, or None if it was stopped before its first checkpoint.
+            Where the run stands.
 
         Raises:
             RunError: the checkpoint is damaged or of another model.
         """
         if not self.last.exists():
-            self._truncate_metrics(0)
-            return None
+            return Progress()
         tensors, header = self._read_tensors(self.last)
         _restore(self.last, model, tensors)
         parameters = dict(model.named_parameters())
@@ -197,9 +209,7 @@ class RunFolder:
                 # The step count stays on the CPU unless the optimiser is fused on another device.
                 device = parameters[name].device
                 optimizer.state[parameters[name]][key] = tensor.to(device)
-        progress = Progress(**json.loads(header["progress"]))
-        self._truncate_metrics(progress.metrics_bytes)
-        return progress
+        return Progress(**json.loads(header["progress"]))
 
     def save_best(self, model: nn.Module, step: int, val_loss: float) -> None:
         """Keep the present weights as the best ones."""
@@ -232,13 +242,6 @@ class RunFolder:
     def write_sample(self, text: str) -> None:
         """Write the text sample."""
         self._write(self.sample, text.encode())
-
-    def _truncate_metrics(self, size: int) -> None:
-        actual = self.metrics.stat().st_size if self.metrics.exists() else 0
-        if actual < size:
-            raise RunError(f"{self.metrics} has lost lines that the checkpoint counts on")
-        if actual > size:
-            os.truncate(self.metrics, size)
 
     def _read_tensors(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:

@@ -15,8 +15,8 @@ class StopRequested(Exception):  # noqa: N818 - stopping is no error
         exit_code: what a shell expects of a process ended by that signal: 130 or 143.
     """
 
-    def __init__(self, number: signal.Signals) -> None:
-        super().__init__(f"stopped by {number.name}")
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
         self.exit_code = 128 + number
 
 
@@ -24,16 +24,14 @@ class StopSignals:
     """While entered, notes the first SIGINT or SIGTERM; a second one acts as if nothing were here.
 
     Python delivers signals to the main thread only, so in other threads this does nothing.
+
+    Attributes:
+        received: the signal's number, 0 before one has come.
     """
 
     def __init__(self) -> None:
-        self._received: signal.Signals | None = None
+        self.received = 0
         self._previous: dict[signal.Signals, Any] = {}
-
-    def check(self) -> None:
-        """Raise StopRequested if a signal has come."""
-        if self._received is not None:
-            raise StopRequested(self._received)
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -50,7 +48,7 @@ class StopSignals:
         self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
+        self.received = number
         self._restore()
 
     def _restore(self) -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 import ember_ext
 from ember_ext.data import Corpus, random_batch
 from ember_ext.training.config import ConfigError, TrainConfig, build_model
+from ember_ext.training.distributed import Processes
 from ember_ext.training.evaluation import evaluate
 from ember_ext.training.run_folder import Progress, RunFolder
 from ember_ext.training.sampling import stream_text
@@ -91,6 +92,7 @@ def train(
 
     Returns:
         The summary that `summary.json` holds: losses, parameter counts, speed, and what was run.
+        Empty in all but the first of several processes.
 
     Raises:
         ConfigError: the model does not accept the configuration, or the text is too short for it.
@@ -116,7 +118,14 @@ class _Training:
                     f"block_size {config.block_size} needs a {split} text of more characters than "
                     f"that, but {corpus.name} has {len(tokens)}"
                 )
-        self.config, self.corpus, self.folder, self.reporter = config, corpus, folder, reporter
+        self.processes = Processes.current()
+        if config.batch_size % self.processes.count:
+            raise ConfigError(
+                f"batch_size must be a multiple of the {self.processes.count} processes, "
+                f"got {config.batch_size}"
+            )
+        self.config, self.corpus, self.folder = config, corpus, folder
+        self.reporter = reporter if self.processes.leads else SilentReporter()
         self.device = torch.device(config.device)
         torch.manual_seed(stream_seed(config.seed, "initial weights"))
         self.model = build_model(config, len(corpus.vocabulary)).to(self.device)
@@ -126,12 +135,17 @@ class _Training:
             betas=(config.beta1, config.beta2),
             fused=True,
         )
+        self.averaging_model = self.processes.wrap(self.model)
         self.progress = Progress()
         if resume:
-            folder.reopen(config, corpus)
-            self.progress = folder.load_checkpoint(self.model, self.optimizer) or self.progress
-        else:
-            folder.create(config, corpus)
+            folder.check(config, corpus)
+            self.progress = folder.load_checkpoint(self.model, self.optimizer)
+        if self.processes.leads:
+            if resume:
+                folder.cut_metrics(self.progress.metrics_bytes)
+                folder.update_config(config)
+            else:
+                folder.create(config, corpus)
         self.signals = StopSignals()
         self.saved = time.monotonic()
 
@@ -149,7 +163,7 @@ class _Training:
                 while progress.step < config.steps:
                     if progress.step % config.eval_interval == 0:
                         self._evaluate()
-                    self.signals.check()
+                    self._stop_if_asked()
                     self._update()
                     if time.monotonic() - self.saved >= config.checkpoint_seconds:
                         self._save()
@@ -159,10 +173,17 @@ class _Training:
             raise
         finally:
             self.reporter.stop()
-        return self._finish()
+        return self._finish() if self.processes.leads else {}
+
+    def _stop_if_asked(self) -> None:
+        """Stop at the same step in all processes."""
+        number = self.processes.largest(self.signals.received, self.device)
+        if number:
+            raise StopRequested(number)
 
     def _update(self) -> None:
         config, step = self.config, self.progress.step
+        rank, count = self.processes.rank, self.processes.count
         started = time.perf_counter()
         inputs, targets = random_batch(
             self.corpus.train,
@@ -173,8 +194,10 @@ class _Training:
         learning_rate = config.learning_rate_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        torch.manual_seed(stream_seed(config.seed, "dropout", step))
-        _, loss, _ = self.model(inputs.to(self.device), targets.to(self.device))
+        torch.manual_seed(stream_seed(config.seed, f"dropout/{rank}", step))
+        _, loss, _ = self.averaging_model(
+            inputs[rank::count].to(self.device), targets[rank::count].to(self.device)
+        )
         self.optimizer.zero_grad()
         loss.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -182,7 +205,7 @@ class _Training:
         record: dict[str, Any] = {
             "event": "step",
             "step": step,
-            "loss": loss.item(),
+            "loss": self.processes.mean(loss.detach()).item(),
             "grad_norm": norm.item(),
             "learning_rate": learning_rate,
         }
@@ -196,15 +219,18 @@ class _Training:
         elapsed = time.perf_counter() - started
         self.progress.step_seconds += elapsed
         self.progress.seconds += elapsed
-        self.folder.append(record)
+        if self.processes.leads:
+            self.folder.append(record)
         self.reporter.step(self.progress.step, record["loss"], self._tokens_per_second())
 
     def _evaluate(self) -> None:
         progress = self.progress
-        if progress.evaluated:
+        if progress.evaluated or not self.processes.leads:
             return
         started = time.perf_counter()
-        result = evaluate(self.model, self.corpus, self.config, self.signals.check)
+        # Among several processes one alone must not stop: the others would wait for it forever.
+        check = self._stop_if_asked if self.processes.count == 1 else lambda: None
+        result = evaluate(self.model, self.corpus, self.config, check)
         progress.seconds += time.perf_counter() - started
         record = {"event": "evaluation", "step": progress.step, **result}
         record["seconds"] = progress.seconds
@@ -220,6 +246,8 @@ class _Training:
         self.reporter.evaluated(record)
 
     def _save(self) -> None:
+        if not self.processes.leads:
+            return
         self.folder.save_checkpoint(self.model, self.optimizer, self.progress)
         self.saved = time.monotonic()
 
@@ -243,6 +271,7 @@ class _Training:
             "tokens_per_second": self._tokens_per_second(),
             "seconds": progress.seconds,
             "device": config.device,
+            "processes": self.processes.count,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "ember_ext": ember_ext.__version__,

@@ -1,0 +1,85 @@
+"""One run on several processes, as `torchrun` starts them.
+
+Each process trains on its share of every batch and gradients are averaged, so the result is that of
+one process up to rounding. Process 0 evaluates, reports and writes; the others only train.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of the processes this one is; alone by default."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def current(cls) -> Processes:
+        """Those of the process group, if there is one."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process evaluates, reports and writes."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as a module whose backward pass averages gradients over all processes."""
+        return model if self.count == 1 else DistributedDataParallel(model)
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean over all processes of one value each."""
+        if self.count > 1:
+            dist.all_reduce(value)
+            value /= self.count
+        return value
+
+    def largest(self, value: int, device: torch.device) -> int:
+        """The largest over all processes of one number each."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor(value, device=device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def from_leader(self, text: str) -> str:
+        """The text that process 0 gave."""
+        if self.count == 1:
+            return text
+        shared = [text]
+        dist.broadcast_object_list(shared)
+        return shared[0]
+
+
+def join(device: str) -> tuple[Processes, str]:
+    """Meet the processes that `torchrun` started, if it did.
+
+    Args:
+        device: "cpu" or "cuda"; with several GPUs each process gets one of its own.
+
+    Returns:
+        The processes, and this one's device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Processes.current(), device
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
