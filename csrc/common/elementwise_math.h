@@ -1,7 +1,7 @@
 // exp, sigmoid and tanh as branch-free polynomials that a compiler vectorises.
 //
 // Plain loops over these functions become SIMD code under -O3 -fno-math-errno -fno-trapping-math;
-// libm's would stay scalar calls. NaN goes through; exp is clamped to the range of normal numbers.
+// libm's would stay scalar calls. NaN goes through; exp is 0 below the normal numbers and at most 2^127.
 // On a GPU the toolkit's own functions are used.
 #pragma once
 
@@ -62,7 +62,7 @@ EMBER_HD double hyperbolic_tangent(double x) {
 // e^x = 2^n e^r with n = round(x / ln 2). Adding 1.5 * 2^23 rounds to an integer and leaves n in
 // the low bits, from where a shift moves it into the exponent. Polynomial: Cephes expf.
 EMBER_HD float exponential(float x) {
-  x = clamp(x, -87.33654f, 88.02969f);
+  x = clamp(x, -88.02f, 88.02969f);
   const float rounder = 12582912.0f;
   const float shifted = x * 1.44269504f + rounder;
   const float n = shifted - rounder;
@@ -81,7 +81,7 @@ EMBER_HD float exponential(float x) {
 // The same with 1.5 * 2^52; the Taylor series is enough: at |r| <= ln(2) / 2 its next term is
 // 4e-18.
 EMBER_HD double exponential(double x) {
-  x = clamp(x, -708.39, 709.43);
+  x = clamp(x, -709.0, 709.43);
   const double rounder = 6755399441055744.0;
   const double shifted = x * 1.4426950408889634 + rounder;
   const double n = shifted - rounder;

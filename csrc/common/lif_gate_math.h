@@ -32,15 +32,15 @@ EMBER_HD T gate_slope(T fire, T smoulder, T leak) {
 // Derivatives of y = x g. That with respect to lambda is x * smoulder.
 template <typename T>
 EMBER_HD T gate_dy_dx(T magnitude, T steepness, T value, T slope) {
-  return value + magnitude * steepness * slope;
+  return value + magnitude * (steepness * slope);
 }
 template <typename T>
 EMBER_HD T gate_dy_dthreshold(T x, T steepness, T slope) {
-  return -steepness * x * slope;
+  return -steepness * (x * slope);
 }
 template <typename T>
 EMBER_HD T gate_dy_dsteepness(T x, T magnitude, T threshold, T slope) {
-  return (magnitude - threshold) * x * slope;
+  return (magnitude - threshold) * (x * slope);
 }
 
 }  // namespace EMBER_ISA

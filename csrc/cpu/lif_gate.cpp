@@ -35,12 +35,16 @@ EMBER_HD C norm_term(C v) {
   return norm == Norm::l2 ? v * v : norm == Norm::l1 ? absolute(v) : C(0);
 }
 
-// Sums of norm_term over a row; `dot` is the sum of grad_y * y.
-template <typename C>
-struct RowSums {
-  C x, y, dot;
+// Sums along a row are taken in C over this many elements and in double beyond: rounding errors
+// grow with the number of terms.
+constexpr int64_t segment = 512;
 
-  // Whether no sum can have overflowed or lost terms below the smallest normal number.
+// Sums of norm_term over a row; `dot` is the sum of grad_y * y.
+struct RowSums {
+  double x, y, dot;
+
+  // Whether no sum in C can have overflowed or lost terms below the smallest normal number.
+  template <typename C>
   bool trustworthy() const {
     const double tiny = sizeof(C) == 4 ? 1e-24 : 1e-280, huge = sizeof(C) == 4 ? 1e36 : 1e280;
     return x > tiny && x < huge && y > tiny;
@@ -55,9 +59,9 @@ struct RowNorms {
 // Sums that cannot be trusted are taken again on the row divided by its largest entry. A row of
 // zeros gets ratio 0, the limit of |x| / (|y| + eps).
 template <Norm norm, typename C>
-RowNorms row_norms(int64_t n, const C* x, const C* y, const RowSums<C>& sums, double eps) {
+RowNorms row_norms(int64_t n, const C* x, const C* y, const RowSums& sums, double eps) {
   double scale = 1, x_sum = sums.x, y_sum = sums.y;
-  if (!sums.trustworthy()) {
+  if (!sums.trustworthy<C>()) {
     scale = x_sum = y_sum = 0;
     for (int64_t j = 0; j < n; ++j) {
       const double magnitude = absolute(x[j]);
@@ -76,18 +80,24 @@ RowNorms row_norms(int64_t n, const C* x, const C* y, const RowSums<C>& sums, do
 
 template <Norm norm, typename C, typename Gates>
 EMBER_HD void forward_row(int64_t n, const C* x, const Gates& gates, double eps, C* y) {
-  C x_sum = 0, y_sum = 0;
+  RowSums sums{};
+  for (int64_t from = 0; from < n; from += segment) {
+    const int64_t end = n - from < segment ? n : from + segment;
+    C x_sum = 0, y_sum = 0;
 #pragma omp simd reduction(+ : x_sum, y_sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const C odds = gate_odds(absolute(x[j]), gates.threshold(j), gates.steepness(j));
-    const C fire = C(1) / (C(1) + odds);
-    const C out = x[j] * gate_value(fire, odds * fire, gates.leak(j));
-    x_sum += norm_term<norm>(x[j]);
-    y_sum += norm_term<norm>(out);
-    y[j] = out;
+    for (int64_t j = from; j < end; ++j) {
+      const C odds = gate_odds(absolute(x[j]), gates.threshold(j), gates.steepness(j));
+      const C fire = C(1) / (C(1) + odds);
+      const C out = x[j] * gate_value(fire, odds * fire, gates.leak(j));
+      x_sum += norm_term<norm>(x[j]);
+      y_sum += norm_term<norm>(out);
+      y[j] = out;
+    }
+    sums.x += x_sum;
+    sums.y += y_sum;
   }
   if (norm == Norm::none) return;
-  const C ratio = C(row_norms<norm, C>(n, x, y, {x_sum, y_sum, 0}, eps).ratio);
+  const C ratio = C(row_norms<norm>(n, x, y, sums, eps).ratio);
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) y[j] *= ratio;
 }
@@ -121,7 +131,7 @@ NormGradient<double> norm_gradient(const RowNorms& norms, double dot, double eps
 template <typename C>
 struct Scratch {
   double* total;            // [3, units of a tile] over a block
-  C* sums;                  // [3, units of a tile] over a few rows
+  C* sums;                  // [3, columns of a tile] over a few rows, where columns are units
   C *fire, *smoulder;       // of a row
   C *x, *grad_y, *written;  // rows in their compute type, where they are stored in a narrower one
 
@@ -166,99 +176,105 @@ EMBER_HD void store_row(const C* buffer, int64_t n, T* row) {
   for (int64_t j = 0; j < n; ++j) narrow(buffer[j], row[j]);
 }
 
-// One row of backward. `sums` holds the running parameter gradients [3, stride], of the row's
-// columns or of its one unit; without `want_sums` it is not touched.
+// One row of backward. Parameter gradients are added to `sums` [3, stride] where every column is a
+// unit, to `total` [3, stride] where the row is one, and left alone without `want_sums`.
 template <Norm norm, bool want_sums, typename R, typename C, typename Gates>
 EMBER_HD void backward_row(int64_t n, const C* x, const C* grad_y, const C* fires,
                            const C* smoulders, const Gates& gates, const NormGradient<R>& ng,
-                           C* grad_x, C* sums, int64_t stride) {
+                           C* grad_x, C* sums, double* total, int64_t stride) {
   constexpr bool per_column = std::is_same<Gates, ColumnGates<C>>::value;
   const R ratio = ng.ratio, from_y = ng.from_y, from_x = ng.from_x;
   C *thresholds = sums, *leaks = sums + stride, *steepnesses = sums + 2 * stride;
-  C threshold_sum = 0, leak_sum = 0, steepness_sum = 0;
+  for (int64_t from = 0; from < n; from += segment) {
+    const int64_t end = n - from < segment ? n : from + segment;
+    C threshold_sum = 0, leak_sum = 0, steepness_sum = 0;
 #pragma omp simd reduction(+ : threshold_sum, leak_sum, steepness_sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const C magnitude = absolute(x[j]), threshold = gates.threshold(j), leak = gates.leak(j),
-            steepness = gates.steepness(j);
-    C fire, smoulder;
-    if (norm == Norm::none) {
-      const C odds = gate_odds(magnitude, threshold, steepness);
-      fire = C(1) / (C(1) + odds);
-      smoulder = odds * fire;
-    } else {
-      fire = fires[j];
-      smoulder = smoulders[j];
+    for (int64_t j = from; j < end; ++j) {
+      const C magnitude = absolute(x[j]), threshold = gates.threshold(j), leak = gates.leak(j),
+              steepness = gates.steepness(j);
+      C fire, smoulder;
+      if (norm == Norm::none) {
+        const C odds = gate_odds(magnitude, threshold, steepness);
+        fire = C(1) / (C(1) + odds);
+        smoulder = odds * fire;
+      } else {
+        fire = fires[j];
+        smoulder = smoulders[j];
+      }
+      const C value = gate_value(fire, smoulder, leak), slope = gate_slope(fire, smoulder, leak);
+      C dy = grad_y[j], dx = 0;
+      if (norm != Norm::none) {
+        dy = C(ratio * dy + from_y * norm_slope<norm>(x[j] * value));
+        dx = C(from_x * norm_slope<norm>(x[j]));
+      }
+      const C d_threshold = dy * gate_dy_dthreshold(x[j], steepness, slope),
+              d_leak = dy * x[j] * smoulder,
+              d_steepness = dy * gate_dy_dsteepness(x[j], magnitude, threshold, slope);
+      grad_x[j] = dx + dy * gate_dy_dx(magnitude, steepness, value, slope);
+      if (want_sums && per_column) {
+        thresholds[j] += d_threshold;
+        leaks[j] += d_leak;
+        steepnesses[j] += d_steepness;
+      } else if (want_sums) {
+        threshold_sum += d_threshold;
+        leak_sum += d_leak;
+        steepness_sum += d_steepness;
+      }
     }
-    const C value = gate_value(fire, smoulder, leak), slope = gate_slope(fire, smoulder, leak);
-    C dy = grad_y[j], dx = 0;
-    if (norm != Norm::none) {
-      dy = C(ratio * dy + from_y * norm_slope<norm>(x[j] * value));
-      dx = C(from_x * norm_slope<norm>(x[j]));
+    if (want_sums && !per_column) {
+      total[0] += threshold_sum;
+      total[stride] += leak_sum;
+      total[2 * stride] += steepness_sum;
     }
-    const C d_threshold = dy * gate_dy_dthreshold(x[j], steepness, slope),
-            d_leak = dy * x[j] * smoulder,
-            d_steepness = dy * gate_dy_dsteepness(x[j], magnitude, threshold, slope);
-    grad_x[j] = dx + dy * gate_dy_dx(magnitude, steepness, value, slope);
-    if (want_sums && per_column) {
-      thresholds[j] += d_threshold;
-      leaks[j] += d_leak;
-      steepnesses[j] += d_steepness;
-    } else if (want_sums) {
-      threshold_sum += d_threshold;
-      leak_sum += d_leak;
-      steepness_sum += d_steepness;
-    }
-  }
-  if (want_sums && !per_column) {
-    *thresholds += threshold_sum;
-    *leaks += leak_sum;
-    *steepnesses += steepness_sum;
   }
 }
 
 // The first loop over a row that has a norm: its sums, and what the second loop reads.
 template <Norm norm, typename C, typename Gates>
-EMBER_HD RowSums<C> backward_sums(int64_t n, const C* x, const C* grad_y, const Gates& gates,
-                                  C* fires, C* smoulders, C* ys) {
-  C x_sum = 0, y_sum = 0, dot = 0;
+EMBER_HD RowSums backward_sums(int64_t n, const C* x, const C* grad_y, const Gates& gates, C* fires,
+                               C* smoulders, C* ys) {
+  RowSums sums{};
+  for (int64_t from = 0; from < n; from += segment) {
+    const int64_t end = n - from < segment ? n : from + segment;
+    C x_sum = 0, y_sum = 0, dot = 0;
 #pragma omp simd reduction(+ : x_sum, y_sum, dot)
-  for (int64_t j = 0; j < n; ++j) {
-    const C odds = gate_odds(absolute(x[j]), gates.threshold(j), gates.steepness(j));
-    const C fire = C(1) / (C(1) + odds);
-    const C y = x[j] * gate_value(fire, odds * fire, gates.leak(j));
-    fires[j] = fire;
-    smoulders[j] = odds * fire;
-    ys[j] = y;
-    x_sum += norm_term<norm>(x[j]);
-    y_sum += norm_term<norm>(y);
-    dot += grad_y[j] * y;
+    for (int64_t j = from; j < end; ++j) {
+      const C odds = gate_odds(absolute(x[j]), gates.threshold(j), gates.steepness(j));
+      const C fire = C(1) / (C(1) + odds);
+      const C y = x[j] * gate_value(fire, odds * fire, gates.leak(j));
+      fires[j] = fire;
+      smoulders[j] = odds * fire;
+      ys[j] = y;
+      x_sum += norm_term<norm>(x[j]);
+      y_sum += norm_term<norm>(y);
+      dot += grad_y[j] * y;
+    }
+    sums.x += x_sum;
+    sums.y += y_sum;
+    sums.dot += dot;
   }
-  return {x_sum, y_sum, dot};
+  return sums;
 }
 
 template <Norm norm, bool want_sums, typename C, typename Gates>
 EMBER_HD void backward_whole_row(int64_t n, const C* x, const C* grad_y, const Gates& gates,
-                                 double eps, const Scratch<C>& s, C* grad_x, C* sums,
+                                 double eps, const Scratch<C>& s, C* grad_x, double* total,
                                  int64_t stride) {
-  if (norm == Norm::none) {
-    backward_row<norm, want_sums>(n, x, grad_y, s.fire, s.smoulder, gates, NormGradient<C>{},
-                                  grad_x, sums, stride);
-    return;
-  }
+  const auto finish = [&](const auto& norm_gradient) {
+    backward_row<norm, want_sums>(n, x, grad_y, s.fire, s.smoulder, gates, norm_gradient, grad_x,
+                                  s.sums, total, stride);
+  };
+  if (norm == Norm::none) return finish(NormGradient<C>{});
   // grad_x is not read before the second loop writes it, so it can hold y until then.
-  const RowSums<C> row = backward_sums<norm>(n, x, grad_y, gates, s.fire, s.smoulder, grad_x);
-  const RowNorms norms = row_norms<norm, C>(n, x, grad_x, row, eps);
-  if (row.trustworthy()) {
+  RowSums row = backward_sums<norm>(n, x, grad_y, gates, s.fire, s.smoulder, grad_x);
+  const RowNorms norms = row_norms<norm>(n, x, grad_x, row, eps);
+  if (row.template trustworthy<C>()) {
     const NormGradient<double> ng = norm_gradient<norm>(norms, row.dot, eps);
-    backward_row<norm, want_sums>(n, x, grad_y, s.fire, s.smoulder, gates,
-                                  NormGradient<C>{C(ng.ratio), C(ng.from_y), C(ng.from_x)}, grad_x,
-                                  sums, stride);
-  } else {
-    double dot = 0;
-    for (int64_t j = 0; j < n; ++j) dot += double(grad_y[j]) * double(grad_x[j]);
-    backward_row<norm, want_sums>(n, x, grad_y, s.fire, s.smoulder, gates,
-                                  norm_gradient<norm>(norms, dot, eps), grad_x, sums, stride);
+    return finish(NormGradient<C>{C(ng.ratio), C(ng.from_y), C(ng.from_x)});
   }
+  row.dot = 0;
+  for (int64_t j = 0; j < n; ++j) row.dot += double(grad_y[j]) * double(grad_x[j]);
+  finish(norm_gradient<norm>(norms, row.dot, eps));
 }
 
 template <typename C, bool per_column>
@@ -298,8 +314,7 @@ void forward(const LifGateParams& p, const ThreadPool& pool) {
   });
 }
 
-// Moves the running sums into the block's totals. Rounding errors grow with the number of terms
-// that are added up in float, hence every few rows.
+// Moves the running sums into the block's totals.
 template <typename C>
 EMBER_HD void flush(int64_t n, C* sums, double* total) {
 #pragma omp simd
@@ -323,7 +338,7 @@ void backward_block(const LifGateParams& p, const Scratch<compute_t<T>>& s, int6
   }
   for (int64_t row = block * block_rows; row < row_end; ++row) {
     const int64_t tile = lif_gate_tile_cols(p);
-    C* sums = per_column ? s.sums : s.sums + row / p.unit_rows % p.units;
+    double* total = per_column ? s.total : s.total + row / p.unit_rows % p.units;
     for (int64_t from = first; from < first + n; from += tile) {
       const int64_t width = first + n - from < tile ? first + n - from : tile;
       const int64_t offset = row * p.cols + from;
@@ -332,13 +347,13 @@ void backward_block(const LifGateParams& p, const Scratch<compute_t<T>>& s, int6
       backward_whole_row<norm, want_sums>(
           width, load_row(static_cast<const T*>(p.x) + offset, width, s.x),
           load_row(static_cast<const T*>(p.grad_y) + offset, width, s.grad_y),
-          GatesOf<C, per_column>::at(p, row, from), p.eps, s, written, sums, units);
+          GatesOf<C, per_column>::at(p, row, from), p.eps, s, written, total, units);
       store_row(written, width, grad_x);
     }
-    if (want_sums && (row + 1) % flush_rows == 0) flush(3 * units, s.sums, s.total);
+    if (want_sums && per_column && (row + 1) % flush_rows == 0) flush(3 * units, s.sums, s.total);
   }
   if (!want_sums) return;
-  flush(3 * units, s.sums, s.total);
+  if (per_column) flush(3 * units, s.sums, s.total);
   C* partial = static_cast<C*>(p.partial_gradients) + block * 3 * p.units + first;
   for (int64_t parameter = 0; parameter < 3; ++parameter) {
     for (int64_t j = 0; j < units; ++j) {

@@ -84,6 +84,7 @@ def _run(
         return y.contiguous()
     dtype = _checks.compute_dtype(x.dtype)
     if threshold.dtype != dtype or leak.dtype != dtype or steepness.dtype != dtype:
+        _check(x, threshold, leak, steepness, norm, unit_dim, eps)
         threshold, leak, steepness = threshold.to(dtype), leak.to(dtype), steepness.to(dtype)
     arguments = (x, threshold, leak, steepness, _NORM_CODES[norm], unit_dim, eps)
     needs_grad = torch.is_grad_enabled() and (

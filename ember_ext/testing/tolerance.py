@@ -24,17 +24,34 @@ def _distance(value: Tensor, exact: Tensor) -> float:
     return float(difference.max()) if difference.numel() else 0.0
 
 
-def error_bound(eager: Tensor, exact: Tensor, floor_ulps: float = 4.0) -> float:
-    """Twice eager's error plus `floor_ulps` units in the last place of the largest exact entry."""
+def error_bound(
+    eager: Tensor, exact: Tensor, *, floor_ulps: float | None = None, scale: float = 0.0
+) -> float:
+    """Twice eager's error plus a floor.
+
+    The floor is `floor_ulps` units in the last place of the largest exact entry, or of `scale` if
+    that is larger. Default: 4, and 32 for fp64, where the "exact" result is rounded no less than
+    eager.
+    """
+    if floor_ulps is None:
+        floor_ulps = 32.0 if eager.dtype == torch.float64 else 4.0
     finite = exact[exact.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
     floor = floor_ulps * torch.finfo(eager.dtype).eps * scale
     eager_error = _distance(eager, exact)
     # Where eager itself overflows, only the floor counts.
     return floor + (2 * eager_error if eager_error != float("inf") else 0.0)
 
 
-def assert_close(name: str, value: Tensor, eager: Tensor, exact: Tensor, **floor: float) -> None:
+def assert_close(
+    name: str,
+    value: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    *,
+    floor_ulps: float | None = None,
+    scale: float = 0.0,
+) -> None:
     """Raise AssertionError unless `value` obeys the tolerance rule.
 
     Args:
@@ -42,10 +59,12 @@ def assert_close(name: str, value: Tensor, eager: Tensor, exact: Tensor, **floor
         value: the kernel's result.
         eager: the reference's result in `value`'s dtype.
         exact: the reference's result in fp64 on the same (exactly converted) inputs.
-        **floor: `floor_ulps`, see `error_bound`.
+        floor_ulps: see `error_bound`.
+        scale: see `error_bound`.
     """
     if value.dtype != eager.dtype:
         raise AssertionError(f"{name}: dtype {value.dtype}, expected {eager.dtype}")
-    error, bound = _distance(value, exact), error_bound(eager, exact, **floor)
+    error = _distance(value, exact)
+    bound = error_bound(eager, exact, floor_ulps=floor_ulps, scale=scale)
     if not error <= bound:
         raise AssertionError(f"{name}: error {error:.3g} exceeds the bound {bound:.3g}")

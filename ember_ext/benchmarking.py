@@ -1,0 +1,253 @@
+"""What the scripts in `bench/` share: timing, the machine's limits, tables, CSV rows and plots.
+
+A script lists `Case`s; `run_cases` first holds every contender to the reference, then times the
+contenders of a case in turns, so that a busy machine slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import csv
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import ember_ext
+from ember_ext import _native
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration that several contenders compute.
+
+    Attributes:
+        config: what is computed, for the table.
+        mode: "forward" or "forward+backward".
+        contenders: by name; the first is the baseline of the speed-up.
+        verify: raises AssertionError if a contender is wrong; returns the largest error per
+            contender, relative to the largest entry of the exact result.
+        gigabytes: of memory traffic that the work cannot do without, or 0.
+        gigaflops: of arithmetic that the work cannot do without, or 0.
+    """
+
+    config: str
+    mode: str
+    contenders: dict[str, Call]
+    verify: Callable[[], dict[str, float]]
+    gigabytes: float = 0.0
+    gigaflops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table and of the CSV file. Times are in milliseconds."""
+
+    op: str
+    config: str
+    mode: str
+    contender: str
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    speedup: float
+    error: float
+    rate: float
+    rate_unit: str
+    limit_share: float
+    device: str
+    threads: int
+    isa: str
+    torch: str
+    ember_ext: str
+    time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat("T", "seconds"))
+
+
+def machine(device: torch.device) -> str:
+    """One line that names the machine a benchmark ran on."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return (
+        f"{name}, {torch.get_num_threads()} threads, {_native.isa or 'no kernels'}, "
+        f"torch {torch.__version__}, ember-ext {ember_ext.__version__}"
+    )
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def time_in_turns(
+    calls: dict[str, Call], device: torch.device, seconds: float, least: int = 5
+) -> dict[str, list[float]]:
+    """Seconds of each call, timed one after the other, again and again.
+
+    Args:
+        calls: what to time, by name; each is called twice beforehand.
+        device: synchronised around each call.
+        seconds: how long to go on.
+        least: the fewest rounds.
+    """
+    for call in calls.values():
+        call()
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start, rounds = _clock(device), 0
+    while rounds < least or _clock(device) - start < seconds:
+        for name, call in calls.items():
+            begin = _clock(device)
+            call()
+            times[name].append(_clock(device) - begin)
+        rounds += 1
+    return times
+
+
+def copy_call(megabytes: float, device: torch.device) -> tuple[Call, float]:
+    """A copy between two buffers, and the GB that it reads and writes."""
+    source = torch.ones(int(megabytes * 1e6 / 4), device=device)
+    target = torch.zeros_like(source)
+    return (lambda: target.copy_(source)), 2 * source.numel() * 4 / 1e9
+
+
+def matmul_call(device: torch.device, size: int = 1024) -> tuple[Call, float]:
+    """A square fp32 matrix product, and its GFLOP."""
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    return (lambda: torch.mm(a, b, out=out)), 2 * size**3 / 1e9
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """Largest |value - exact|, relative to the largest |exact|."""
+    scale = float(exact.abs().max()) or 1.0
+    return float((value.detach().double() - exact).abs().max()) / scale
+
+
+def run_cases(
+    op: str, cases: Sequence[Case], *, device: torch.device, seconds: float, console: Console
+) -> list[Row]:
+    """Verify and time every case, print the table, and return its rows.
+
+    The limit of a case is measured in the same turns: a copy of as many bytes, or a matrix product.
+
+    Raises:
+        AssertionError: a contender disagrees with the reference; nothing is timed then.
+    """
+    errors = [case.verify() for case in cases]
+    console.print(f"All {len(cases)} cases agree with the fp64 reference. {machine(device)}")
+    table = Table("config", "mode", "contender", "ms", "20-80 %", "speed-up", "rate", "of limit",
+                  "error", title=op)  # fmt: skip
+    for column in table.columns[3:]:
+        column.justify = "right"
+    rows: list[Row] = []
+    for case, case_errors in zip(cases, errors, strict=True):
+        limit_call, limit_work, unit = None, 0.0, ""
+        if case.gigabytes:
+            limit_call, limit_work = copy_call(case.gigabytes * 500, device)
+            unit = "GB/s"
+        elif case.gigaflops:
+            limit_call, limit_work = matmul_call(device)
+            unit = "GFLOP/s"
+        calls = dict(case.contenders)
+        if limit_call is not None:
+            calls["limit"] = limit_call
+        times = time_in_turns(calls, device, seconds)
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        limit_rate = limit_work / medians["limit"] if limit_call is not None else 0.0
+        baseline = medians[next(iter(case.contenders))]
+        for name in case.contenders:
+            low, _, _, high = statistics.quantiles(times[name], n=5)
+            rate = (case.gigabytes or case.gigaflops) / medians[name]
+            row = Row(
+                op, case.config, case.mode, name, 1e3 * medians[name], 1e3 * low, 1e3 * high,
+                baseline / medians[name], case_errors.get(name, 0.0), rate, unit,
+                rate / limit_rate if limit_rate else 0.0, str(device), torch.get_num_threads(),
+                _native.isa, torch.__version__, ember_ext.__version__,
+            )  # fmt: skip
+            rows.append(row)
+            table.add_row(
+                row.config, row.mode, name, f"{row.median_ms:.3g}",
+                f"{row.low_ms:.3g}-{row.high_ms:.3g}", f"{row.speedup:.2f}",
+                f"{rate:.3g} {unit}", f"{row.limit_share:.0%}" if limit_rate else "",
+                f"{row.error:.1e}",
+            )  # fmt: skip
+        table.add_section()
+    console.print(table)
+    return rows
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write rows, replacing the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def plot_csv(path: Path, image: Path) -> None:
+    """Draw the times of a CSV file that `write_csv` wrote as grouped bars, one panel per mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    configs = list(dict.fromkeys(row["config"] for row in rows))
+    height = 1.2 + 0.28 * len(configs) * len(contenders)
+    figure, axes = plt.subplots(
+        1, len(modes), figsize=(5.5 * len(modes), height), sharey=True, squeeze=False
+    )
+    # Okabe and Ito's colours can be told apart with any colour vision.
+    colours = ["#999999", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9"]
+    bar = 0.8 / len(contenders)
+    for axis, mode in zip(axes[0], modes, strict=True):
+        for i, contender in enumerate(contenders):
+            chosen = {
+                row["config"]: row
+                for row in rows
+                if row["mode"] == mode and row["contender"] == contender
+            }
+            places = [configs.index(config) + i * bar for config in chosen]
+            medians = [float(row["median_ms"]) for row in chosen.values()]
+            spread = [
+                [m - float(r["low_ms"]) for m, r in zip(medians, chosen.values(), strict=True)],
+                [float(r["high_ms"]) - m for m, r in zip(medians, chosen.values(), strict=True)],
+            ]
+            axis.barh(
+                places, medians, bar, xerr=spread, label=contender, color=colours[i % len(colours)]
+            )
+            for place, median, row in zip(places, medians, chosen.values(), strict=True):
+                axis.annotate(
+                    f" {float(row['speedup']):.1f}x", (median, place), va="center", fontsize=7
+                )
+        axis.set_xscale("log")
+        axis.set_xlabel("milliseconds (median, 20-80 %)")
+        axis.set_title(mode)
+        axis.margins(x=0.15)
+    axes[0][0].set_yticks([i + 0.4 - bar / 2 for i in range(len(configs))], configs, fontsize=8)
+    axes[0][0].invert_yaxis()
+    axes[0][-1].legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"{rows[0]['op']} on {rows[0]['device']}, {rows[0]['threads']} threads")
+    figure.tight_layout()
+    figure.savefig(image, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,327 @@
+"""The LIF gate against its reference: values, gradients, edge cases, compilation, errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import ember_ext
+from ember_ext import _native, nn, reference
+from ember_ext.testing import DTYPES, Sample, check_sample, gate_parameters, gate_samples
+
+NORMS = (None, "l1", "l2")
+needs_kernels = pytest.mark.skipif(not _native.has("cpu"), reason="no compiled kernels")
+
+
+def parameters(units: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    theta, lam, k = gate_parameters(units, torch.Generator().manual_seed(3)).values()
+    return theta.to(dtype), lam.to(dtype), k.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference(dtype: torch.dtype) -> None:
+    for sample in gate_samples(dtype):
+        check_sample(ember_ext.lif_gate, reference.lif_gate, sample)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference_on_a_gpu(dtype: torch.dtype) -> None:
+    assert _native.has("cuda")
+    for sample in gate_samples(dtype):
+        check_sample(ember_ext.lif_gate, reference.lif_gate, sample.to("cuda"))
+
+
+def test_many_rows_keep_their_accuracy() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(20_011, 24, generator=generator)
+    sample = Sample("many rows", {"x": x, **gate_parameters(24, generator)}, {"norm": "l2"})
+    check_sample(ember_ext.lif_gate, reference.lif_gate, sample)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set(isa: str) -> None:
+    code = """
+import torch
+from ember_ext import _native, lif_gate, reference
+from ember_ext.testing import DTYPES, check_sample, gate_samples
+for dtype in DTYPES:
+    for sample in gate_samples(dtype):
+        check_sample(lif_gate, reference.lif_gate, sample)
+print(_native.isa)
+"""
+    environment = os.environ | {"EMBER_EXT_ISA": isa}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    if "cannot run EMBER_EXT_ISA" in result.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == isa
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("unit_dim", [-1, 1])
+def test_gradcheck(norm: nn.lif_gate.Norm | None, unit_dim: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    # Away from 0, where |x| has a kink.
+    x = torch.randn(2, 3, 5, dtype=torch.float64, generator=generator)
+    x = (x.sign() * (x.abs() + 0.1)).requires_grad_()
+    gate = [p.requires_grad_() for p in parameters(x.shape[unit_dim], torch.float64)]
+
+    def gated(*tensors: Tensor) -> Tensor:
+        return ember_ext.lif_gate(*tensors, norm=norm, unit_dim=unit_dim)
+
+    assert torch.autograd.gradcheck(gated, (x, *gate))
+
+
+@needs_kernels
+@pytest.mark.parametrize("norm", [0, 2])
+def test_opcheck(norm: int) -> None:
+    x = torch.randn(4, 6, 5, requires_grad=True)
+    gate = [p.requires_grad_() for p in parameters(6)]
+    arguments = (x, *gate, norm, 1, 1e-8)
+    operators = torch.ops.ember_ext
+    torch.library.opcheck(operators.lif_gate.default, arguments)
+    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    torch.library.opcheck(operators.lif_gate_forward.default, detached)
+    for parameter_gradients in (True, False):
+        torch.library.opcheck(
+            operators.lif_gate_backward.default,
+            (torch.randn(4, 6, 5), *detached, parameter_gradients),
+        )
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norm_is_kept(norm: nn.lif_gate.Norm | None) -> None:
+    x = torch.randn(50, 33)
+    y = ember_ext.lif_gate(x, *parameters(33), norm=norm)
+    for order, name in ((1, "l1"), (2, "l2")):
+        kept = torch.allclose(x.norm(order, -1), y.norm(order, -1), rtol=1e-5)
+        assert kept == (norm == name)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-20, 1e19, 1e30, 3e38])
+def test_extreme_rows_stay_finite(norm: nn.lif_gate.Norm, scale: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(3, 40, generator=generator) * scale
+    x.requires_grad_()
+    gate = parameters(40)
+    for eps in (0.0, 1e-8):
+        y = ember_ext.lif_gate(x, *gate, norm=norm, eps=eps)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert gradient.isfinite().all()
+        exact = reference.lif_gate(x.double(), *(p.double() for p in gate), norm=norm, eps=eps)
+        # Results below the normal numbers keep no more than their absolute accuracy.
+        torch.testing.assert_close(y, exact.float(), rtol=4e-6, atol=1e-44)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_zero_rows_stay_zero_without_gradient(norm: nn.lif_gate.Norm) -> None:
+    x = torch.randn(4, 9)
+    x[2] = 0
+    x.requires_grad_()
+    gate = [p.requires_grad_() for p in parameters(9)]
+    y = ember_ext.lif_gate(x, *gate, norm=norm)
+    gradient, *_ = torch.autograd.grad(y, (x, *gate), torch.ones_like(y))
+    assert (y[2] == 0).all()
+    assert (gradient[2] == 0).all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_special_values_stay_in_their_row(norm: nn.lif_gate.Norm | None, value: float) -> None:
+    x = torch.randn(5, 20)
+    clean = ember_ext.lif_gate(x, *parameters(20), norm=norm)
+    x[3, 7] = value
+    y = ember_ext.lif_gate(x, *parameters(20), norm=norm)
+    rows = [0, 1, 2, 4]
+    assert torch.equal(y[rows], clean[rows])
+    assert not y[3, 7].isfinite()
+
+
+def test_a_row_of_nan_is_not_taken_for_zeros() -> None:
+    x = torch.full((1, 6), float("nan"))
+    assert ember_ext.lif_gate(x, *parameters(6), norm="l2").isnan().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeats_and_thread_counts_agree_to_the_bit(dtype: torch.dtype) -> None:
+    x = torch.randn(700, 123, dtype=dtype, requires_grad=True)
+    gate = [p.requires_grad_() for p in parameters(123)]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 3):
+            torch.set_num_threads(count)
+            y = ember_ext.lif_gate(x, *gate, norm="l2")
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), (x, *gate))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_kernels
+def test_unwritten_memory_would_show() -> None:
+    """With fresh memory filled with NaN, whatever a kernel leaves unwritten becomes visible."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(3).isnan().all()
+        for sample in gate_samples(torch.float32):
+            check_sample(ember_ext.lif_gate, reference.lif_gate, sample)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_kernels
+def test_compiles_whole_and_once_for_all_shapes() -> None:
+    torch._dynamo.reset()
+    gate = [p.requires_grad_() for p in parameters(16)]
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    def model(x: Tensor) -> Tensor:
+        return ember_ext.lif_gate(x * 2, *gate, norm="l2").square()
+
+    for backend in (count, "aot_eager"):
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        for shape in ((4, 5, 16), (3, 7, 16), (8, 2, 16), (5, 11, 16)):
+            x = torch.randn(shape, requires_grad=True)
+            expected = torch.autograd.grad(model(x).sum(), (x, *gate))
+            actual = torch.autograd.grad(compiled(x).sum(), (x, *gate))
+            for a, b in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, b)
+    assert graphs <= 2, "one graph for the first shape, one for all others"
+
+
+@needs_kernels
+def test_exports() -> None:
+    module = nn.LIFGate(12)
+    x = torch.randn(3, 12)
+    program = torch.export.export(module, (x,))
+    torch.testing.assert_close(program.module()(x), module(x))
+    assert "ember_ext.lif_gate" in str(program.graph)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_dtype_and_values_alone(dtype: torch.dtype) -> None:
+    x = torch.randn(6, 10, dtype=dtype)
+    expected = ember_ext.lif_gate(x, *parameters(10), norm="l2")
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = ember_ext.lif_gate(x, *parameters(10), norm="l2")
+    assert actual.dtype == dtype
+    assert torch.equal(actual, expected)
+
+
+def test_parameters_of_any_dtype_get_their_gradient() -> None:
+    gate = [p.to(torch.bfloat16).requires_grad_() for p in parameters(10)]
+    ember_ext.lif_gate(torch.randn(4, 10), *gate).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in gate)
+
+
+@needs_kernels
+@pytest.mark.parametrize("compiled", [False, True])
+def test_double_backward_is_refused(compiled: bool) -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    # The dispatcher's own operator is what compiled code runs.
+    y = (
+        torch.ops.ember_ext.lif_gate(x, *parameters(8), 0, -1, 1e-8)
+        if compiled
+        else ember_ext.lif_gate(x, *parameters(8))
+    )
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"ember_ext\.lif_gate: double backward"):
+        gradient.sum().backward()
+
+
+def arguments(**changes: object) -> dict[str, object]:
+    theta, lam, k = parameters(3)
+    return {"x": torch.randn(2, 3), "threshold": theta, "leak": lam, "steepness": k} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+        ({"x": torch.ones(2, 3).int()}, TypeError, "x must be float64, .*, got torch.int32"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x must be of at least one dimension"),
+        ({"threshold": torch.ones(4)}, ValueError, r"threshold must be \[x.shape\[-1\]\] = \[3\]"),
+        ({"leak": torch.ones(3, 1)}, ValueError, r"leak must be .* = \[3\], got \[3, 1\]"),
+        ({"steepness": torch.ones(3).long()}, TypeError, "steepness must be float64"),
+        ({"steepness": None}, TypeError, "steepness must be a torch.Tensor"),
+        ({"threshold": torch.ones(3, device="meta")}, ValueError, "threshold must be on x's dev"),
+        ({"norm": "l3"}, ValueError, "norm must be None, 'l1' or 'l2', got 'l3'"),
+        ({"unit_dim": 2}, ValueError, r"unit_dim must be within \[-2, 1\], got 2"),
+        ({"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
+        ({"eps": float("nan")}, ValueError, "eps must be >= 0, got nan"),
+        ({"threshold": torch.tensor([0, float("nan"), 0])}, ValueError, "finite, got nan at ind"),
+        ({"leak": torch.tensor([0.5, 1.5, 0.5])}, ValueError, r"within \[0, 1\], got 1.5 at in"),
+        ({"leak": torch.full((3,), -0.5)}, ValueError, r"leak must be within \[0, 1\], got -0.5"),
+        ({"steepness": torch.tensor([1.0, 1, 0])}, ValueError, "> 0, got 0.0 at index 2"),
+        ({"steepness": torch.full((3,), float("inf"))}, ValueError, "finite and > 0, got inf"),
+    ],
+    ids=str,
+)
+def test_bad_input(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=r"ember_ext\.lif_gate: .*" + message):
+        ember_ext.lif_gate(**arguments(**changes))
+
+
+@needs_kernels
+def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
+    x, gate = torch.randn(2, 3), parameters(3)
+    with pytest.raises(RuntimeError, match="invalid arguments"):
+        torch.ops.ember_ext.lif_gate_forward(x, *parameters(2), 0, -1, 1e-8)
+    with pytest.raises(RuntimeError, match="invalid arguments"):
+        torch.ops.ember_ext.lif_gate_backward(torch.randn(2, 2), x, *gate, 0, -1, 1e-8, True)
+
+
+def test_module_presets() -> None:
+    seed, released = nn.LIFGate(5), nn.LIFGate(5, preset="released")
+    for gate, theta, lam, norm in ((seed, 0.0, 0.731, "l2"), (released, 0.001, 0.881, None)):
+        values = [float(p[0]) for p in gate.effective()]
+        assert values == pytest.approx([theta, lam, 2.127], abs=1e-3)
+        assert gate.norm == norm
+        assert sum(p.numel() for p in gate.parameters()) == 15
+
+
+def test_fixed_module_has_buffers_only() -> None:
+    gate = nn.LIFGate(4, preset="released", learnable=False)
+    assert not list(gate.parameters())
+    assert set(gate.state_dict()) == {"threshold", "leak", "steepness"}
+    assert gate.effective()[0].tolist() == pytest.approx([0.1] * 4)
+
+
+def test_module_learns_and_loads() -> None:
+    gate = nn.LIFGate(6, unit_dim=1, norm="l1")
+    x = torch.randn(2, 6, 3)
+    gate(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in gate.parameters())
+    other = nn.LIFGate(6, unit_dim=1, norm="l1")
+    with torch.no_grad():
+        gate.leak += 1
+    other.load_state_dict(gate.state_dict())
+    assert torch.equal(other(x), gate(x))
+
+
+def test_module_errors() -> None:
+    with pytest.raises(ValueError, match=r"ember_ext\.nn\.LIFGate: preset must be one of"):
+        nn.LIFGate(3, preset="published")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_units must be >= 0"):
+        nn.LIFGate(-1)
