@@ -42,24 +42,25 @@ class TrainingConsole:
             self._bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(None),
-                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s"),
+                TextColumn("{task.fields[status]}"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("", total=steps, completed=step, loss=0.0, rate=0.0)
+            self._task = self._bar.add_task("", total=steps, completed=step, status="evaluating")
             self._bar.start()
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         """`step` updates are done; the last batch had `loss`."""
+        status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, loss=loss, rate=tokens_per_second)
+            self._bar.update(self._task, completed=step, status=status)
             return
         now = time.monotonic()
         if self._first is None:
             self._first = (step, now)
         if now - self._printed >= PLAIN_SECONDS or step == self._steps:
             self._printed = now
-            line = f"step {step}/{self._steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+            line = f"step {step}/{self._steps}  {status}"
             first_step, started = self._first
             if step > first_step:
                 left = (now - started) / (step - first_step) * (self._steps - step)
