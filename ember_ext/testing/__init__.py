@@ -1,11 +1,32 @@
 """Inputs and tolerances that tests, benchmarks and the self-test share."""
 
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from ember_ext import ops, reference
 from ember_ext.testing.lif_gate import gate_parameters, gate_samples
-from ember_ext.testing.sample import DTYPES, Sample, check_sample
+from ember_ext.testing.sample import DTYPES, Operator, Sample, check_sample
 from ember_ext.testing.tolerance import assert_close, error_bound
+
+
+class Registered(NamedTuple):
+    """An operator, what defines it, and inputs to compare the two on."""
+
+    name: str
+    operator: Operator
+    reference: Operator
+    samples: Callable[[torch.dtype], Iterator[Sample]]
+
+
+OPERATORS = (Registered("lif_gate", ops.lif_gate, reference.lif_gate, gate_samples),)
+"""What the self-test goes through."""
 
 __all__ = [
     "DTYPES",
+    "OPERATORS",
+    "Registered",
     "Sample",
     "assert_close",
     "check_sample",
