@@ -6,13 +6,13 @@ writes gate.csv and gate.png into --out. `--help` lists the flags.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
-from rich.console import Console
 from torch import Tensor
 
 import ember_ext
@@ -20,8 +20,9 @@ from ember_ext import reference
 from ember_ext.benchmarking import Call, Case, plot_csv, relative_error, run_cases, write_csv
 from ember_ext.testing import Sample, check_sample, gate_parameters
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHAPES = {"small": [(1, 128)], "large": [(64, 256, 384), (64, 256, 128), (16, 1000, 513)]}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAIN_SHAPE = (64, 256, 384)
+SHAPES = {"small": [(1, 128)], "large": [MAIN_SHAPE, (64, 256, 128), (16, 1000, 513)]}
 
 
 @dataclass
@@ -47,19 +48,15 @@ def gate_case(
     sample = Sample(f"{list(shape)}", tensors, {"norm": norm}).to(options.device)
     leaves = [t.requires_grad_(mode != "forward") for t in sample.tensors.values()]
     grad_y = torch.randn(shape, generator=generator).to(sample.tensors["x"])
-    functions = {"eager reference": reference.lif_gate, "ember_ext": ember_ext.lif_gate}
+    functions: dict[str, Callable[..., Tensor]] = {"eager reference": reference.lif_gate}
     if options.compiled:
         torch._dynamo.reset()
-        compiled = torch.compile(reference.lif_gate, dynamic=False)
-        functions = {
-            "eager reference": reference.lif_gate,
-            "compiled reference": compiled,
-            "ember_ext": ember_ext.lif_gate,
-        }
+        functions["compiled reference"] = torch.compile(reference.lif_gate, dynamic=False)
+    functions["ember_ext"] = ember_ext.lif_gate
 
-    def call(function: object) -> Call:
+    def call(function: Callable[..., Tensor]) -> Call:
         def forward() -> Tensor:
-            return function(*leaves, norm=norm)  # type: ignore[operator, no-any-return]
+            return function(*leaves, norm=norm)
 
         def both() -> object:
             return torch.autograd.grad(forward(), leaves, grad_y)
@@ -88,28 +85,19 @@ def gate_case(
 def main(options: Options) -> None:
     """Verify, time, print, write."""
     sizes = SHAPES["small"] + SHAPES["large"] if options.sizes == "all" else SHAPES[options.sizes]
-    chosen = [
-        (shape, dtype, norm, mode)
+    cases = (
+        gate_case(shape, dtype, norm, mode, options)
         for shape in sizes
-        for dtype in DTYPES.values()
-        if dtype == torch.float32 or shape == (64, 256, 384)
+        for dtype in DTYPES
+        if dtype == torch.float32 or shape == MAIN_SHAPE
         for norm in (None, "l2")
         for mode in ("forward", "forward+backward")
-    ]
-    console = Console(width=150)
-    rows = []
-    for case in chosen:
-        # One at a time: each holds tensors and compiled code.
-        rows += run_cases(
-            "lif_gate",
-            [gate_case(*case, options)],
-            device=torch.device(options.device),
-            seconds=options.seconds,
-            console=console,
-        )
+    )
+    device = torch.device(options.device)
+    rows = run_cases("lif_gate", cases, device=device, seconds=options.seconds)
     write_csv(rows, options.out / "gate.csv")
     plot_csv(options.out / "gate.csv", options.out / "gate.png")
-    console.print(f"Wrote {options.out / 'gate.csv'} and {options.out / 'gate.png'}")
+    print(f"Wrote {options.out / 'gate.csv'} and {options.out / 'gate.png'}")
 
 
 if __name__ == "__main__":

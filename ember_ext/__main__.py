@@ -34,7 +34,7 @@ def environment() -> Iterator[tuple[str, str]]:
 
 
 def self_test() -> bool:
-    """Hold every operator to its reference on every device, print a line each, return the verdict."""
+    """Hold every operator to its reference on every device; print a line each, True if all do."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     good = True
     for name, operator, reference, samples in testing.OPERATORS:

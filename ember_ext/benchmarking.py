@@ -1,7 +1,7 @@
 """What the scripts in `bench/` share: timing, the machine's limits, tables, CSV rows and plots.
 
-A script lists `Case`s; `run_cases` first holds every contender to the reference, then times the
-contenders of a case in turns, so that a busy machine slows all of them alike.
+A script makes `Case`s; `run_cases` first holds every contender to the reference, then times the
+contenders of the case in turns, so that a busy machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -139,57 +140,67 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return float((value.detach().double() - exact).abs().max()) / scale
 
 
-def run_cases(
-    op: str, cases: Sequence[Case], *, device: torch.device, seconds: float, console: Console
-) -> list[Row]:
-    """Verify and time every case, print the table, and return its rows.
+def run_cases(op: str, cases: Iterable[Case], *, device: torch.device, seconds: float) -> list[Row]:
+    """Verify and time each case, print the table, and return its rows.
 
     The limit of a case is measured in the same turns: a copy of as many bytes, or a matrix product.
 
+    Args:
+        op: the operator, for the table's title.
+        cases: made one by one, so that each may hold large tensors.
+        device: where they run.
+        seconds: how long to time each case.
+
     Raises:
-        AssertionError: a contender disagrees with the reference; nothing is timed then.
+        AssertionError: a contender disagrees with the reference; it is not timed then.
     """
-    errors = [case.verify() for case in cases]
-    console.print(f"All {len(cases)} cases agree with the fp64 reference. {machine(device)}")
+    # A file or a pipe has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else 150)
     table = Table("config", "mode", "contender", "ms", "20-80 %", "speed-up", "rate", "of limit",
-                  "error", title=op)  # fmt: skip
+                  "error", title=f"{op}: {machine(device)}")  # fmt: skip
     for column in table.columns[3:]:
         column.justify = "right"
     rows: list[Row] = []
-    for case, case_errors in zip(cases, errors, strict=True):
-        limit_call, limit_work, unit = None, 0.0, ""
-        if case.gigabytes:
-            limit_call, limit_work = copy_call(case.gigabytes * 500, device)
-            unit = "GB/s"
-        elif case.gigaflops:
-            limit_call, limit_work = matmul_call(device)
-            unit = "GFLOP/s"
-        calls = dict(case.contenders)
-        if limit_call is not None:
-            calls["limit"] = limit_call
-        times = time_in_turns(calls, device, seconds)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        limit_rate = limit_work / medians["limit"] if limit_call is not None else 0.0
-        baseline = medians[next(iter(case.contenders))]
-        for name in case.contenders:
-            low, _, _, high = statistics.quantiles(times[name], n=5)
-            rate = (case.gigabytes or case.gigaflops) / medians[name]
-            row = Row(
-                op, case.config, case.mode, name, 1e3 * medians[name], 1e3 * low, 1e3 * high,
-                baseline / medians[name], case_errors.get(name, 0.0), rate, unit,
-                rate / limit_rate if limit_rate else 0.0, str(device), torch.get_num_threads(),
-                _native.isa, torch.__version__, ember_ext.__version__,
-            )  # fmt: skip
+    for case in cases:
+        errors = case.verify()
+        for row in _time_case(op, case, errors, device, seconds):
             rows.append(row)
+            first = row.contender == next(iter(case.contenders))
+            what = (row.config, row.mode) if first else ("", "")
             table.add_row(
-                row.config, row.mode, name, f"{row.median_ms:.3g}",
+                *what, row.contender, f"{row.median_ms:.3g}",
                 f"{row.low_ms:.3g}-{row.high_ms:.3g}", f"{row.speedup:.2f}",
-                f"{rate:.3g} {unit}", f"{row.limit_share:.0%}" if limit_rate else "",
-                f"{row.error:.1e}",
+                f"{row.rate:.3g} {row.rate_unit}",
+                f"{row.limit_share:.0%}" if row.limit_share else "", f"{row.error:.1e}",
             )  # fmt: skip
         table.add_section()
+        console.print(f"verified and timed: {case.config} {case.mode}")
     console.print(table)
     return rows
+
+
+def _time_case(
+    op: str, case: Case, errors: dict[str, float], device: torch.device, seconds: float
+) -> Iterator[Row]:
+    limit: tuple[Call, float] | None = None
+    unit = ""
+    if case.gigabytes:
+        limit, unit = copy_call(case.gigabytes * 500, device), "GB/s"
+    elif case.gigaflops:
+        limit, unit = matmul_call(device), "GFLOP/s"
+    calls = case.contenders | ({"limit": limit[0]} if limit else {})
+    times = time_in_turns(calls, device, seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    baseline = medians[next(iter(case.contenders))]
+    for name in case.contenders:
+        low, _, _, high = statistics.quantiles(times[name], n=5)
+        rate = (case.gigabytes or case.gigaflops) / medians[name]
+        share = rate * medians["limit"] / limit[1] if limit else 0.0
+        yield Row(
+            op, case.config, case.mode, name, 1e3 * medians[name], 1e3 * low, 1e3 * high,
+            baseline / medians[name], errors.get(name, 0.0), rate, unit, share, str(device),
+            torch.get_num_threads(), _native.isa, torch.__version__, ember_ext.__version__,
+        )  # fmt: skip
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

@@ -1,0 +1,161 @@
+"""The package as an installation: loading, fallback, what the library may link to, its report."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ember_ext import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_kernels = pytest.mark.skipif(not _native.has("cpu"), reason="no compiled kernels")
+
+
+def run_python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+
+def library() -> Path:
+    from ember_ext import _C
+
+    return Path(_C.__file__).parent / "libember_ext_ops.so"
+
+
+@needs_kernels
+def test_kernels_are_found_from_the_clone_and_from_elsewhere(tmp_path: Path) -> None:
+    for folder in (ROOT, tmp_path):
+        result = run_python("from ember_ext import _native; print(_native.isa)", cwd=folder)
+        assert result.stdout.strip() in {"baseline", "avx2", "avx512"}
+        assert result.stderr == ""
+
+
+FALLBACK = """
+import sys, torch
+{break_it}
+import ember_ext
+from ember_ext import nn, reference
+gate, x = nn.LIFGate(5), torch.randn(4, 5, requires_grad=True)
+y = gate(x)
+assert torch.equal(y, reference.lif_gate(x, *gate.effective(), norm="l2"))
+y.sum().backward()
+gate(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        ("sys.modules['ember_ext._C'] = None", "_C"),
+        ("torch.ops.ember_ext.lif_gate = None", "another copy of the library is loaded"),
+    ],
+)
+def test_without_kernels_one_warning_and_the_reference(break_it: str, reason: str) -> None:
+    result = run_python(FALLBACK.format(break_it=break_it))
+    warnings = [line for line in result.stderr.splitlines() if "Warning" in line]
+    assert len(warnings) == 1
+    assert "no compiled kernels for cpu tensors" in warnings[0]
+    assert reason in warnings[0]
+    assert "pip install" in warnings[0]
+
+
+def test_a_library_of_another_version_is_not_used() -> None:
+    code = """
+import ember_ext._native as native
+native._devices.clear()
+native.load("99.0")
+assert not native.has("cpu")
+"""
+    if not _native.has("cpu"):
+        pytest.skip("no compiled kernels")
+    assert "but the Python code is 99.0" in run_python(code).stderr
+
+
+@needs_kernels
+def test_an_instruction_set_that_is_missing_is_named() -> None:
+    result = run_python("import ember_ext", EMBER_EXT_ISA="sse9")
+    assert "cannot run EMBER_EXT_ISA=sse9" in result.stderr
+
+
+@needs_kernels
+def test_importing_needs_no_training_library() -> None:
+    code = """
+import sys, ember_ext, ember_ext.models
+print([m for m in ("matplotlib", "rich", "tyro", "pooch", "safetensors") if m in sys.modules])
+"""
+    assert run_python(code).stdout.strip() == "[]"
+
+
+@needs_kernels
+def test_torch_symbols_are_those_of_the_oldest_torch() -> None:
+    """One build serves every torch from 2.10 on, because nothing newer is asked for."""
+    allowed = (Path(__file__).parent / "torch_2_10_symbols.txt").read_text().split()
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", library()], capture_output=True, text=True, check=True
+    )
+    needed = set(re.findall(r"\bU ((?:aoti_)?torch_\w+)", listing.stdout))
+    assert needed
+    assert needed <= set(allowed)
+    # C++ symbols of torch would tie the library to one version.
+    assert not re.findall(r"\bU (_ZN?K?(?:2at|3c10|5torch)\w+)", listing.stdout)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cpu").glob("*.cpp")), ids=lambda p: p.stem)
+def test_kernels_of_one_instruction_set_are_not_shared_with_another(
+    source: Path, tmp_path: Path
+) -> None:
+    """Of weak symbols with one name the linker keeps one, perhaps with instructions too new."""
+    if source.stem == "isa":
+        pytest.skip("built once, for every machine")
+    built = tmp_path / "kernel.o"
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-DEMBER_ISA=probe", "-c", source, "-o", built]
+    subprocess.run(command, check=True)
+    listing = subprocess.run(["nm", "-C", built], capture_output=True, text=True, check=True)
+    weak = [line for line in listing.stdout.splitlines() if re.match(r"\w+ [WVu] ", line)]
+    assert [line for line in weak if "ember::probe::" not in line] == []
+
+
+def test_report_and_self_test() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "ember_ext", "--no-selftest"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for line in ("ember-ext", "torch", "instruction set", "threads"):
+        assert re.search(rf"^{line} +\S", result.stdout, re.MULTILINE)
+
+
+def test_self_test_notices_a_wrong_operator(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ember_ext import __main__, testing
+
+    gate = next(entry for entry in testing.OPERATORS if entry.name == "lif_gate")
+    wrong = gate._replace(operator=lambda **arguments: gate.operator(**arguments) * 1.001)
+    for entry, good in ((gate, True), (wrong, False)):
+        monkeypatch.setattr(testing, "OPERATORS", (entry,))
+        assert __main__.self_test() == good
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_build_backend_uses_the_installed_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scikit_build_core")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import build_backend
+    import torch
+
+    assert build_backend._installed_torch() == Path(torch.__file__).parent
+    settings = build_backend._with_torch({"a": "b"})
+    assert settings["cmake.define.EMBER_TORCH_DIR"] == str(Path(torch.__file__).parent)
+    assert build_backend._requirements(["ninja"]) == ["ninja"]
+    monkeypatch.setattr(build_backend, "_installed_torch", lambda: None)
+    assert build_backend._requirements(["ninja"]) == ["ninja", "torch>=2.10"]
+    assert build_backend._with_torch(None) == {}
