@@ -34,6 +34,7 @@ pybind11::dict build_info() {
   info["compiler"] = EMBER_COMPILER;
   info["cuda"] = EMBER_CUDA_VERSION;              // "" without CUDA
   info["cuda_architectures"] = EMBER_CUDA_ARCHS;  // "" without CUDA
+  info["cuda_operators"] = EMBER_CUDA_OPERATORS;  // "" without CUDA
   return info;
 }
 

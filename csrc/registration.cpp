@@ -10,8 +10,12 @@
 
 #include "binding/device.h"
 
-// Every operator once: X(<stem>).
+// Every operator that this library has kernels for: X(<stem>).
+#ifndef EMBER_CUDA
 #define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(cfc_scan)
+#else
+#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate)
+#endif
 
 namespace {
 

@@ -18,7 +18,8 @@ import torch
 _INSTALL_HINT = "run `pip install --no-build-isolation --force-reinstall --no-deps .` in the clone"
 
 build_info: dict[str, str] = {}
-"""How the library was built: version, torch, compiler, cuda, cuda_architectures; {} if missing."""
+"""How the library was built: version, torch, compiler, cuda, cuda_architectures, cuda_operators; {}
+if missing."""
 
 isa = ""
 """What the CPU kernels use: "baseline", "avx2" or "avx512"; empty if there are none."""
@@ -27,20 +28,28 @@ unavailable: dict[str, str] = {}
 """Why there are no compiled kernels, for each device type ("cpu", "cuda") without them."""
 
 _devices: set[str] = set()
+_cuda_operators: set[str] = set()
 
 
-def has(device_type: str) -> bool:
-    """Whether compiled kernels are there for a device type, such as "cpu" or "cuda"."""
-    if device_type in _devices:
+def has(device_type: str, op: str | None = None) -> bool:
+    """Whether there are compiled kernels for a device type, such as "cpu" or "cuda".
+
+    Args:
+        device_type: as `torch.device.type` has it.
+        op: an operator's stem, such as "lif_gate"; without it, any operator will do.
+    """
+    if device_type in _devices and (op is None or device_type == "cpu" or op in _cuda_operators):
         return True
     if not torch.compiler.is_compiling():
-        _warn_once(device_type)
+        _warn_once(device_type, op if device_type in _devices else None)
     return False
 
 
 @functools.cache
-def _warn_once(device_type: str) -> None:
+def _warn_once(device_type: str, op: str | None = None) -> None:
     reason = unavailable.get(device_type, "there are none for this device type")
+    if op is not None:
+        reason = f"{op} has none yet"
     warnings.warn(
         f"ember_ext: no compiled kernels for {device_type} tensors, using the slower PyTorch "
         f"reference: {reason}",
@@ -88,6 +97,7 @@ def load(version: str) -> None:
         try:
             _load(module, "ember_ext_cuda")
             _devices.add("cuda")
+            _cuda_operators.update(build_info["cuda_operators"].split())
         except RuntimeError as error:
             unavailable["cuda"] = f"{error}; {_INSTALL_HINT}"
             _warn_once("cuda")

@@ -13,6 +13,14 @@
 EMBER_KERNEL(lif_gate_forward, LifGateParams)
 EMBER_KERNEL(lif_gate_backward, LifGateParams)
 
+#ifdef EMBER_CUDA
+namespace ember {
+namespace cuda {
+int64_t lif_gate_partial_gradients(const LifGateParams& p);
+}
+}  // namespace ember
+#endif
+
 namespace ember {
 namespace binding {
 namespace {
@@ -116,7 +124,12 @@ std::tuple<Tensor, Tensor> lif_gate_backward(const Tensor& grad_y_, const Tensor
   p.grad_x = grad_x.mutable_data_ptr();
   Tensor partial;
   if (parameter_gradients) {
-    partial = torch::stable::new_empty(x, {lif_gate_blocks(p), 3, p.units}, compute);
+#ifdef EMBER_CUDA
+    const int64_t partials = cuda::lif_gate_partial_gradients(p);
+#else
+    const int64_t partials = lif_gate_blocks(p) * 3 * p.units;
+#endif
+    partial = torch::stable::new_empty(x, {partials}, compute);
     p.grad_parameters = grad_parameters.mutable_data_ptr();
     p.partial_gradients = partial.mutable_data_ptr();
   }

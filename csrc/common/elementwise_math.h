@@ -44,11 +44,12 @@ EMBER_HD double absolute(double x) {
 
 #ifdef __CUDACC__
 
+// Never infinite, as on the CPU: lif_gate_math.h multiplies the result by its reciprocal.
 EMBER_HD float exponential(float x) {
-  return expf(x);
+  return expf(x > 88.02969f ? 88.02969f : x);
 }
 EMBER_HD double exponential(double x) {
-  return exp(x);
+  return exp(x > 709.43 ? 709.43 : x);
 }
 EMBER_HD float hyperbolic_tangent(float x) {
   return tanhf(x);

@@ -27,17 +27,19 @@ struct LifGateParams {
 
   void* y;  // T [rows, cols], written by forward
 
-  const void* grad_y;       // T [rows, cols]
-  void* grad_x;             // T [rows, cols], written by backward
-  void* grad_parameters;    // C [3, units] (threshold, leak, steepness), or null if not wanted
-  void* partial_gradients;  // C [lif_gate_blocks(), 3, units], scratch; null with grad_parameters
+  const void* grad_y;     // T [rows, cols]
+  void* grad_x;           // T [rows, cols], written by backward
+  void* grad_parameters;  // C [3, units] (threshold, leak, steepness), or null if not wanted
+  // C, scratch, null with grad_parameters: [lif_gate_blocks(), 3, units] on a CPU, on a GPU as many
+  // as ember::cuda::lif_gate_partial_gradients() says.
+  void* partial_gradients;
 
   void* thread_scratch;  // CPU only: lif_gate_scratch_bytes() for each thread
 };
 
-// Backward adds up parameter gradients block by block of rows and then over the blocks. The split
-// depends on the shape alone, so results do not change with the number of threads, and it keeps the
-// partial sums below a fifth of x.
+// On a CPU, backward adds up parameter gradients block by block of rows and then over the blocks.
+// The split depends on the shape alone, so results do not change with the number of threads, and it
+// keeps the partial sums below a fifth of x.
 inline int64_t lif_gate_block_rows(const LifGateParams& p) {
   const int64_t most = 64;
   int64_t blocks = p.units ? p.rows * p.cols / (16 * p.units) : 1;

@@ -109,7 +109,7 @@ using compute_t = typename Compute<T>::type;
 
 // Calls `body` with a null pointer of the element type that `dtype` names.
 template <typename Body>
-EMBER_HD void dispatch_dtype(DType dtype, const Body& body) {
+inline void dispatch_dtype(DType dtype, const Body& body) {
   switch (dtype) {
     case DType::f64:
       return body(static_cast<double*>(nullptr));

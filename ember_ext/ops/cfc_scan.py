@@ -78,7 +78,7 @@ def cfc_scan(
         low = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(low), _round_matrices(weights, low)
     with torch.autocast(x.device.type, enabled=False):
-        if not _native.has(x.device.type):
+        if not _native.has(x.device.type, _OP):
             return reference.cfc_scan(
                 x,
                 weights,

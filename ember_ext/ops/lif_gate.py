@@ -76,7 +76,7 @@ def _run(
     unit_dim: int,
     eps: float,
 ) -> Tensor:
-    if not _native.has(x.device.type):
+    if not _native.has(x.device.type, _OP):
         _check(x, threshold, leak, steepness, norm, unit_dim, eps)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)

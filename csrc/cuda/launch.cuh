@@ -1,0 +1,49 @@
+// How every kernel here is launched and gets its shared memory.
+//
+// Kernels use no static __shared__ arrays and no <<<>>>: with both behind the functions below, a
+// host compiler can build the same source and run it (python_tests/cuda_shim).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace ember {
+namespace cuda {
+
+constexpr int kWarp = 32;
+
+// The block's dynamic shared memory, aligned for 16-byte accesses.
+template <typename T>
+__device__ __forceinline__ T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  return reinterpret_cast<T*>(shared_bytes);
+}
+
+template <typename T>
+struct Identity {
+  using type = T;
+};
+
+// Launches kernel(arguments...) with `shared` bytes of dynamic shared memory. An empty grid is no
+// error.
+template <typename... P>
+cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared,
+                   cudaStream_t stream, typename Identity<P>::type... arguments) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  const size_t without_asking = 48 * 1024;
+  if (shared > without_asking) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (status != cudaSuccess) return status;
+  }
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, shared,
+                   stream);
+  // Also clears the error, which the next caller of CUDA would otherwise take for its own.
+  return cudaGetLastError();
+}
+
+}  // namespace cuda
+}  // namespace ember

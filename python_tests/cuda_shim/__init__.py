@@ -1,0 +1,279 @@
+"""Runs the CUDA kernels of csrc/cuda on the CPU: builds them with the host compiler and calls them.
+
+`Shim` is the built library. `Shim.call` copies tensors into guarded memory, runs a launcher under
+three orders of threads and blocks, requires the same bits from each, and returns what it wrote.
+See shim.cpp for what counts as a fault.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parent.parent / "csrc"
+ORDERS = ("forward", "reverse", "shuffled")
+
+DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+"""ember::DType."""
+
+_FLAGS = [
+    *("-std=c++17", "-O1", "-fPIC", f"-I{HERE}", "-Wno-unknown-pragmas", "-fno-strict-aliasing"),
+    # A trap needs no run-time library, which a Python process would have to preload.
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,null",
+    "-fsanitize-undefined-trap-on-error",
+]
+_DEVICE_FLAGS = ["-D__CUDACC__", "-include", "cuda_runtime.h", "-x", "c++"]
+
+
+def compiler() -> str | None:
+    """The host compiler, or None."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def _compile(source: Path, objects: Path) -> Path:
+    target = objects / f"{source.stem}.o"
+    flags = ["-std=c++17", "-O1", "-fPIC"] if source.stem == "shim" else _FLAGS + _DEVICE_FLAGS
+    command = [str(compiler()), *flags, "-c", str(source), "-o", str(target)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr[:4000]}")
+    return target
+
+
+def build(sources: Sequence[Path]) -> Path:
+    """Build a library of the shim and `sources`; kept until one of the files changes."""
+    inputs = [HERE / "shim.cpp", *sources]
+    digest = hashlib.sha256(f"{compiler()} {_FLAGS} {sources}".encode())
+    headers = [*HERE.glob("*.h"), *SOURCES.glob("common/*"), *SOURCES.glob("cuda/*.cuh")]
+    for file in [*inputs, *sorted(headers)]:
+        digest.update(file.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"ember-cuda-shim-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / f"{digest.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory(dir=folder) as objects, ThreadPoolExecutor(2) as pool:
+        built = [str(o) for o in pool.map(lambda s: _compile(s, Path(objects)), inputs)]
+        unfinished = f"{objects}/library.so"
+        link = [str(compiler()), "-shared", "-Wl,--no-undefined", "-o", unfinished, *built, "-ldl"]
+        subprocess.run(link, check=True)
+        os.replace(unfinished, library)
+    return library
+
+
+@dataclass
+class Launch:
+    """One launch: the kernel's full name and its configuration."""
+
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+
+
+class KernelFaultError(AssertionError):
+    """A kernel did what it must not do."""
+
+
+class Shim:
+    """A built library."""
+
+    def __init__(self, sources: Sequence[Path]) -> None:
+        self.path = build(sources)
+        self.library = ctypes.CDLL(str(self.path))
+        self.library.cuda_shim_allocate.restype = ctypes.c_void_p
+        self.library.cuda_shim_allocate.argtypes = [ctypes.c_size_t]
+        self.library.cuda_shim_free.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self.library.cuda_shim_error.restype = ctypes.c_char_p
+        self.library.cuda_shim_launches.restype = ctypes.c_char_p
+
+    def call(
+        self,
+        run: Callable[[dict[str, int | None]], int],
+        inputs: dict[str, Tensor | None],
+        outputs: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Call `run` with an address for each name, once for each order of threads.
+
+        Args:
+            run: calls a launcher and returns its status. None stands for a null pointer.
+            inputs: what the launcher reads.
+            outputs: for shape and dtype only; kernels find NaN there.
+
+        Returns:
+            What the launcher wrote, by the names of `outputs`.
+
+        Raises:
+            KernelFaultError: the shim found a fault, or the order of threads changed a result.
+        """
+        first: dict[str, Tensor] = {}
+        for order, name in enumerate(ORDERS):
+            results = self._call(order, run, inputs, outputs)
+            first = first or results
+            for key, value in results.items():
+                if not torch.equal(_bits(value), _bits(first[key])):
+                    raise KernelFaultError(f"{key} depends on the order of threads ({name})")
+        return first
+
+    def _call(
+        self,
+        order: int,
+        run: Callable[[dict[str, int | None]], int],
+        inputs: dict[str, Tensor | None],
+        outputs: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        arrays: dict[str, tuple[int, int]] = {}
+        addresses: dict[str, int | None] = {}
+        for key, tensor in {**inputs, **outputs}.items():
+            if tensor is None:
+                addresses[key] = None
+                continue
+            tensor = tensor.contiguous()
+            size = tensor.numel() * tensor.element_size()
+            addresses[key] = self.library.cuda_shim_allocate(size)
+            arrays[key] = (int(addresses[key] or 0), size)
+            if key in inputs:
+                ctypes.memmove(arrays[key][0], tensor.data_ptr(), size)
+        self.library.cuda_shim_reset(order, 1)
+        status = run(addresses)
+        error = self.library.cuda_shim_error().decode()
+        results = {}
+        for key, like in outputs.items():
+            results[key] = torch.empty_like(like, memory_format=torch.contiguous_format)
+            ctypes.memmove(results[key].data_ptr(), *arrays[key])
+        damaged = [k for k, array in arrays.items() if self.library.cuda_shim_free(*array)]
+        if damaged and not error:
+            error = f"write in front of {', '.join(damaged)}"
+        if error or status:
+            raise KernelFaultError(error or f"the launcher returned {status}")
+        return results
+
+    def launches(self) -> list[Launch]:
+        """Every launch so far."""
+        lines = self.library.cuda_shim_launches().decode().splitlines()
+        fields = [line.split("\t") for line in lines]
+        return [Launch(kernel, int(b), int(t), int(s)) for kernel, b, t, s in fields]
+
+    def kernels(self) -> set[str]:
+        """The full names of all kernels that the launchers can launch."""
+        table = subprocess.run(
+            ["nm", "-DC", "--defined-only", str(self.path)], capture_output=True, text=True
+        )
+        names = {line.split(maxsplit=2)[2] for line in table.stdout.splitlines()}
+        return {name for name in names if "_kernel<" in name or "_kernel(" in name}
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[value.element_size()])
+
+
+@functools.cache
+def operators() -> Shim:
+    """The launchers of all operators."""
+    return Shim([HERE / "entry.cpp", *sorted(SOURCES.glob("cuda/*.cu"))])
+
+
+class LifGateParams(ctypes.Structure):
+    """ember::LifGateParams."""
+
+    _fields_ = (
+        ("dtype", ctypes.c_int32),
+        ("norm", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("units", ctypes.c_int64),
+        ("unit_rows", ctypes.c_int64),
+        ("eps", ctypes.c_double),
+        ("x", ctypes.c_void_p),
+        ("threshold", ctypes.c_void_p),
+        ("leak", ctypes.c_void_p),
+        ("steepness", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("grad_y", ctypes.c_void_p),
+        ("grad_x", ctypes.c_void_p),
+        ("grad_parameters", ctypes.c_void_p),
+        ("partial_gradients", ctypes.c_void_p),
+        ("thread_scratch", ctypes.c_void_p),
+    )
+
+
+def _describe(x: Tensor, threshold: Tensor, norm: int, unit_dim: int, eps: float) -> LifGateParams:
+    """What csrc/binding/lif_gate.cpp fills in."""
+    p = LifGateParams(dtype=DTYPE_CODES[x.dtype], norm=norm, units=threshold.numel(), eps=eps)
+    unit = unit_dim % x.dim()
+    last = x.dim() - 1
+    if unit == last:
+        p.cols = x.shape[last]
+    else:
+        split = last if norm else unit + 1
+        p.cols = x.shape[split:].numel()
+        p.unit_rows = x.shape[unit + 1 : split].numel()
+    p.rows = x.numel() // p.cols
+    return p
+
+
+def lif_gate_forward(
+    x: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    steepness: Tensor,
+    norm: int,
+    unit_dim: int,
+    eps: float,
+) -> Tensor:
+    """As torch.ops.ember_ext.lif_gate_forward."""
+    shim = operators()
+    p = _describe(x, threshold, norm, unit_dim, eps)
+
+    def run(addresses: dict[str, int | None]) -> int:
+        for key, address in addresses.items():
+            setattr(p, key, address)
+        return int(shim.library.ember_lif_gate_forward(ctypes.byref(p)))
+
+    inputs = {"x": x, "threshold": threshold, "leak": leak, "steepness": steepness}
+    return shim.call(run, dict(inputs), {"y": x})["y"]
+
+
+def lif_gate_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    steepness: Tensor,
+    norm: int,
+    unit_dim: int,
+    eps: float,
+    parameter_gradients: bool,
+) -> tuple[Tensor, Tensor]:
+    """As torch.ops.ember_ext.lif_gate_backward."""
+    shim = operators()
+    p = _describe(x, threshold, norm, unit_dim, eps)
+    gradients = torch.empty(3 if parameter_gradients else 0, threshold.numel(), dtype=leak.dtype)
+    outputs = {"grad_x": x}
+    if parameter_gradients:
+        size = shim.library.ember_lif_gate_partial_gradients
+        size.restype = ctypes.c_int64
+        outputs["grad_parameters"] = gradients
+        outputs["partial_gradients"] = torch.empty(size(ctypes.byref(p)), dtype=leak.dtype)
+
+    def run(addresses: dict[str, int | None]) -> int:
+        for key, address in addresses.items():
+            setattr(p, key, address)
+        return int(shim.library.ember_lif_gate_backward(ctypes.byref(p)))
+
+    inputs = {"x": x, "threshold": threshold, "leak": leak, "steepness": steepness}
+    results = shim.call(run, {"grad_y": grad_y, **inputs}, outputs)
+    return results["grad_x"], results.get("grad_parameters", gradients)

@@ -1,0 +1,29 @@
+// The launchers as C functions, for ctypes.
+#include <cuda_runtime.h>
+
+#include "../../csrc/common/lif_gate.h"
+
+#define ENTRY(name, Params)                             \
+  namespace ember {                                     \
+  namespace cuda {                                      \
+  cudaError_t name(const Params&, cudaStream_t);        \
+  }                                                     \
+  }                                                     \
+  extern "C" int ember_##name(const ember::Params* p) { \
+    return ember::cuda::name(*p, nullptr);              \
+  }
+
+ENTRY(lif_gate_forward, LifGateParams)
+ENTRY(lif_gate_backward, LifGateParams)
+
+namespace ember {
+namespace cuda {
+int64_t lif_gate_partial_gradients(const LifGateParams&);
+}
+}  // namespace ember
+extern "C" int64_t ember_lif_gate_partial_gradients(const ember::LifGateParams* p) {
+  return ember::cuda::lif_gate_partial_gradients(*p);
+}
+extern "C" size_t ember_lif_gate_params_size() {
+  return sizeof(ember::LifGateParams);
+}

@@ -1,0 +1,52 @@
+"""The shim finds the faults that it is there to find, planted in cuda_shim/faulty.cu."""
+
+from __future__ import annotations
+
+import cuda_shim
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def faulty() -> cuda_shim.Shim:
+    return cuda_shim.Shim([cuda_shim.HERE / "faulty.cu"])
+
+
+def run(shim: cuda_shim.Shim, kernel: str) -> Tensor:
+    function = getattr(shim.library, kernel)
+    function.argtypes = [cuda_shim.ctypes.c_void_p] * 2
+    values = torch.arange(64.0)
+    return shim.call(
+        lambda at: int(function(at["in"], at["out"])), {"in": values}, {"out": values}
+    )["out"]
+
+
+def test_sound_kernel_passes(faulty: cuda_shim.Shim) -> None:
+    assert torch.equal(run(faulty, "sound"), torch.arange(64.0).flip(0))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("missing_barrier", "depends on the order of threads"),
+        ("divergent_barrier", "some have left the kernel; some wait at the barrier in faulty.cu"),
+        ("divergent_shuffle", "some wait for their warp in team.cuh"),
+        ("out_of_bounds", "access to memory outside the arrays"),
+        ("shared_out_of_bounds", "write past the block's shared memory"),
+        ("misaligned", "misaligned access"),
+    ],
+)
+def test_fault_is_found(faulty: cuda_shim.Shim, kernel: str, message: str) -> None:
+    with pytest.raises(cuda_shim.KernelFaultError, match=message):
+        run(faulty, kernel)
+    # and the next launch works
+    test_sound_kernel_passes(faulty)
+
+
+def test_uninitialised_shared_memory_reads_as_nan(faulty: cuda_shim.Shim) -> None:
+    out = run(faulty, "uninitialised")
+    assert out.isnan().sum() == 1
+    assert out[63].isnan()
