@@ -17,6 +17,7 @@ from ember_ext import _native
 _native.load(__version__)
 
 from ember_ext import nn  # noqa: E402
+from ember_ext.nn import accelerate  # noqa: E402
 from ember_ext.ops import cfc_scan, lif_gate  # noqa: E402
 
-__all__ = ["__version__", "cfc_scan", "lif_gate", "nn"]
+__all__ = ["__version__", "accelerate", "cfc_scan", "lif_gate", "nn"]

@@ -4,6 +4,10 @@
 // as given.
 #include "../common/cfc_scan.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -20,6 +24,20 @@ namespace {
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
+// A large uninitialised buffer. Its first use would fault in every 4 KiB page, which for a tape takes
+// as long as a third of the forward pass; huge pages make that a fifth.
+Tensor new_buffer(const Tensor& like, int64_t size, ScalarType dtype) {
+  Tensor t = torch::stable::new_empty(like, {size}, dtype);
+#if defined(__linux__) && !defined(EMBER_CUDA)
+  const uintptr_t page = uintptr_t(1) << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t bytes = uintptr_t(size) * (dtype == ScalarType::Double ? 8 : 4);
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
 // Dense copies where needed, kept alive for as long as the parameters point to them.
 struct Arguments {
   CfcScanParams p{};
@@ -32,22 +50,45 @@ struct Arguments {
   }
   const void* hold(const MaybeTensor& t) { return t ? hold(*t) : nullptr; }
 
-  // p.dtype, batch, steps, inputs and hidden are set.
+  // Python has checked and explained; this only keeps a direct call of the raw operators from
+  // reading beyond a tensor's end.
+  static void expect(bool good) {
+    STD_TORCH_CHECK(good, "ember_ext.cfc_scan: invalid arguments");
+  }
+  static void expect(const MaybeTensor& t, int64_t size, ScalarType dtype) {
+    expect(!t || (t->numel() == size && t->scalar_type() == dtype));
+  }
+
+  // p.dtype, batch, steps, inputs, hidden and chunk are set.
   void describe(const Tensors& weights, const MaybeTensor& timespans, const MaybeTensor& lengths,
                 const MaybeTensor& dropout_scale, const MaybeTensor& decay, int64_t mode,
                 int64_t activation) {
     p.mode = static_cast<CfcMode>(mode);
     p.activation = static_cast<CfcActivation>(activation);
     p.num_layers = int64_t(weights.size());
+    expect(p.num_layers > 0 && p.inputs >= 0 && p.chunk >= 0);
+    const ScalarType compute = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+    const int64_t cells = p.batch * p.steps;
+    int64_t inputs = p.inputs + p.hidden;
     layers.resize(weights.size());
     for (size_t l = 0; l < weights.size(); ++l) {
       const bool is_heads = l + 1 == weights.size();
-      const int64_t rows = weights[l].size(0);
-      layers[l].weight = hold(weights[l]);
-      layers[l].inputs = weights[l].size(1) - 1;
-      layers[l].units = is_heads ? p.hidden : rows;
-      layers[l].segments = !is_heads ? 1 : p.mode == CfcMode::pure ? 1 : timespans ? 4 : 3;
+      CfcLayer& layer = layers[l];
+      expect(weights[l].dim() == 2);
+      layer.segments = !is_heads ? 1 : p.mode == CfcMode::pure ? 1 : timespans ? 4 : 3;
+      layer.units = is_heads ? p.hidden : weights[l].size(0);
+      layer.inputs = inputs;
+      inputs = layer.units;
+      expect(weights[l].size(0) == layer.segments * layer.units);
+      expect(weights[l], (1 + layer.inputs) * weights[l].size(0), compute);
+      layer.weight = hold(weights[l]);
     }
+    expect(timespans, cells, compute);
+    expect(lengths, p.batch, ScalarType::Long);
+    const int64_t scaled = p.num_layers - 2;
+    expect(dropout_scale, scaled > 0 ? cells * scaled * layers[0].units : 0, compute);
+    expect(decay, 2 * p.hidden, compute);
+    expect(p.mode != CfcMode::pure || (timespans && decay));
     p.heads = layers.back().segments;
     p.timespans = hold(timespans);
     p.lengths = static_cast<const int64_t*>(hold(lengths));
@@ -57,11 +98,16 @@ struct Arguments {
   }
 
   Tensor workspace(const Tensor& like, ScalarType compute, bool backward) {
-    Tensor t = torch::stable::new_empty(like, {cfc_workspace(p, backward).size}, compute);
+    Tensor t = new_buffer(like, cfc_workspace(p, backward).size, compute);
     p.workspace = t.mutable_data_ptr();
     return t;
   }
 };
+
+int64_t saved_size(const CfcScanParams& p) {
+  if (!p.chunk) return cfc_tape_size(p, p.steps);
+  return (p.steps + p.chunk - 1) / p.chunk * p.batch * p.hidden;
+}
 
 // chunk < 0: nothing is saved; 0: the tape; > 0: the states at the chunks' borders.
 std::tuple<Tensor, Tensor, Tensor> cfc_scan_forward(
@@ -70,6 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> cfc_scan_forward(
   const ScalarType compute = compute_type(x);
   Arguments a;
   CfcScanParams& p = a.p;
+  a.expect(x.dim() == 3 && h0.dim() == 2);
   p.dtype = dtype_of(x);
   p.batch = x.size(0);
   p.steps = x.size(1);
@@ -77,14 +124,12 @@ std::tuple<Tensor, Tensor, Tensor> cfc_scan_forward(
   p.hidden = h0.size(1);
   p.chunk = chunk > 0 ? chunk : 0;
   a.describe(weights, timespans, lengths, dropout_scale, decay, mode, activation);
+  a.expect(h0, p.batch * p.hidden, compute);
   p.x = a.hold(x);
   p.h0 = a.hold(h0);
   Tensor y = torch::stable::new_empty(x, {p.batch, p.steps, p.hidden});
   Tensor h_last = torch::stable::new_empty(x, {p.batch, p.hidden}, compute);
-  const int64_t saved_size = chunk < 0    ? 0
-                             : chunk == 0 ? cfc_tape_size(p, p.steps)
-                                          : (p.steps + chunk - 1) / chunk * p.batch * p.hidden;
-  Tensor saved = torch::stable::new_empty(x, {saved_size}, compute);
+  Tensor saved = new_buffer(x, chunk < 0 ? 0 : saved_size(p), compute);
   p.y = y.mutable_data_ptr();
   p.h_last = h_last.mutable_data_ptr();
   p.saved = chunk < 0 ? nullptr : saved.mutable_data_ptr();
@@ -104,6 +149,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> cfc_scan_backward(
   const ScalarType compute = compute_type(grad_y);
   Arguments a;
   CfcScanParams& p = a.p;
+  a.expect(grad_y.dim() == 3 && !weights.empty() && weights[0].dim() == 2);
   p.dtype = dtype_of(grad_y);
   p.batch = grad_y.size(0);
   p.steps = grad_y.size(1);
@@ -111,6 +157,10 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> cfc_scan_backward(
   p.inputs = weights[0].size(1) - 1 - p.hidden;
   p.chunk = chunk;
   a.describe(weights, timespans, lengths, dropout_scale, decay, mode, activation);
+  a.expect(grad_h_last, p.batch * p.hidden, compute);
+  a.expect(saved, saved_size(p), compute);
+  a.expect(x, p.batch * p.steps * p.inputs, grad_y.scalar_type());
+  a.expect(x || !chunk);
   p.x = a.hold(x);
   p.grad_y = a.hold(grad_y);
   p.grad_h_last = a.hold(grad_h_last);

@@ -115,7 +115,8 @@ inline __attribute__((always_inline)) int64_t cfc_chunk_steps(const CfcScanParam
   int64_t steps = backward ? 2048 / (p.batch + 1) : 8;
   if (backward && steps < 16) steps = 16;
   if (p.chunk && (backward || p.saved)) steps = p.chunk;
-  return steps < p.steps ? steps : p.steps;
+  if (steps > p.steps) steps = p.steps;
+  return steps > 1 ? steps : 1;
 }
 
 // Where the parts of the workspace begin, in elements of C, for the forward or the backward pass.

@@ -1,6 +1,15 @@
 """Modules that own the raw parameters of the operators and their transforms."""
 
+from ember_ext.nn.accelerate import Acceleration, accelerate
 from ember_ext.nn.cfc import CfC
 from ember_ext.nn.lif_gate import GATE_PRESETS, GatePreset, LIFGate, LIFParameters
 
-__all__ = ["GATE_PRESETS", "CfC", "GatePreset", "LIFGate", "LIFParameters"]
+__all__ = [
+    "GATE_PRESETS",
+    "Acceleration",
+    "CfC",
+    "GatePreset",
+    "LIFGate",
+    "LIFParameters",
+    "accelerate",
+]

@@ -1,0 +1,126 @@
+"""Sample inputs of the CfC scan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ember_ext.reference.cfc_scan import Affine, CfCWeights
+from ember_ext.testing.sample import Sample
+
+_HEADS = ("ff1", "ff2", "time_a", "time_b")
+
+
+def cfc_weights(
+    inputs: int,
+    hidden: int,
+    *,
+    mode: str = "default",
+    backbone: tuple[int, ...] = (),
+    masked: bool = False,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Random fp32 weights by flat names, of the size that keeps activations off their limits."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / math.sqrt(max(1, shape[-1]))
+
+    weights: dict[str, Tensor] = {}
+    width = inputs + hidden
+    for layer, units in enumerate(backbone):
+        weights[f"backbone{layer}_weight"] = normal(units, width)
+        weights[f"backbone{layer}_bias"] = 0.1 * torch.randn(units, generator=generator)
+        width = units
+    for head in _HEADS[:1] if mode == "pure" else _HEADS:
+        weights[f"{head}_weight"] = normal(hidden, width)
+        weights[f"{head}_bias"] = 0.1 * torch.randn(hidden, generator=generator)
+    if mode == "pure":
+        weights["w_tau"] = torch.randn(hidden, generator=generator)
+        weights["amplitude"] = torch.randn(hidden, generator=generator)
+    if masked:
+        weights["mask"] = (torch.rand(hidden, width, generator=generator) < 0.5).float()
+    return weights
+
+
+def flat(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """`operator` (a `cfc_scan`) with the weights as keyword arguments, as samples hold them."""
+
+    def call(x: Tensor, **arguments: Any) -> Any:
+        def affine(name: str) -> Affine | None:
+            if f"{name}_weight" not in arguments:
+                return None
+            return Affine(arguments.pop(f"{name}_weight"), arguments.pop(f"{name}_bias"))
+
+        layers = sum(name.startswith("backbone") for name in arguments) // 2
+        backbone = [affine(f"backbone{layer}") for layer in range(layers)]
+        ff1 = affine("ff1")
+        assert ff1 is not None
+        weights = CfCWeights(
+            ff1,
+            affine("ff2"),
+            affine("time_a"),
+            affine("time_b"),
+            mask=arguments.pop("mask", None),
+            w_tau=arguments.pop("w_tau", None),
+            amplitude=arguments.pop("amplitude", None),
+            backbone=tuple(layer for layer in backbone if layer),
+        )
+        return operator(x, weights, **arguments)
+
+    return call
+
+
+def cfc_samples(dtype: torch.dtype) -> Iterator[Sample]:
+    """Modes, backbones, masks, time spans and lengths over shapes with 0, 1, primes and tails."""
+    generator = torch.Generator().manual_seed(0)
+    # batch, steps, inputs, hidden, mode, backbone, activation, time spans
+    cases: list[tuple[int, int, int, int, str, tuple[int, ...], str, str]] = [
+        (3, 7, 5, 6, "default", (), "lecun_tanh", "none"),
+        (5, 9, 13, 39, "default", (), "lecun_tanh", "rows"),
+        (37, 4, 1, 17, "no_gate", (), "lecun_tanh", "none"),
+        (2, 11, 7, 3, "no_gate", (19,), "tanh", "rows"),
+        (4, 5, 6, 8, "pure", (), "lecun_tanh", "scalar"),
+        (3, 6, 2, 33, "pure", (5, 9), "silu", "rows"),
+        (2, 8, 3, 20, "default", (24,), "lecun_tanh", "scalar"),
+        (3, 5, 4, 7, "default", (8, 8), "relu", "none"),
+        (1, 10, 9, 5, "default", (16, 17, 3), "gelu", "rows"),
+        (1, 1, 1, 1, "default", (1,), "silu", "none"),
+        (7, 7, 0, 7, "default", (), "lecun_tanh", "rows"),
+        (0, 3, 3, 4, "default", (5,), "lecun_tanh", "none"),
+    ]
+    for index, (batch, steps, inputs, hidden, mode, backbone, activation, spans) in enumerate(
+        cases
+    ):
+        masked = index % 2 == 0
+        tensors = {
+            "x": torch.randn(batch, steps, inputs, generator=generator),
+            "h0": torch.randn(batch, hidden, generator=generator),
+            **cfc_weights(
+                inputs, hidden, mode=mode, backbone=backbone, masked=masked, generator=generator
+            ),
+        }
+        options: dict[str, Any] = {"mode": mode, "activation": activation}
+        if spans == "rows":
+            tensors["timespans"] = 2 * torch.rand(batch, steps, generator=generator)
+        elif spans == "scalar":
+            options["timespans"] = 0.7
+        mask = tensors.pop("mask", None)
+        tensors = {name: value.to(dtype) for name, value in tensors.items()}
+        if mask is not None:
+            options["mask"] = mask
+        if len(backbone) > 1 and len(set(backbone)) == 1:
+            shape = (batch, steps, len(backbone) - 1, backbone[0])
+            options["dropout_scale"] = 2 * (torch.rand(shape, generator=generator) < 0.5).float()
+        name = f"{[batch, steps, inputs, hidden]} {mode} {list(backbone)} {activation} dt={spans}"
+        yield Sample(name, tensors, options)
+        if index % 3 == 1:
+            lengths = torch.randint(0, steps + 1, (batch,), generator=generator)
+            yield Sample(f"{name} lengths", tensors, options | {"lengths": lengths})
+    weights = cfc_weights(4, 5, generator=generator)
+    x = torch.randn(6, 9, 4, generator=generator).to(dtype)
+    for name, strided in (("time-major", x.transpose(0, 1)), ("every second step", x[:, ::2])):
+        yield Sample(name, {"x": strided, **{k: v.to(dtype) for k, v in weights.items()}})

@@ -1,0 +1,113 @@
+"""`ember_ext.accelerate`: which modules it replaces, which it leaves, and that results stay."""
+
+from __future__ import annotations
+
+import ncps.torch
+import pytest
+import torch
+from ncps.wirings import AutoNCP
+from torch import nn
+
+import ember_ext
+
+
+class Forecaster(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wired = ncps.torch.CfC(4, AutoNCP(14, 3))
+        self.dense = nn.ModuleList([ncps.torch.CfC(3, 5), nn.Linear(5, 2)])
+        self.mixed = ncps.torch.CfC(2, 5, mixed_memory=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, _ = self.wired(x)
+        x, _ = self.dense[0](x)
+        x, _ = self.mixed(self.dense[1](x))
+        return x
+
+
+def test_replaces_in_place_with_the_same_results() -> None:
+    model = Forecaster()
+    x = torch.randn(3, 6, 4)
+    expected = model(x)
+    parameters = list(model.parameters())
+    keys = list(model.state_dict())
+    gradients = torch.autograd.grad(expected.sum(), model.wired.rnn_cell.layer_0.ff1.weight)
+    report = ember_ext.accelerate(model)
+    assert report.replaced == ("wired", "dense.0")
+    assert report.left == {"mixed": "mixed memory runs step by step"}
+    assert str(report).splitlines()[0] == "wired: accelerated"
+    assert isinstance(model.wired, ember_ext.nn.CfC)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model(x), expected)
+    actual = torch.autograd.grad(model(x).sum(), model.wired.rnn_cell.layer_0.ff1.weight)
+    torch.testing.assert_close(actual, gradients)
+    assert ember_ext.accelerate(model).replaced == ()
+
+
+def test_a_model_that_is_itself_a_cfc_keeps_its_hooks() -> None:
+    model = ncps.torch.CfC(4, 6)
+    calls: list[nn.Module] = []
+    model.register_forward_hook(lambda module, *_: calls.append(module))
+    assert ember_ext.accelerate(model).replaced == ("",)
+    model(torch.randn(1, 2, 4))
+    assert calls == [model]
+    model.step(torch.randn(1, 4))
+
+
+class Doubling(ncps.torch.CfC):
+    def forward(self, *arguments: object) -> object:
+        return super().forward(*arguments)
+
+
+class Adapted(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def with_adapter() -> nn.Module:
+    model = ncps.torch.CfC(4, 6)
+    model.rnn_cell.ff1 = Adapted(128, 6)
+    return model
+
+
+def with_hook() -> nn.Module:
+    model = ncps.torch.CfC(4, AutoNCP(9, 2))
+    model.rnn_cell.layer_1.register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_own_forward() -> nn.Module:
+    model = ncps.torch.CfC(4, 6)
+    model.forward = lambda x: (x, None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Doubling(4, 6), "Doubling is a subclass"),
+        (with_adapter(), "rnn_cell.ff1 is a Adapted with a forward of its own"),
+        (with_hook(), "rnn_cell.layer_1 has hooks"),
+        (with_own_forward(), "its forward was replaced"),
+    ],
+    ids=["subclass", "adapter", "hook", "own forward"],
+)
+def test_leaves_what_computes_something_else(model: nn.Module, reason: str) -> None:
+    kind = type(model)
+    report = ember_ext.accelerate(model)
+    assert reason in report.left[""]
+    assert type(model) is kind
+
+
+def test_parametrised_weights_are_followed() -> None:
+    model = ncps.torch.CfC(4, 6)
+    nn.utils.parametrizations.weight_norm(model.rnn_cell.ff1)
+    x = torch.randn(2, 3, 4)
+    expected, _ = model(x)
+    assert ember_ext.accelerate(model).replaced == ("",)
+    torch.testing.assert_close(model(x)[0], expected)
+
+
+def test_nothing_to_do() -> None:
+    assert str(ember_ext.accelerate(nn.Linear(2, 2))) == "no ncps.torch.CfC found"

@@ -1,0 +1,344 @@
+"""`ember_ext.nn.CfC` against `ncps.torch.CfC`: values, gradients, checkpoints, bad input."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import ncps.torch
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ncps.wirings import NCP, AutoNCP, FullyConnected, Random, Wiring
+from torch import Tensor
+
+from ember_ext import nn
+from ember_ext.testing import assert_close
+
+MODES = ("default", "pure", "no_gate")
+ACTIVATIONS = ("lecun_tanh", "tanh", "relu", "silu", "gelu")
+
+
+def pair(input_size: int, units: Any, **options: Any) -> tuple[ncps.torch.CfC, nn.CfC]:
+    """An ncps network and ours, with the same weights by the same seed."""
+    networks = []
+    for kind in (ncps.torch.CfC, nn.CfC):
+        torch.manual_seed(3)
+        # Building draws from the wiring's own generator.
+        networks.append(kind(input_size, copy.deepcopy(units), **options))
+    theirs, ours = networks
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.requires_grad == b.requires_grad
+    # ncps starts the biases small and w_tau at 0, where |w_tau| has its kink.
+    for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+            q.data.copy_(p.data)
+    return theirs, ours
+
+
+def compute(network: torch.nn.Module, x: Tensor, hx: Any, spans: Tensor | None) -> list[Tensor]:
+    """Output, final state and every gradient, ours and ncps' alike."""
+    x = x.clone().requires_grad_()
+    hx = None if hx is None else tuple(h.clone().requires_grad_() for h in hx)
+    initial = hx if hx is None or network.use_mixed else hx[0]
+    y, last = network(x, initial, spans)
+    outputs = [y, *(last if isinstance(last, tuple) else (last,))]
+    leaves = [p for p in network.parameters() if p.requires_grad] + [x, *(hx or ())]
+    weights = [torch.linspace(-1, 1, out.numel()).view(out.shape).to(out) for out in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
+    return [*outputs, *(g for g in gradients if g is not None)]
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> tuple[int, Any, dict[str, Any]]:
+    inputs = draw(st.integers(1, 9))
+    options: dict[str, Any] = {
+        "mode": draw(st.sampled_from(MODES)),
+        "return_sequences": draw(st.booleans()),
+        "batch_first": draw(st.booleans()),
+        "proj_size": draw(st.sampled_from([None, 3])),
+    }
+    kind = draw(st.sampled_from(["dense", "auto", "ncp", "full", "random"]))
+    if kind == "dense":
+        options |= {
+            "activation": draw(st.sampled_from(ACTIVATIONS)),
+            "backbone_units": draw(st.sampled_from([None, 1, 17])),
+            "backbone_layers": draw(st.sampled_from([None, 0, 1, 3])),
+            "mixed_memory": draw(st.booleans()),
+        }
+        return inputs, draw(st.integers(1, 20)), options
+    seed = draw(st.integers(0, 999))
+    if kind == "auto":
+        motor = draw(st.integers(1, 5))
+        units = draw(st.integers(motor + 3, 24))
+        wiring: Wiring = AutoNCP(units, motor, draw(st.sampled_from([0.1, 0.5, 0.8])), seed)
+    elif kind == "ncp":
+        wiring = NCP(5, 4, 2, 3, 2, 2, 2, seed)
+    elif kind == "full":
+        wiring = FullyConnected(draw(st.integers(1, 9)))
+    else:
+        wiring = Random(draw(st.integers(2, 9)), sparsity_level=0.5, random_seed=seed)
+    return inputs, wiring, options
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    network=networks(),
+    batch=st.sampled_from([0, 1, 3, 10]),
+    steps=st.integers(1, 7),
+    state=st.booleans(),
+    single=st.booleans(),
+)
+def test_equals_ncps(
+    network: tuple[int, Any, dict[str, Any]], batch: int, steps: int, state: bool, single: bool
+) -> None:
+    inputs, units, options = network
+    theirs, ours = pair(inputs, units, **options)
+    torch.manual_seed(batch + steps)
+    shape = [batch or 1, steps] if options["batch_first"] else [steps, batch or 1]
+    x = torch.randn(*(() if single else shape), *((steps,) if single else ()), inputs)
+    hx = None
+    if state:
+        size = (ours.state_size,) if single else (batch or 1, ours.state_size)
+        hx = tuple(torch.randn(size) for _ in range(2 if ours.use_mixed else 1))
+    if single and not options["batch_first"] and not options["return_sequences"]:
+        return  # ncps leaves a dimension of size 1 in its output
+    eager = compute(theirs, x, hx, None)
+    actual = compute(ours, x, hx, None)
+    # Zeros of fp32 are ncps' default state; here it is given, so that fp64 stays fp64.
+    if hx is None:
+        size = (ours.state_size,) if single else (batch or 1, ours.state_size)
+        hx = tuple(torch.zeros(size) for _ in range(2 if ours.use_mixed else 1))
+    double = tuple(h.double() for h in hx)
+    exact = compute(theirs.double(), x.double(), double, None)
+    precise = compute(ours.double(), x.double(), double, None)
+    for a, b in zip(precise, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    for index, (a, b, c) in enumerate(zip(actual, eager, exact, strict=False)):
+        # Sums that cancel have the size of their terms for a yardstick, and among thousands of
+        # tensors eager is sometimes right by luck: hence a scale and a wider floor.
+        assert_close(f"tensor {index}", a, b, c.detach(), scale=1.0, floor_ulps=16.0)
+
+
+@pytest.mark.parametrize("units", [AutoNCP(14, 3), 6], ids=["wired", "dense"])
+@pytest.mark.parametrize("mode", MODES)
+def test_time_spans_of_each_row_and_step(units: Any, mode: str) -> None:
+    theirs, ours = pair(4, units, mode=mode)
+    theirs, ours = theirs.double(), ours.double()
+    # As many rows as units: where ncps is silently wrong.
+    batch = ours.state_size
+    x = torch.randn(batch, 5, 4, dtype=torch.float64)
+    spans = torch.rand(batch, 5, dtype=torch.float64)
+    y, last = ours(x, timespans=spans)
+    for shaped in (spans.unsqueeze(-1), spans.float().double()):
+        torch.testing.assert_close(ours(x, timespans=shaped)[0], y, rtol=1e-6, atol=1e-6)
+    for row in range(batch):
+        zeros = torch.zeros(1, batch, dtype=torch.float64)
+        expected, expected_last = theirs(x[row : row + 1], zeros, spans[row : row + 1])
+        torch.testing.assert_close(y[row : row + 1], expected)
+        torch.testing.assert_close(last[row : row + 1], expected_last)
+    constant = torch.full((batch, 5), 0.3, dtype=torch.float64)
+    for number in (0.3, torch.tensor(0.3, dtype=torch.float64)):
+        torch.testing.assert_close(ours(x, timespans=number)[0], ours(x, timespans=constant)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"units": AutoNCP(20, 4)},
+        {"units": AutoNCP(20, 4), "mode": "pure"},
+        {"units": 9},
+        {"units": 9, "mode": "no_gate", "proj_size": 2, "backbone_layers": 2, "activation": "silu"},
+        {"units": 9, "mixed_memory": True},
+        {"units": 9, "return_sequences": False, "batch_first": False},
+    ],
+    ids=str,
+)
+def test_steps_equal_the_sequence(options: dict[str, Any]) -> None:
+    network = nn.CfC(5, **options)
+    x, spans = torch.randn(3, 6, 5), torch.rand(3, 6)
+    order = (lambda t: t) if network.batch_first else (lambda t: t.transpose(0, 1))
+    with torch.no_grad():
+        whole, last = network(order(x), timespans=order(spans))
+        hx, outputs = None, []
+        for t in range(6):
+            y, hx = network.step(x[:, t], hx, spans[:, t])
+            outputs.append(y)
+        expected = order(whole) if network.return_sequences else whole[:, None]
+        actual = torch.stack(outputs, 1) if network.return_sequences else outputs[-1][:, None]
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(hx, last, rtol=1e-5, atol=1e-6)
+        single, _ = network.step(x[0, 0], None, 0.5)
+        torch.testing.assert_close(single, network.step(x[:1, 0], None, 0.5)[0][0])
+
+
+def test_step_notices_changed_weights() -> None:
+    network = nn.CfC(3, AutoNCP(12, 2))
+    x, hx = torch.randn(1, 3), torch.randn(1, 12)
+
+    def check() -> None:
+        with torch.no_grad():
+            y, h = network.step(x, hx)
+            expected, expected_h = network(x[:, None].to(y.dtype), hx.to(y.dtype))
+        torch.testing.assert_close(y, expected[:, 0])
+        torch.testing.assert_close(h, expected_h)
+
+    check()
+    torch.optim.SGD(network.parameters(), 0.5)
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.5)
+    network(torch.randn(2, 3, 3))[0].sum().backward()
+    optimizer.step()
+    check()
+    network.load_state_dict({k: 0.5 * v for k, v in network.state_dict().items()})
+    check()
+    network.rnn_cell.layer_0.ff1.weight = torch.nn.Parameter(torch.randn(6, 9))
+    check()
+    copied = copy.deepcopy(network)
+    with torch.no_grad():
+        copied.rnn_cell.layer_0.ff1.weight.zero_()
+    check()
+    x, hx = x.double(), hx.double()
+    network.double()
+    check()
+
+
+def test_step_is_differentiable() -> None:
+    network = nn.CfC(3, 7)
+    x = torch.randn(2, 3, requires_grad=True)
+    y, h = network.step(x, torch.randn(2, 7))
+    (y.sum() + h.sum()).backward()
+    assert x.grad is not None
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_padded_batches() -> None:
+    network = nn.CfC(3, AutoNCP(12, 2))
+    x, lengths = torch.randn(4, 7, 3), torch.tensor([7, 2, 0, 5])
+    y, last = network(x, lengths=lengths)
+    for row, length in enumerate(lengths.tolist()):
+        own, own_last = network(x[row : row + 1, :length])
+        torch.testing.assert_close(y[row, :length], own[0])
+        torch.testing.assert_close(last[row], own_last[0])
+        assert (y[row, length:] == 0).all()
+    network.return_sequences = False
+    readout, _ = network(x, lengths=lengths)
+    torch.testing.assert_close(readout[3], y[3, 4])
+    mixed = nn.CfC(3, 5, mixed_memory=True)
+    y, (h, c) = mixed(x, lengths=lengths)
+    own, (own_h, own_c) = mixed(x[1:2, :2])
+    torch.testing.assert_close(
+        torch.cat([y[1, 1], h[1], c[1]]), torch.cat([own[0, 1], own_h[0], own_c[0]])
+    )
+
+
+def test_dropout_starts_at_the_second_layer() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 4)
+    one = nn.CfC(4, 6, backbone_layers=1, backbone_dropout=0.9)
+    assert torch.equal(one(x)[0], one(x)[0])
+    two = nn.CfC(4, 6, backbone_layers=2, backbone_dropout=0.5)
+    assert not torch.equal(two(x)[0], two(x)[0])
+    two.eval()
+    theirs = ncps.torch.CfC(4, 6, backbone_layers=2, backbone_dropout=0.5).eval()
+    theirs.load_state_dict(two.state_dict())
+    torch.testing.assert_close(two(x)[0], theirs(x)[0])
+
+
+@pytest.mark.parametrize("units", [AutoNCP(14, 3), 6], ids=["wired", "dense"])
+def test_checkpoints_go_both_ways(units: Any) -> None:
+    theirs, _ = pair(4, units)
+    ours = nn.CfC(4, copy.deepcopy(units))
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value)
+    ncps.torch.CfC(4, copy.deepcopy(units)).load_state_dict(ours.state_dict())
+
+
+def test_bfloat16_and_autocast() -> None:
+    network = nn.CfC(4, AutoNCP(14, 3))
+    x = torch.randn(3, 5, 4)
+    y, _ = network(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        low, last = network(x)
+    assert low.dtype == last.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), y, atol=0.03, rtol=0.05)
+    half, last = network.bfloat16()(x.bfloat16())
+    assert half.dtype == last.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), y, atol=0.03, rtol=0.05)
+
+
+def test_compiles_whole() -> None:
+    torch._dynamo.reset()
+    network = nn.CfC(4, AutoNCP(14, 3))
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled = torch.compile(network, fullgraph=True, backend=count)
+    for batch, steps in ((4, 5), (3, 7), (8, 2)):
+        x = torch.randn(batch, steps, 4)
+        torch.testing.assert_close(compiled(x)[0], network(x)[0])
+    assert graphs <= 2
+
+
+SIZE = {"input_size": 4, "units": 6}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"units": 2.5}, TypeError, "units must be an integer, got float"),
+        ({"input_size": -1}, ValueError, "input_size must be >= 0, got -1"),
+        ({"input_size": None}, TypeError, "input_size must be an integer, got NoneType"),
+        ({"units": AutoNCP(9, 2), "input_size": None}, ValueError, "units must be a wiring that"),
+        ({"mode": "fast"}, ValueError, "mode must be one of .*, got 'fast'"),
+        ({"activation": "sine"}, ValueError, "activation must be one of .*, got 'sine'"),
+        ({"backbone_layers": -1}, ValueError, "backbone_layers must be >= 0, got -1"),
+        ({"backbone_dropout": 1.5}, ValueError, r"backbone_dropout must be within \[0, 1\]"),
+        ({"proj_size": "3"}, TypeError, "proj_size must be an integer, got str"),
+        ({"chunk_size": -4}, ValueError, "chunk_size must be >= 0, got -4"),
+        ({"units": Random(9, 3), "proj_size": 2}, ValueError, "proj_size must be None as the wir"),
+    ],
+    ids=str,
+)
+def test_bad_constructor_arguments(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=r"ember_ext\.nn\.CfC: " + message):
+        nn.CfC(**SIZE | options)
+
+
+X = torch.zeros(3, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"input": X[0, 0]}, ValueError, r"input must be \[B, T, C\] or \[T, C\], got \[4\]"),
+        ({"input": X[..., :3]}, ValueError, r"C = 4, got \[3, 8, 3\]"),
+        ({"hx": torch.zeros(6)}, ValueError, r"hx must be \[B, S\] = \[3, 6\], got \[6\]"),
+        ({"hx": torch.zeros(3, 6).int()}, TypeError, "hx must be of a floating dtype, got torch.i"),
+        ({"hx": (torch.zeros(3, 6),) * 2}, TypeError, "hx must be a torch.Tensor, got tuple"),
+        ({"timespans": torch.ones(3)}, ValueError, r"\[B, T\] = \[3, 8\] or .*, got \[3\]"),
+        ({"timespans": "1"}, TypeError, "timespans must be a number or a tensor, got str"),
+        ({"timespans": -1.0}, ValueError, "timespans must be finite and >= 0"),
+        ({"timespans": torch.full((3, 8), float("inf"))}, ValueError, "timespans must be finite"),
+        ({"lengths": torch.tensor([1, 2, 9])}, ValueError, r"lengths must be within \[0, T\]"),
+        ({"input": X[0], "lengths": torch.tensor([1])}, ValueError, "lengths must be None for an"),
+    ],
+    ids=str,
+)
+def test_bad_call_arguments(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    network = nn.CfC(4, 6)
+    with pytest.raises(error, match=r"ember_ext\.(nn\.CfC|cfc_scan): .*" + message):
+        network(**{"input": X} | arguments)

@@ -1,0 +1,387 @@
+"""The CfC scan against its reference: values, gradients, chunks, edge cases, errors."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ember_ext
+from ember_ext import _native, reference
+from ember_ext.reference.cfc_scan import Affine, CfCWeights
+from ember_ext.testing import DTYPES, check_sample
+from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, flat
+
+needs_kernels = pytest.mark.skipif(not _native.has("cpu"), reason="no compiled kernels")
+
+scan = flat(ember_ext.cfc_scan)
+definition = flat(reference.cfc_scan)
+
+
+def example(
+    batch: int = 3, steps: int = 8, inputs: int = 4, hidden: int = 5, **options: Any
+) -> dict[str, Tensor]:
+    """Differentiable fp32 arguments of `scan`."""
+    generator = torch.Generator().manual_seed(7)
+    tensors = {
+        "x": torch.randn(batch, steps, inputs, generator=generator),
+        "h0": torch.randn(batch, hidden, generator=generator),
+        **cfc_weights(inputs, hidden, generator=generator, **options),
+    }
+    return {name: value.requires_grad_(name != "mask") for name, value in tensors.items()}
+
+
+def results(tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """Outputs of `scan` and all gradients of a weighting of theirs."""
+    outputs = scan(**tensors, **options)
+    weights = [torch.linspace(-1, 1, out.numel()).view(out.shape).to(out) for out in outputs]
+    leaves = [t for t in tensors.values() if t.requires_grad]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, weights)]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference(dtype: torch.dtype, chunk_size: int | None) -> None:
+    for sample in cfc_samples(dtype):
+        check_sample(functools.partial(scan, chunk_size=chunk_size), definition, sample)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference_on_a_gpu(dtype: torch.dtype) -> None:
+    assert _native.has("cuda")
+    for sample in cfc_samples(dtype):
+        check_sample(scan, definition, sample.to("cuda"))
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ["baseline"])
+def test_other_instruction_sets(isa: str) -> None:
+    code = """
+import torch
+from ember_ext import _native, cfc_scan, reference
+from ember_ext.testing import check_sample
+from ember_ext.testing.cfc_scan import cfc_samples, flat
+for dtype in (torch.float64, torch.float32):
+    for sample in cfc_samples(dtype):
+        check_sample(flat(cfc_scan), flat(reference.cfc_scan), sample)
+print(_native.isa)
+"""
+    environment = os.environ | {"EMBER_EXT_ISA": isa}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    if "cannot run EMBER_EXT_ISA" in result.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == isa
+
+
+def test_inference_equals_training() -> None:
+    for sample in cfc_samples(torch.float32):
+        trained = scan(
+            **{k: v.clone().requires_grad_() for k, v in sample.tensors.items()}, **sample.options
+        )
+        for a, b in zip(trained, scan(**sample.tensors, **sample.options), strict=True):
+            assert torch.equal(a, b), sample.name
+
+
+@pytest.mark.parametrize("mode", ["default", "no_gate", "pure"])
+@pytest.mark.parametrize("spans", ["scalar", "rows"])
+def test_gradcheck(mode: str, spans: str) -> None:
+    tensors = {
+        name: value.detach().double()
+        for name, value in example(2, 5, 2, 3, mode=mode, backbone=(3,), masked=True).items()
+    }
+    options = {"mask": tensors.pop("mask"), "mode": mode, "chunk_size": 2 if spans == "rows" else 0}
+    shape = (2, 5, 1) if spans == "rows" else ()
+    generator = torch.Generator().manual_seed(9)
+    tensors["timespans"] = torch.rand(shape, dtype=torch.float64, generator=generator) + 0.1
+    lengths = torch.tensor([5, 3])
+
+    def call(*values: Tensor) -> Any:
+        named = dict(zip(tensors, values, strict=True))
+        return scan(**named, **options, lengths=lengths)
+
+    leaves = tuple(value.requires_grad_() for value in tensors.values())
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@needs_kernels
+@pytest.mark.parametrize("chunk", [-1, 0, 3])
+@pytest.mark.parametrize("spans", [False, True])
+def test_opcheck(chunk: int, spans: bool) -> None:
+    x, h0 = torch.randn(2, 5, 3), torch.randn(2, 4)
+    weights = [torch.randn(6, 8), torch.randn(16 if spans else 12, 7)]
+    dt = torch.rand(2, 5) if spans else None
+    arguments = (x, h0, weights, dt, torch.tensor([5, 2]), None, None, 0, 0, chunk)
+    operators = torch.ops.ember_ext
+    # The saved tensor has no gradient, and padding that is not written and that nothing reads.
+    partly = ("test_schema", "test_autograd_registration", "test_faketensor")
+    everything = (*partly, "test_aot_dispatch_dynamic")
+    utils = partly if chunk == 0 else everything
+    torch.library.opcheck(operators.cfc_scan_forward.default, arguments, test_utils=utils)
+    if chunk < 0:
+        return
+    y, h_last, saved = operators.cfc_scan_forward(*arguments)
+    torch.library.opcheck(
+        operators.cfc_scan_backward.default,
+        (y, h_last, saved, x, weights, *arguments[3:], True, True),
+    )
+    leaves = [t.clone().requires_grad_() for t in (x, h0, *weights)]
+    torch.library.opcheck(
+        operators.cfc_scan.default,
+        (leaves[0], leaves[1], leaves[2:], *arguments[3:]),
+        test_utils=partly,
+    )
+
+
+def test_chunks_give_the_same_gradients_to_the_bit() -> None:
+    tensors = example(5, 13, 6, 18, backbone=(9,))
+    whole = results(tensors, chunk_size=0)
+    for chunk_size in (1, 4, 13, 99):
+        for a, b in zip(whole, results(tensors, chunk_size=chunk_size), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 11])
+def test_any_split_of_a_sequence_equals_the_whole(cut: int) -> None:
+    tensors = {name: value.detach() for name, value in example(3, 12, 5, 21).items()}
+    whole, last = scan(**tensors)
+    x, h0 = tensors.pop("x"), tensors.pop("h0")
+    first, h = scan(x[:, :cut], h0=h0, **tensors)
+    second, h = scan(x[:, cut:], h0=h, **tensors)
+    assert torch.equal(torch.cat([first, second], 1), whole)
+    assert torch.equal(h, last)
+
+
+def test_padding_has_no_influence_and_gets_no_gradient() -> None:
+    tensors = example(4, 9, 3, 6)
+    lengths = torch.tensor([9, 0, 4, 7])
+    x = tensors["x"].detach().clone()
+    for row, length in enumerate(lengths):
+        x[row, length:] = float("inf")
+    y, last = scan(**tensors | {"x": x.requires_grad_()}, lengths=lengths)
+    (gradient,) = torch.autograd.grad([y.sum() + last.sum()], x)
+    for row, length in enumerate(lengths.tolist()):
+        alone = {k: v[row : row + 1] if k in ("x", "h0") else v for k, v in tensors.items()}
+        alone["x"] = alone["x"][:, :length]
+        own, own_last = scan(**alone)
+        torch.testing.assert_close(y[row, :length], own[0])
+        torch.testing.assert_close(last[row], own_last[0])
+        assert (y[row, length:] == 0).all()
+        assert (gradient[row, length:] == 0).all()
+
+
+@needs_kernels
+def test_repeats_and_thread_counts_agree_to_the_bit() -> None:
+    threads = torch.get_num_threads()
+    for tensors in (example(67, 9, 5, 35, backbone=(33,)), example(1, 40, 7, 19)):
+        runs = []
+        try:
+            for count in (1, 2, 3, 3):
+                torch.set_num_threads(count)
+                runs.append(results(tensors))
+        finally:
+            torch.set_num_threads(threads)
+        for other in runs[1:]:
+            for a, b in zip(runs[0], other, strict=True):
+                assert torch.equal(a, b)
+
+
+@needs_kernels
+def test_unwritten_memory_would_show() -> None:
+    """With fresh memory filled with NaN, whatever a kernel leaves unwritten becomes visible."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        for index, sample in enumerate(cfc_samples(torch.float32)):
+            chunked = functools.partial(scan, chunk_size=2 * (index % 2))
+            check_sample(chunked, definition, sample)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_long_sequences_keep_their_accuracy_in_bounded_memory() -> None:
+    tensors = example(2, 4096, 3, 6)
+    exact = {name: value.detach().double().requires_grad_() for name, value in tensors.items()}
+    for a, b in zip(results(tensors), results(exact), strict=True):
+        torch.testing.assert_close(
+            a.double(), b, rtol=1e-4, atol=1e-4 * float(b.detach().abs().max())
+        )
+    if not _native.has("cpu"):
+        return
+    saved: list[int] = []
+
+    def pack(value: Tensor) -> Tensor:
+        saved.append(value.numel())
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        scan(**tensors)
+    assert max(saved) < 2 * 4096 * 10
+
+
+@needs_kernels
+def test_compiles_whole_and_once_for_all_shapes() -> None:
+    torch._dynamo.reset()
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    weights = {k: v for k, v in example(backbone=(6,)).items() if k not in ("x", "h0")}
+
+    def model(x: Tensor, dt: Tensor) -> Tensor:
+        y, last = scan(x * 2, timespans=dt, **weights)
+        return y.square().sum() + last.sum()
+
+    for backend in (count, "aot_eager"):
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        for batch, steps in ((4, 5), (3, 7), (8, 2), (5, 11)):
+            x, dt = torch.randn(batch, steps, 4, requires_grad=True), torch.rand(batch, steps)
+            leaves = (x, *weights.values())
+            expected = torch.autograd.grad(model(x, dt), leaves)
+            actual = torch.autograd.grad(compiled(x, dt), leaves)
+            for a, b in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, b)
+    assert graphs <= 2, "one graph for the first shape, one for all others"
+
+
+def test_autocast_rounds_matrices_and_keeps_the_rest() -> None:
+    tensors = {name: value.detach() for name, value in example(4, 6, 5, 9).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, last = scan(**tensors)
+        double, _ = scan(**{name: value.double() for name, value in tensors.items()})
+    rounded = {
+        name: value.bfloat16() if name == "x" or name.endswith("_weight") else value
+        for name, value in tensors.items()
+    }
+    expected, expected_last = scan(**rounded)
+    assert actual.dtype == last.dtype == torch.bfloat16
+    assert double.dtype == torch.float64
+    assert torch.equal(actual, expected)
+    assert torch.equal(last, expected_last)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_special_values_stay_in_their_row(value: float) -> None:
+    tensors = {name: value.detach() for name, value in example(5, 4, 3, 9).items()}
+    clean, _ = scan(**tensors)
+    tensors["x"][2, 1, 0] = value
+    y, _ = scan(**tensors)
+    rows = [0, 1, 3, 4]
+    assert torch.equal(y[rows], clean[rows])
+    assert torch.equal(y[2, 0], clean[2, 0])
+
+
+def test_no_steps_keep_the_state() -> None:
+    tensors = example(2, 0, 3, 4)
+    y, last = scan(**tensors)
+    assert y.shape == (2, 0, 4)
+    assert torch.equal(last, tensors["h0"])
+    (gradient,) = torch.autograd.grad(last.sum(), tensors["h0"])
+    assert torch.equal(gradient, torch.ones(2, 4))
+
+
+def test_large_input_saturates() -> None:
+    tensors = {name: value.detach() for name, value in example(2, 6, 4, 7).items()}
+    tensors["x"] = 1e30 * tensors["x"]
+    for value in results({name: value.requires_grad_() for name, value in tensors.items()}):
+        assert value.isfinite().all()
+
+
+@needs_kernels
+def test_double_backward_is_refused() -> None:
+    tensors = example()
+    y, _ = scan(**tensors)
+    (gradient,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"ember_ext\.cfc_scan: double backward"):
+        gradient.sum().backward()
+
+
+def test_only_what_is_asked_for_is_differentiated() -> None:
+    tensors = {name: value.detach() for name, value in example().items()}
+    for name in tensors:
+        leaf = tensors[name].clone().requires_grad_()
+        y, _ = scan(**tensors | {name: leaf})
+        (gradient,) = torch.autograd.grad(y.square().sum(), leaf)
+        assert gradient.abs().sum() > 0
+
+
+BATCH, STEPS = 3, 8
+
+
+def with_weights(**changes: object) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(0)
+    heads = [Affine(torch.randn(5, 9, generator=generator), torch.zeros(5)) for _ in range(4)]
+    return {"weights": CfCWeights(*heads)._replace(**changes)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.ones(3, 4)}, ValueError, r"x must be \[B, T, I\], got \[3, 4\]"),
+        ({"x": torch.ones(3, 8, 4).int()}, TypeError, "x must be float64, .*, got torch.int32"),
+        ({"h0": torch.ones(5, 3)}, ValueError, r"h0 must be \[B, H\] = \[3, 5\], got \[5, 3\]"),
+        ({"h0": torch.ones(3, 5).long()}, TypeError, "h0 must be float64"),
+        ({"h0": torch.ones(3, 5, device="meta")}, ValueError, "h0 must be on x's device cpu"),
+        ({"weights": None}, TypeError, "weights must be a CfCWeights, got NoneType"),
+        (with_weights(ff2=None), ValueError, "weights.ff2 must be given in mode 'default'"),
+        ({"mode": "pure"}, ValueError, "weights.w_tau must be given in mode 'pure'"),
+        (
+            with_weights(ff1=Affine(torch.ones(5, 8), torch.ones(5))),
+            ValueError,
+            r"weights.ff1.weight must be \[H, Z\] = \[5, 9\], got \[5, 8\]",
+        ),
+        (with_weights(mask=torch.ones(9, 5)), ValueError, r"weights.mask must be \[H, Z\] ="),
+        ({"mode": "fast"}, ValueError, "mode must be .*, got 'fast'"),
+        ({"activation": "sine"}, ValueError, "activation must be one of .*, got 'sine'"),
+        ({"chunk_size": -1}, ValueError, "chunk_size must be None or an integer >= 0, got -1"),
+        ({"chunk_size": 2.5}, ValueError, "chunk_size must be .*, got 2.5"),
+        ({"timespans": -0.5}, ValueError, "timespans must be finite and >= 0, got -0.5"),
+        ({"timespans": float("nan")}, ValueError, "timespans must be finite and >= 0, got nan"),
+        ({"timespans": "1"}, TypeError, "timespans must be a number or a tensor, got str"),
+        ({"timespans": torch.ones(8, 3)}, ValueError, r"= \[3, 8\], got \[8, 3\]"),
+        ({"timespans": torch.ones(3, 8, 5)}, ValueError, r"got \[3, 8, 5\]"),
+        ({"timespans": -torch.ones(3, 8)}, ValueError, r">= 0, got -1.0 at \[0, 0\]"),
+        ({"lengths": [3, 4, 5]}, TypeError, "lengths must be a torch.Tensor, got list"),
+        ({"lengths": torch.ones(3)}, TypeError, "lengths must be int64 or int32, got torch.float"),
+        ({"lengths": torch.ones(2).long()}, ValueError, r"lengths must be \[B\] = \[3\]"),
+        ({"lengths": torch.tensor([1, 9, 2])}, ValueError, r"\[0, 8\], got 9 at index 1"),
+        ({"lengths": torch.tensor([1, -1, 2])}, ValueError, "got -1 at index 1"),
+        ({"dropout_scale": torch.ones(3, 8, 1, 4)}, ValueError, "dropout_scale must be None"),
+    ],
+    ids=str,
+)
+def test_bad_input(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"x": torch.randn(BATCH, STEPS, 4), **with_weights()}
+    with pytest.raises(error, match=r"ember_ext\.cfc_scan: .*" + message):
+        ember_ext.cfc_scan(**arguments | changes)
+
+
+@needs_kernels
+def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
+    x, h0 = torch.randn(2, 5, 3), torch.randn(2, 4)
+    rest = (None, None, None, None, 0, 0, 0)
+    operators = torch.ops.ember_ext
+    for bad in (
+        (x, h0[:1], [torch.randn(12, 8)]),
+        (x, h0, [torch.randn(12, 7)]),
+        (x, h0, []),
+        (x, h0, [torch.randn(11, 8)]),
+    ):
+        with pytest.raises(RuntimeError, match="invalid arguments"):
+            operators.cfc_scan_forward(*bad, *rest)
+    weights = [torch.randn(12, 8)]
+    y, h, saved = operators.cfc_scan_forward(x, h0, weights, *rest)
+    with pytest.raises(RuntimeError, match="invalid arguments"):
+        operators.cfc_scan_backward(y, h, saved[:-1], None, weights, *rest, True, True)
