@@ -14,6 +14,7 @@ from torch import Tensor
 
 import ember_ext
 from ember_ext import _native, reference
+from ember_ext.ops.cfc_scan import PackedCells
 from ember_ext.reference.cfc_scan import Affine, CfCWeights
 from ember_ext.testing import DTYPES, check_sample
 from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, flat
@@ -385,3 +386,23 @@ def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
     y, h, saved = operators.cfc_scan_forward(x, h0, weights, *rest)
     with pytest.raises(RuntimeError, match="invalid arguments"):
         operators.cfc_scan_backward(y, h, saved[:-1], None, weights, *rest, True, True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("spans", [False, True])
+def test_packed_steps(spans: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    heads = [Affine(torch.randn(5, 9, generator=generator), torch.randn(5)) for _ in range(4)]
+    packed = PackedCells([CfCWeights(*heads)], timespan=None if spans else 0.5)
+    x, h = torch.randn(3, 4), torch.randn(3, 5)
+    dt = torch.rand(3) if spans else None
+    expected = reference.cfc_scan(
+        x[:, None], CfCWeights(*heads), h, timespans=0.5 if dt is None else dt[:, None]
+    )[1]
+    torch.testing.assert_close(packed.step(x, h, dt), expected)
+    torch.library.opcheck(
+        torch.ops.ember_ext.cfc_scan_step.default, (x, h, dt, packed._packed, list(packed._plan))
+    )
+    for bad in ((x[:2], h), (x[:, :3], h), (x, h[:, :4])):
+        with pytest.raises(RuntimeError, match="invalid arguments"):
+            packed.step(*bad, dt)

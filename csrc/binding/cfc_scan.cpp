@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -16,6 +17,9 @@
 
 EMBER_KERNEL(cfc_scan_forward, CfcScanParams)
 EMBER_KERNEL(cfc_scan_backward, CfcScanParams)
+#ifndef EMBER_CUDA
+EMBER_KERNEL(cfc_scan_pack, CfcScanParams)
+#endif
 
 namespace ember {
 namespace binding {
@@ -127,6 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> cfc_scan_forward(
   a.expect(h0, p.batch * p.hidden, compute);
   p.x = a.hold(x);
   p.h0 = a.hold(h0);
+  p.h_stride = p.hidden;
   Tensor y = torch::stable::new_empty(x, {p.batch, p.steps, p.hidden});
   Tensor h_last = torch::stable::new_empty(x, {p.batch, p.hidden}, compute);
   Tensor saved = new_buffer(x, chunk < 0 ? 0 : saved_size(p), compute);
@@ -189,12 +194,148 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> cfc_scan_backward(
   return {grad_x, grad_h0, grad_weights, grad_timespans, grad_decay};
 }
 
+#ifndef EMBER_CUDA
+
+// Cells stacked on each other, for single steps. plan: activation, mode, then for each cell inputs,
+// hidden, heads, the number of layers and the backbone's widths. packed: for each cell its weights
+// and, in mode pure, decay.
+class Stack {
+ public:
+  explicit Stack(const std::vector<int64_t>& plan) : plan_(plan), at_(2) {
+    Arguments::expect(plan.size() >= 2);
+  }
+
+  bool next(CfcScanParams& p, std::vector<CfcLayer>& layers) {
+    if (at_ == plan_.size()) return false;
+    Arguments::expect(at_ + 4 <= plan_.size());
+    p.activation = static_cast<CfcActivation>(plan_[0]);
+    p.mode = static_cast<CfcMode>(plan_[1]);
+    p.inputs = plan_[at_];
+    p.hidden = plan_[at_ + 1];
+    p.heads = plan_[at_ + 2];
+    p.num_layers = plan_[at_ + 3];
+    at_ += 4;
+    Arguments::expect(p.num_layers > 0 && at_ + size_t(p.num_layers) - 1 <= plan_.size());
+    layers.assign(size_t(p.num_layers), CfcLayer{});
+    int64_t inputs = p.inputs + p.hidden;
+    for (CfcLayer& layer : layers) {
+      const bool is_heads = &layer == &layers.back();
+      layer.inputs = inputs;
+      layer.segments = is_heads ? p.heads : 1;
+      layer.units = inputs = is_heads ? p.hidden : plan_[at_++];
+    }
+    cfc_lay_out(p, layers.data());
+    return true;
+  }
+
+ private:
+  const std::vector<int64_t>& plan_;
+  size_t at_;
+};
+
+// weights: for each cell its layers' matrices and, in mode pure, decay.
+Tensor cfc_scan_pack(Tensors weights, std::vector<int64_t> plan) {
+  Arguments::expect(!weights.empty());
+  const Tensor& like = weights[0];
+  const int64_t element = dtype_of(like) == DType::f64 ? 8 : 4;
+  int64_t size = 0;
+  CfcScanParams p{};
+  p.dtype = dtype_of(like);
+  std::vector<CfcLayer> layers;
+  for (Stack stack(plan); stack.next(p, layers);) size += cfc_packed_size(p) + 2 * p.hidden;
+  Tensor packed = torch::stable::new_empty(like, {size});
+  char* to = static_cast<char*>(packed.mutable_data_ptr());
+  size_t i = 0;
+  for (Stack stack(plan); stack.next(p, layers);) {
+    Arguments a;
+    for (CfcLayer& layer : layers) {
+      Arguments::expect(i < weights.size());
+      Arguments::expect(weights[i], layer.segments * layer.units * (1 + layer.inputs),
+                        like.scalar_type());
+      layer.weight = a.hold(weights[i++]);
+    }
+    p.packed = to;
+    EMBER_LAUNCH(cfc_scan_pack, p, like);
+    to += cfc_packed_size(p) * element;
+    if (p.mode == CfcMode::pure) {
+      Arguments::expect(i < weights.size());
+      Arguments::expect(weights[i], 2 * p.hidden, like.scalar_type());
+      std::memcpy(to, a.hold(weights[i++]), size_t(2 * p.hidden * element));
+    }
+    to += 2 * p.hidden * element;
+  }
+  return packed;
+}
+
+// The states [batch, all hidden] after one step from the states `h`; the last cell's are the output.
+Tensor cfc_scan_step(const Tensor& x_, const Tensor& h_, MaybeTensor timespans, const Tensor& packed,
+                     std::vector<int64_t> plan) {
+  const ScalarType compute = compute_type(x_);
+  const Tensor x = dense(x_), h = dense(h_);
+  Arguments::expect(x.dim() == 2 && h.dim() == 2 && h.scalar_type() == compute);
+  Arguments::expect(h.size(0) == x.size(0));
+  Arguments::expect(timespans, x.size(0), compute);
+  const int64_t element = compute == ScalarType::Double ? 8 : 4;
+  CfcScanParams p{};
+  p.dtype = dtype_of(x);
+  p.batch = x.size(0);
+  p.steps = 1;
+  p.x = x.const_data_ptr();
+  p.h_stride = h.size(1);
+  char* weights = static_cast<char*>(packed.mutable_data_ptr());
+  p.packed = weights;
+  int64_t scratch = 0, states = 0, packed_size = 0, inputs = x.size(1);
+  std::vector<CfcLayer> layers;
+  for (Stack stack(plan); stack.next(p, layers);) {
+    Arguments::expect(p.inputs == inputs);
+    Arguments::expect(p.heads == 3 || (timespans && p.heads == (p.mode == CfcMode::pure ? 1 : 4)));
+    const int64_t own = cfc_workspace(p, false).size + p.batch * p.hidden * 2;
+    scratch = own > scratch ? own : scratch;
+    states += p.hidden;
+    packed_size += cfc_packed_size(p) + 2 * p.hidden;
+    inputs = p.hidden;
+  }
+  Arguments::expect(states == h.size(1) && packed.numel() == packed_size);
+  Arguments::expect(packed.scalar_type() == compute);
+  Tensor next = torch::stable::new_empty(h, {p.batch, states});
+  if (p.batch == 0) return next;
+  // Two halves: a cell reads its input from the one that the cell before wrote its output to.
+  const Tensor workspace = torch::stable::new_empty(x, {2 * scratch}, compute);
+  const char* from = static_cast<const char*>(h.const_data_ptr());
+  char* to = static_cast<char*>(next.mutable_data_ptr());
+  const MaybeTensor spans = timespans ? MaybeTensor(dense(*timespans)) : std::nullopt;
+  p.timespans = spans ? spans->const_data_ptr() : nullptr;
+  int64_t half = 0;
+  for (Stack stack(plan); stack.next(p, layers); half = 1 - half) {
+    char* own = static_cast<char*>(workspace.mutable_data_ptr()) + half * scratch * element;
+    p.packed = weights;
+    weights += cfc_packed_size(p) * element;
+    p.decay = weights;
+    weights += 2 * p.hidden * element;
+    p.h0 = from;
+    p.h_last = to;
+    p.y = own;
+    p.workspace = own + p.batch * p.hidden * element;
+    EMBER_LAUNCH(cfc_scan_forward, p, x);
+    p.x = p.y;
+    from += p.hidden * element;
+    to += p.hidden * element;
+  }
+  return next;
+}
+
+#endif
+
 }  // namespace
 
 void register_cfc_scan(torch::stable::detail::StableLibrary& library) {
   library.impl("cfc_scan", TORCH_BOX(&cfc_scan_forward));
   library.impl("cfc_scan_forward", TORCH_BOX(&cfc_scan_forward));
   library.impl("cfc_scan_backward", TORCH_BOX(&cfc_scan_backward));
+#ifndef EMBER_CUDA
+  library.impl("cfc_scan_pack", TORCH_BOX(&cfc_scan_pack));
+  library.impl("cfc_scan_step", TORCH_BOX(&cfc_scan_step));
+#endif
 }
 
 }  // namespace binding

@@ -38,14 +38,19 @@ struct CfcScanParams {
   const CfcLayer* layers;  // [num_layers]: the backbone, then the heads; host memory
 
   const void* x;              // T [batch, steps, inputs]
-  const void* h0;             // C [batch, hidden]
+  const void* h0;             // C [batch, hidden], rows h_stride apart
   const void* timespans;      // C [batch, steps] with four heads or in mode pure, else null
   const int64_t* lengths;     // [batch], or null
   const void* dropout_scale;  // C [batch, steps, num_layers - 2, U], or null
   const void* decay;          // C [2, hidden]: w_tau and A, in mode pure; else null
 
   void* y;       // T [batch, steps, hidden], written by forward
-  void* h_last;  // C [batch, hidden], written by forward
+  void* h_last;  // C [batch, hidden], rows h_stride apart, written by forward
+  int64_t h_stride;
+
+  // CPU only: the weights as cfc_scan_pack() laid them out, cfc_packed_size() elements of C; null to
+  // have forward pack them.
+  void* packed;
 
   // What forward leaves for backward: with chunk = 0 the tape of all steps; else the states at the
   // start of every chunk of that many steps, C [chunks, batch, hidden]; null if nothing is wanted.
@@ -119,8 +124,18 @@ inline __attribute__((always_inline)) int64_t cfc_chunk_steps(const CfcScanParam
   return steps > 1 ? steps : 1;
 }
 
+// Elements of the packed weights: padded to the widest vectors of any instruction set, twice.
+inline __attribute__((always_inline)) int64_t cfc_packed_size(const CfcScanParams& p) {
+  const int64_t lanes = 32;
+  int64_t size = 0;
+  for (int64_t l = 0; l < p.num_layers; ++l) {
+    const CfcLayer& layer = p.layers[l];
+    size += layer.segments * (layer.units + lanes) * (1 + layer.inputs);
+  }
+  return size;
+}
+
 // Where the parts of the workspace begin, in elements of C, for the forward or the backward pass.
-// Packed weights are padded to the widest vectors of any instruction set, twice.
 struct CfcWorkspace {
   int64_t packed, transposed, tape, grad_tape, carry, weight_grads, decay_grads, size;
 };
@@ -129,10 +144,9 @@ inline __attribute__((always_inline)) CfcWorkspace cfc_workspace(const CfcScanPa
                                                                  bool backward) {
   const int64_t steps = cfc_chunk_steps(p, backward), lanes = 32;
   const bool runs_forward = !backward || p.chunk;
-  int64_t packed = 0, transposed = 0, grads = 0;
+  int64_t transposed = 0, grads = 0;
   for (int64_t l = 0; l < p.num_layers; ++l) {
     const CfcLayer& layer = p.layers[l];
-    packed += layer.segments * (layer.units + lanes) * (1 + layer.inputs);
     transposed += layer.segments * layer.units * (layer.inputs + 2 * lanes);
     grads += layer.segments * layer.units * layer.input_stride;
   }
@@ -142,7 +156,7 @@ inline __attribute__((always_inline)) CfcWorkspace cfc_workspace(const CfcScanPa
     w.size += cfc_pad(elements);
   };
   if (runs_forward) {
-    take(w.packed, packed);
+    take(w.packed, p.packed ? 0 : cfc_packed_size(p));
     take(w.tape, p.saved && !p.chunk ? 0 : cfc_tape_size(p, steps));
   }
   if (backward) {

@@ -171,7 +171,7 @@ class Scan {
         has_tape_(p.saved && !p.chunk) {
     const CfcWorkspace w = cfc_workspace(p, backward);
     C* workspace = static_cast<C*>(p.workspace);
-    packed_ = workspace + w.packed;
+    packed_ = p.packed ? static_cast<C*>(p.packed) : workspace + w.packed;
     transposed_ = workspace + w.transposed;
     tape_ = has_tape_ ? static_cast<C*>(p.saved) : workspace + w.tape;
     slots_ = has_tape_ ? p.steps : chunk_;
@@ -181,10 +181,26 @@ class Scan {
     decay_grads_ = workspace + w.decay_grads;
   }
 
+  void pack_forward() {
+    C* packed = packed_;
+    for (int64_t l = 0; l < p_.num_layers; ++l) {
+      const CfcLayer& layer = p_.layers[l];
+      const C* weight = static_cast<const C*>(layer.weight);
+      const int64_t depth = 1 + layer.inputs;
+      if (&layer == &heads_) {
+        pack_heads(weight, layer.segments, layer.units, depth, packed);
+      } else {
+        pack_columns(depth, layer.units, packed,
+                     [&](int64_t k, int64_t unit) { return weight[unit * depth + k]; });
+      }
+      packed += layer.segments * packed_width<C>(layer.units) * depth;
+    }
+  }
+
   void forward(const ThreadPool& pool) {
-    pack_forward();
+    if (!p_.packed) pack_forward();
     for_row_blocks(pool, [&](int64_t begin, int64_t end) {
-      place_state(static_cast<const C*>(p_.h0), begin, end);
+      place_state(static_cast<const C*>(p_.h0), p_.h_stride, begin, end);
       for (int64_t first = 0; first < p_.steps; first += slots_) {
         const int64_t steps = p_.steps - first < slots_ ? p_.steps - first : slots_;
         if (p_.saved && p_.chunk) store_border(first, begin, end);
@@ -194,7 +210,7 @@ class Scan {
       const int64_t last = p_.steps ? (p_.steps - 1) % slots_ + 1 : 0;
       C* h_last = static_cast<C*>(p_.h_last);
       for (int64_t b = begin; b < end; ++b) {
-        copy(state(last, b), p_.hidden, h_last + b * p_.hidden);
+        copy(state(last, b), p_.hidden, h_last + b * p_.h_stride);
       }
     });
   }
@@ -217,7 +233,8 @@ class Scan {
       const int64_t slot = has_tape_ ? first : 0;
       for_row_blocks(pool, [&](int64_t begin, int64_t end) {
         if (p_.chunk) {
-          place_state(static_cast<const C*>(p_.saved) + c * p_.batch * p_.hidden, begin, end);
+          const C* border = static_cast<const C*>(p_.saved) + c * p_.batch * p_.hidden;
+          place_state(border, p_.hidden, begin, end);
           forward_steps(first, steps, begin, end, true, false);
         }
         for (int64_t i = steps - 1; i >= 0; --i) backward_step(first + i, slot + i, i, begin, end);
@@ -273,8 +290,8 @@ class Scan {
            ((b * p_.steps + t) * scaled + layer - 1) * p_.layers[layer].units;
   }
 
-  void place_state(const C* from, int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) copy(from + b * p_.hidden, p_.hidden, state(0, b));
+  void place_state(const C* from, int64_t stride, int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) copy(from + b * stride, p_.hidden, state(0, b));
   }
   void move_state(int64_t slot, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) copy(state(slot, b), p_.hidden, state(0, b));
@@ -285,22 +302,6 @@ class Scan {
   }
 
   // ---- forward
-
-  void pack_forward() {
-    C* packed = packed_;
-    for (int64_t l = 0; l < p_.num_layers; ++l) {
-      const CfcLayer& layer = p_.layers[l];
-      const C* weight = static_cast<const C*>(layer.weight);
-      const int64_t depth = 1 + layer.inputs;
-      if (&layer == &heads_) {
-        pack_heads(weight, layer.segments, layer.units, depth, packed);
-      } else {
-        pack_columns(depth, layer.units, packed,
-                     [&](int64_t k, int64_t unit) { return weight[unit * depth + k]; });
-      }
-      packed += layer.segments * packed_width<C>(layer.units) * depth;
-    }
-  }
 
   // Steps [first, first + steps) of the rows [begin, end), from slot 0 on.
   void forward_steps(int64_t first, int64_t steps, int64_t begin, int64_t end, bool keep,
@@ -780,6 +781,12 @@ class Scan {
 };
 
 }  // namespace
+
+void cfc_scan_pack(const CfcScanParams& p, const ThreadPool&) {
+  dispatch_dtype(p.dtype, [&](auto* element) {
+    Scan<std::remove_pointer_t<decltype(element)>>(p, false).pack_forward();
+  });
+}
 
 void cfc_scan_forward(const CfcScanParams& p, const ThreadPool& pool) {
   dispatch_dtype(p.dtype, [&](auto* element) {

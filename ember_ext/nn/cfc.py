@@ -7,6 +7,7 @@ the next layer starts: three scans instead of three cells per time step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Number
 from typing import Any, NoReturn
@@ -16,7 +17,8 @@ import torch
 from ncps.wirings import Wiring
 from torch import Tensor, nn
 
-from ember_ext.ops.cfc_scan import ACTIVATIONS, MODES, Activation, cfc_scan
+from ember_ext import _native
+from ember_ext.ops.cfc_scan import ACTIVATIONS, MODES, Activation, PackedCells, cfc_scan
 from ember_ext.reference.cfc_scan import Affine, CfCWeights, cfc_cell
 
 Hidden = Tensor | tuple[Tensor, Tensor]
@@ -73,6 +75,7 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
     """
 
     chunk_size: int | None = None
+    _packed: _Packed | None = None
 
     def __init__(
         self,
@@ -210,11 +213,46 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         batched = input.dim() == 2
         if not batched and input.dim() != 1:
             _fail("input", "[B, C] or [C]", list(input.shape))
+        if batched and isinstance(hx, Tensor) and not torch.is_grad_enabled():
+            result = self._packed_step(input, hx, timespan)
+            if result is not None:
+                return result
         time_dim = 1 if batched and self.batch_first else 0
         if isinstance(timespan, Tensor) and timespan.dim() > 0:
             timespan = timespan.reshape(input.shape[:-1]).unsqueeze(time_dim)
         y, hx = self.forward(input.unsqueeze(time_dim), hx, timespan)
         return (y.squeeze(time_dim) if self.return_sequences else y), hx
+
+    def _packed_step(
+        self, x: Tensor, h: Tensor, timespan: Tensor | float
+    ) -> tuple[Tensor, Tensor] | None:
+        """What `step` returns, by weights packed before; None where `forward` must do it."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or self.use_mixed:
+            return None
+        packed = self._packed
+        if packed is None or not packed.is_current():
+            inference = any(tensor.is_inference() for tensor in self.rnn_cell.parameters())
+            if inference or not _native.has("cpu"):
+                return None  # an inference tensor does not say when it changes
+            packed = self._packed = _Packed(self)
+        if (packed.drops_out and self.training) or torch.is_autocast_enabled("cpu"):
+            return None
+        if x.dtype != packed.dtype or h.dtype != packed.dtype:
+            return None
+        if x.shape[1] != packed.inputs or h.shape != (x.shape[0], packed.state):
+            return None
+        new = packed.step(x, h, timespan)
+        if new is None:
+            return None
+        y = new[:, packed.first_output :]
+        return y if self.proj_size is None else self.fc(y), new
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._packed = None  # other tensors may come to sit in the same parameters
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
     def _scan(
         self, x: Tensor, h0: Tensor, timespans: Tensor | float, lengths: Tensor | None
@@ -344,6 +382,60 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         elif not self.batch_first:
             spans = spans.transpose(0, 1)
         return spans.unsqueeze(-1)
+
+
+class _Packed:
+    """A network's weights laid out for `step`, and what tells whether they still are its own."""
+
+    def __init__(self, network: CfC) -> None:
+        self._sources = [
+            (owned, name, value, value._version)
+            for module in network.rnn_cell.modules()
+            for owned in (module._parameters, module._buffers)
+            for name, value in owned.items()
+            if value is not None
+        ]
+        self._cells = network._cells
+        self._fixed: tuple[float, PackedCells] | None = None
+        self._varying: PackedCells | None = None
+        self.inputs, self.state = int(self._cells[0].input_size), int(network.state_size)
+        self.first_output = self.state - network._output_width
+        self.dtype = self._cells[0].ff1.weight.dtype
+        self.drops_out = any(isinstance(m, nn.Dropout) for m in network.rnn_cell.modules())
+
+    def is_current(self) -> bool:
+        """Whether every tensor is the same object, unchanged since."""
+        for owned, name, value, version in self._sources:
+            if owned[name] is not value or value._version != version:
+                return False
+        return True
+
+    def step(self, x: Tensor, h: Tensor, timespan: Tensor | float) -> Tensor | None:
+        """The new state [B, S], or None if the time span is not a good one."""
+        if isinstance(timespan, Tensor):
+            good = timespan.numel() in (1, x.shape[0]) and timespan.is_floating_point()
+            if not good or not bool(((timespan >= 0) & timespan.isfinite()).all()):
+                return None
+            timespans = timespan.detach().reshape(-1).expand(x.shape[0])
+        else:
+            # Weights for a single time span are a quarter less work, and a copy: one is kept.
+            if self._fixed is None and 0 <= timespan < math.inf:
+                self._fixed = timespan, self._pack(timespan)
+            if self._fixed is not None and self._fixed[0] == timespan:
+                return self._fixed[1].step(x, h)
+            if not 0 <= timespan < math.inf:
+                return None
+            timespans = h.new_full((x.shape[0],), timespan)
+        if self._varying is None:
+            self._varying = self._pack(None)
+        return self._varying.step(x, h, timespans)
+
+    def _pack(self, timespan: float | None) -> PackedCells:
+        with torch.no_grad():
+            cells, activations = zip(*map(_weights, self._cells), strict=True)
+            return PackedCells(
+                cells, mode=self._cells[0].mode, activation=activations[0], timespan=timespan
+            )
 
 
 def _weights(cell: Any) -> tuple[CfCWeights, Activation]:

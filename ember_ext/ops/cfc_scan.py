@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -114,9 +115,7 @@ def _native_scan(
     maps.append(_joined_heads(weights, mode, None if varying else timespans, dtype))
     decay = spans = None
     if mode == "pure":
-        assert weights.w_tau is not None
-        assert weights.amplitude is not None
-        decay = torch.stack([weights.w_tau, weights.amplitude]).to(dtype)
+        decay = _decay(weights, dtype)
         if not isinstance(timespans, Tensor):
             spans = x.new_full((batch, steps), timespans, dtype=dtype)
         elif not varying:
@@ -145,6 +144,68 @@ def _native_scan(
     else:
         y, h_last, _ = torch.ops.ember_ext.cfc_scan_forward(*tensors, *options, -1)
     return y, h_last.to(x.dtype)
+
+
+class PackedCells:
+    """Cells stacked on each other, with their weights laid out once for many single steps.
+
+    A copy: it does not follow later changes of the weights. CPU only, and not differentiable.
+
+    Args:
+        cells: each cell's weights; a cell's input is the state of the one before.
+        mode: of all cells, see `cfc_scan`.
+        activation: of all backbones.
+        timespan: the Δt of every step, or None if it is given with each step. Default: 1.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[CfCWeights],
+        *,
+        mode: Mode = "default",
+        activation: Activation = "lecun_tanh",
+        timespan: float | None = 1.0,
+    ) -> None:
+        self.dtype = _checks.compute_dtype(cells[0].ff1.weight.dtype)
+        self._timespan = timespan if mode == "pure" else None
+        plan, tensors = [ACTIVATIONS.index(activation), MODES.index(mode)], []
+        for weights in cells:
+            maps = [_joined(affine, self.dtype) for affine in weights.backbone]
+            heads = _joined_heads(weights, mode, timespan, self.dtype)
+            hidden = weights.ff1.bias.shape[0]
+            plan += [(maps or [heads])[0].shape[1] - 1 - hidden, hidden, len(heads) // hidden]
+            plan += [len(maps) + 1, *(len(matrix) for matrix in maps)]
+            tensors += [*maps, heads]
+            if mode == "pure":
+                tensors.append(_decay(weights, self.dtype))
+        self._plan = tuple(plan)
+        self._packed = torch.ops.ember_ext.cfc_scan_pack(tensors, self._plan)
+
+    def step(self, x: Tensor, h: Tensor, timespans: Tensor | None = None) -> Tensor:
+        """The states [B, S] of all cells after one step, in h's dtype.
+
+        Args:
+            x: input, [B, I], in the dtype of the weights.
+            h: states of all cells side by side, [B, S].
+            timespans: [B], exactly if the time span was not fixed.
+        """
+        if timespans is None:
+            if self._timespan is not None:
+                timespans = h.new_full((h.shape[0],), self._timespan, dtype=self.dtype)
+        elif timespans.dtype != self.dtype:
+            timespans = timespans.to(self.dtype)
+        if h.dtype == self.dtype:
+            return torch.ops.ember_ext.cfc_scan_step(  # type: ignore[no-any-return]
+                x, h, timespans, self._packed, self._plan
+            )
+        return self.step(x, h.to(self.dtype), timespans).to(h.dtype)
+
+
+def _decay(weights: CfCWeights, dtype: torch.dtype) -> Tensor:
+    """w_tau and A, [2, H]."""
+    assert weights.w_tau is not None
+    assert weights.amplitude is not None
+    return torch.stack([weights.w_tau, weights.amplitude]).to(dtype)
 
 
 def _joined(affine: Affine, dtype: torch.dtype) -> Tensor:
@@ -336,6 +397,10 @@ def _register() -> None:
             h0.new_empty(h0.shape),
             h0.new_empty(size),
         )
+
+    @torch.library.register_fake("ember_ext::cfc_scan_step")
+    def _(x: Tensor, h: Tensor, *_: Any) -> Tensor:
+        return h.new_empty(h.shape)
 
     @torch.library.register_fake("ember_ext::cfc_scan_backward")
     def _(
