@@ -12,7 +12,7 @@
 
 // Every operator that this library has kernels for: X(<stem>).
 #ifndef EMBER_CUDA
-#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(cfc_scan)
+#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(lif_attention) X(cfc_scan)
 #else
 #define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate)
 #endif
@@ -28,6 +28,16 @@ constexpr const char* schemas[] = {
     "int unit_dim, float eps) -> Tensor",
     "lif_gate_backward(Tensor grad_y, Tensor x, Tensor threshold, Tensor leak, Tensor steepness, "
     "int norm, int unit_dim, float eps, bool parameter_gradients) -> (Tensor, Tensor)",
+    "lif_attention(Tensor query, Tensor key, Tensor value, Tensor threshold, Tensor leak, "
+    "Tensor steepness, Tensor? mask, Tensor? seed, float dropout_p, bool is_causal, float scale, "
+    "float eps, bool summary) -> (Tensor, Tensor, Tensor, Tensor)",
+    "lif_attention_forward(Tensor query, Tensor key, Tensor value, Tensor threshold, Tensor leak, "
+    "Tensor steepness, Tensor? mask, Tensor? seed, float dropout_p, bool is_causal, float scale, "
+    "float eps, bool summary) -> (Tensor, Tensor, Tensor, Tensor)",
+    "lif_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
+    "Tensor threshold, Tensor leak, Tensor steepness, Tensor row_stats, Tensor? mask, "
+    "Tensor? seed, float dropout_p, bool is_causal, float scale, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     "cfc_scan(Tensor x, Tensor h0, Tensor[] weights, Tensor? timespans, Tensor? lengths, "
     "Tensor? dropout_scale, Tensor? decay, int mode, int activation, int chunk) "
     "-> (Tensor, Tensor, Tensor)",

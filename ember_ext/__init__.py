@@ -18,6 +18,6 @@ _native.load(__version__)
 
 from ember_ext import nn  # noqa: E402
 from ember_ext.nn import accelerate  # noqa: E402
-from ember_ext.ops import cfc_scan, lif_gate  # noqa: E402
+from ember_ext.ops import cfc_scan, lif_attention, lif_gate  # noqa: E402
 
-__all__ = ["__version__", "accelerate", "cfc_scan", "lif_gate", "nn"]
+__all__ = ["__version__", "accelerate", "cfc_scan", "lif_attention", "lif_gate", "nn"]

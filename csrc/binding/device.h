@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
+#include <limits>
 #include <string>
 
 #include "../common/types.h"
@@ -64,6 +66,32 @@ inline ScalarType compute_type(const Tensor& t) {
 // `t` itself where it is dense and row-major, else one copy.
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// Whether theta is finite, lambda within [0, 1] and k finite and positive, for all n gates. Looked
+// at on a CPU only, where it costs nothing: a GPU would have to be waited for.
+template <typename C>
+bool valid_gates(int64_t n, const C* threshold, const C* leak, const C* steepness) {
+#ifndef EMBER_CUDA
+  const C infinity = std::numeric_limits<C>::infinity();
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(std::fabs(threshold[i]) < infinity && leak[i] >= 0 && leak[i] <= 1 && steepness[i] > 0 &&
+          steepness[i] < infinity)) {
+      return false;
+    }
+  }
+#endif
+  return true;
+}
+
+inline bool valid_gates(DType dtype, int64_t n, const void* threshold, const void* leak,
+                        const void* steepness) {
+  if (dtype == DType::f64) {
+    return valid_gates(n, static_cast<const double*>(threshold), static_cast<const double*>(leak),
+                       static_cast<const double*>(steepness));
+  }
+  return valid_gates(n, static_cast<const float*>(threshold), static_cast<const float*>(leak),
+                     static_cast<const float*>(steepness));
 }
 
 #ifdef EMBER_CUDA

@@ -4,8 +4,6 @@
 // first and, if that fails, finds out what to tell the user.
 #include "../common/lif_gate.h"
 
-#include <cmath>
-#include <limits>
 #include <tuple>
 
 #include "device.h"
@@ -27,23 +25,6 @@ namespace {
 
 void check(bool good) {
   STD_TORCH_CHECK(good, "ember_ext.lif_gate: invalid arguments");
-}
-
-// Looked at on a CPU only, where it costs nothing: a GPU would have to be waited for.
-template <typename C>
-bool valid_values(const LifGateParams& p) {
-#ifndef EMBER_CUDA
-  const C *threshold = static_cast<const C*>(p.threshold), *leak = static_cast<const C*>(p.leak),
-          *steepness = static_cast<const C*>(p.steepness);
-  for (int64_t i = 0; i < p.units; ++i) {
-    const C infinity = std::numeric_limits<C>::infinity();
-    if (!(std::fabs(threshold[i]) < infinity && leak[i] >= 0 && leak[i] <= 1 && steepness[i] > 0 &&
-          steepness[i] < infinity)) {
-      return false;
-    }
-  }
-#endif
-  return true;
 }
 
 LifGateParams describe(const Tensor& x, const Tensor& threshold, const Tensor& leak,
@@ -76,7 +57,7 @@ LifGateParams describe(const Tensor& x, const Tensor& threshold, const Tensor& l
     for (int64_t d = unit + 1; d < dims - 1; ++d) p.unit_rows *= x.size(d);
   }
   p.rows = p.cols ? x.numel() / p.cols : 0;
-  check(p.dtype == DType::f64 ? valid_values<double>(p) : valid_values<float>(p));
+  check(valid_gates(p.dtype, p.units, p.threshold, p.leak, p.steepness));
   return p;
 }
 

@@ -11,17 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ember_ext.models._attention import (
-    RefractoryParameters,
-    attention_probabilities,
-    gate_probabilities,
-)
 from ember_ext.models._base import INIT_STD, MLP, LanguageModel, ModelConfig
-from ember_ext.nn import LIFParameters
+from ember_ext.nn import AttentionCache, LIFSelfAttention
+from ember_ext.nn.lif_attention import SelfAttention
+from ember_ext.ops import lif_attention
 from ember_ext.ops._checks import check_shape, fail
+from ember_ext.reference.lif_attention import RefractoryMode, RefractoryState
 
 EmberCondition = Literal["standard", "lif", "lif-fixed", "lif-refractory", "qwen-gate"]
-RefractoryMode = Literal["causal", "paper"]
 
 
 @dataclass(frozen=True)
@@ -52,22 +49,10 @@ class EmberConfig(ModelConfig):
             self._fail("n_head", f"a divisor of n_embd = {self.n_embd}", self.n_head)
 
 
-class LayerCache(NamedTuple):
-    """What one attention layer keeps of the S tokens that it has seen."""
-
-    key: Tensor
-    """[B, n_head, S, head_dim]"""
-    value: Tensor
-    """[B, n_head, S, head_dim]"""
-    loads: tuple[Tensor, Tensor] | None
-    """With refractory thresholds, the attention drawn by each key so far, summed over queries:
-    before the gate, [B, n_head, S], and after it, averaged over heads, [B, S]."""
-
-
 class EmberState(NamedTuple):
     """The key-value cache of each block."""
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[AttentionCache, ...]
 
     @property
     def length(self) -> int:
@@ -137,8 +122,10 @@ class Ember(LanguageModel[EmberState]):
         empty = like.new_empty(batch_size, c.n_head, 0, c.n_embd // c.n_head)
         loads = None
         if c.condition == "lif-refractory":
-            loads = (like.new_empty(batch_size, c.n_head, 0), like.new_empty(batch_size, 0))
-        return EmberState((LayerCache(empty, empty, loads),) * c.n_layer)
+            loads = RefractoryState(
+                like.new_empty(batch_size, c.n_head, 0), like.new_empty(batch_size, 0)
+            )
+        return EmberState((AttentionCache(empty, empty, loads),) * c.n_layer)
 
     @torch.no_grad()
     def attention_weights(self, idx: Tensor, *, gated: bool = True) -> Iterator[Tensor]:
@@ -176,7 +163,7 @@ class Ember(LanguageModel[EmberState]):
             for block in cast("list[Block]", self.blocks):
                 gate = nn.Linear(n_embd, n_embd, bias=False)
                 nn.init.normal_(gate.weight, std=INIT_STD)
-                block.attn.qwen_gate = gate
+                cast("UngatedSelfAttention", block.attn).qwen_gate = gate
 
     def _check_state(self, state: EmberState, batch_size: int) -> int:
         """Return the state's length."""
@@ -199,100 +186,75 @@ class Block(nn.Module):
     def __init__(self, config: EmberConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = SelfAttention(config)
+        self.attn = _attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config.n_embd, config.dropout, config.bias)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None, load: Tensor
-    ) -> tuple[Tensor, LayerCache | None, Tensor]:
+        self, x: Tensor, cache: AttentionCache | None, load: Tensor
+    ) -> tuple[Tensor, AttentionCache | None, Tensor]:
         """Map x [B, T, n_embd] to its successor; see `SelfAttention` for the rest."""
         y, cache, load = self.attn(self.ln_1(x), cache, load)
         x = x + y
         return x + self.mlp(self.ln_2(x)), cache, load
 
 
-class SelfAttention(nn.Module):
-    """Causal self-attention under one of Ember's conditions.
+def _attention(config: EmberConfig) -> SelfAttention:
+    c = config
+    if c.condition in ("standard", "qwen-gate"):
+        return UngatedSelfAttention(c.n_embd, c.n_head, dropout=c.dropout, bias=c.bias)
+    return LIFSelfAttention(
+        c.n_embd,
+        c.n_head,
+        dropout=c.dropout,
+        bias=c.bias,
+        preset=c.gate_preset,
+        learnable=c.condition != "lif-fixed",
+        refractory=c.refractory_mode if c.condition == "lif-refractory" else None,
+    )
+
+
+class UngatedSelfAttention(SelfAttention):
+    """Causal softmax attention, by PyTorch's own kernel where no weight is dropped.
+
+    With dropout it is LIF attention with gates that pass everything (λ = 1): PyTorch's kernel draws
+    its masks in a way of its own, and conditions of one seed are to drop the same weights.
 
     Attributes:
-        gate: the LIF parameters, one (θ, λ, k) per head; None without LIF.
-        qwen_gate: matrix of the sigmoid gate on the output; None without.
+        qwen_gate: matrix of a sigmoid gate on the output; None without.
     """
 
     qwen_gate: nn.Linear | None
 
-    def __init__(self, config: EmberConfig) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.refractory_mode = config.refractory_mode
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
-        self.gate: LIFParameters | None = None
-        if config.condition == "lif-refractory":
-            self.gate = RefractoryParameters(config.n_head, preset=config.gate_preset)
-        elif config.condition in ("lif", "lif-fixed"):
-            learnable = config.condition == "lif"
-            self.gate = LIFParameters(config.n_head, preset=config.gate_preset, learnable=learnable)
+    def __init__(self, n_embd: int, n_head: int, *, dropout: float, bias: bool) -> None:
+        super().__init__(n_embd, n_head, dropout=dropout, bias=bias)
         self.qwen_gate = None
 
-    def forward(
-        self, x: Tensor, cache: LayerCache | None, load: Tensor
-    ) -> tuple[Tensor, LayerCache | None, Tensor]:
-        """Attend from x to the cached tokens and to x.
-
-        Args:
-            x: normed residual stream [B, T, n_embd].
-            cache: the S tokens before x, or None.
-            load: what each key drew in the previous layer, broadcastable to [B, T, S + T]; used by
-                refractory thresholds only.
-
-        Returns:
-            The output [B, T, n_embd], the cache with x (None without one), and this layer's load.
-        """
-        query, key, value = self.qkv(x)
-        if cache is not None:
-            key, value = torch.cat([cache.key, key], 2), torch.cat([cache.value, value], 2)
-        dropout_p = self.dropout if self.training else 0.0
-        loads = None
-        if self.gate is None:
-            y = _causal_attention(query, key, value, dropout_p)
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        previous_load: Tensor | None,
+        past: RefractoryState | None,
+    ) -> tuple[Tensor, Tensor | None, RefractoryState | None]:
+        """See `SelfAttention.attend`."""
+        if self.dropout_p > 0:
+            zero, one = query.new_zeros(self.n_head), query.new_ones(self.n_head)
+            y = lif_attention(query, key, value, zero, one, one, dropout_p=self.dropout_p)
         else:
-            past = None if cache is None else cache.loads
-            p = attention_probabilities(query, key)
-            w, load, loads = gate_probabilities(p, self.gate, load, past, self.refractory_mode)
-            y = F.dropout(w, dropout_p) @ value
-        y = y.transpose(1, 2).flatten(2)
-        if self.qwen_gate is not None:
-            y = y * torch.sigmoid(self.qwen_gate(x))
-        y = self.resid_dropout(self.c_proj(y))
-        return y, None if cache is None else LayerCache(key, value, loads), load
+            y = _causal_attention(query, key, value)
+        return y, previous_load, None
 
-    def weights(self, x: Tensor, load: Tensor, gated: bool) -> Tensor:
-        """The weights [B, n_head, T, T] that `forward` applies, or those before the gate."""
-        query, key, _ = self.qkv(x)
-        p = attention_probabilities(query, key)
-        if self.gate is None or not gated:
-            return p
-        return gate_probabilities(p, self.gate, load, None, self.refractory_mode)[0]
-
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of x [B, T, n_embd], each [B, n_head, T, head_dim]."""
-        query, key, value = (
-            part.unflatten(2, (self.n_head, -1)).transpose(1, 2)
-            for part in self.c_attn(x).chunk(3, 2)
-        )
-        return query, key, value
+    def gate_output(self, y: Tensor, x: Tensor) -> Tensor:
+        """Apply Qwen's gate, if there is one."""
+        return y if self.qwen_gate is None else y * torch.sigmoid(self.qwen_gate(x))
 
 
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention in which the last query stands at the last key."""
     queries, keys = query.shape[2], key.shape[2]
     if queries == keys:
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout_p, is_causal=True
-        )
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     mask = query.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p)
+    return F.scaled_dot_product_attention(query, key, value, mask)

@@ -2,14 +2,18 @@
 
 from ember_ext.nn.accelerate import Acceleration, accelerate
 from ember_ext.nn.cfc import CfC
+from ember_ext.nn.lif_attention import AttentionCache, LIFSelfAttention, RefractoryParameters
 from ember_ext.nn.lif_gate import GATE_PRESETS, GatePreset, LIFGate, LIFParameters
 
 __all__ = [
     "GATE_PRESETS",
     "Acceleration",
+    "AttentionCache",
     "CfC",
     "GatePreset",
     "LIFGate",
     "LIFParameters",
     "accelerate",
+    "LIFSelfAttention",
+    "RefractoryParameters",
 ]

@@ -1,0 +1,246 @@
+"""Causal self-attention with a LIF gate per head (section 2.2 of the paper), ready for a cache."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ember_ext import ops
+from ember_ext.nn.lif_gate import LIFParameters, PresetName
+from ember_ext.reference.lif_attention import (
+    RefractoryMode,
+    RefractoryState,
+    attention_probabilities,
+    gate_probabilities,
+    refractory_weights,
+    visible_keys,
+)
+
+REFRACTORY_RAW = -2.0
+"""Initial raw strength of the refractory couplings: 0.127 within a layer, 0.119 across layers."""
+
+
+class RefractoryParameters(LIFParameters):
+    """LIF parameters whose threshold rises with the attention that a key has already drawn.
+
+    θ + softplus(within) · load + sigmoid(across) · (the previous layer's load)
+
+    Args:
+        num_units: number of heads.
+        preset: as `LIFParameters`.
+        learnable: as `LIFParameters`; the couplings are always learnt.
+
+    Attributes:
+        within, across: raw couplings, [num_units], float32.
+    """
+
+    def __init__(
+        self, num_units: int, *, preset: PresetName = "seed", learnable: bool = True
+    ) -> None:
+        super().__init__(num_units, preset=preset, learnable=learnable)
+        self.within = nn.Parameter(torch.full((num_units,), REFRACTORY_RAW))
+        self.across = nn.Parameter(torch.full((num_units,), REFRACTORY_RAW))
+
+    def couplings(self) -> tuple[Tensor, Tensor]:
+        """The couplings within a layer and across layers, [num_units] each."""
+        return F.softplus(self.within), torch.sigmoid(self.across)
+
+
+class AttentionCache(NamedTuple):
+    """What one attention layer keeps of the S tokens that it has seen."""
+
+    key: Tensor
+    """[B, n_head, S, head_dim]"""
+    value: Tensor
+    """[B, n_head, S, head_dim]"""
+    loads: RefractoryState | None
+    """With refractory thresholds, the attention drawn by each key so far."""
+
+
+class SelfAttention(nn.Module):
+    """What surrounds any causal self-attention: projections, heads, dropout and the cache.
+
+    Args:
+        n_embd: width of the input and the output.
+        n_head: number of heads, a divisor of n_embd.
+        dropout: probability of dropping an attention weight, and an output. Default: 0.
+        bias: whether the projections have biases. Default: False.
+
+    Attributes:
+        c_attn: input to queries, keys and values, each [n_embd] with the heads side by side.
+        c_proj: joined heads to output.
+
+    Raises:
+        ValueError: n_head does not divide n_embd, or dropout is outside [0, 1).
+    """
+
+    def __init__(
+        self, n_embd: int, n_head: int, *, dropout: float = 0.0, bias: bool = False
+    ) -> None:
+        super().__init__()
+        name = f"ember_ext.nn.{type(self).__name__}"
+        if n_head < 1 or n_embd % n_head:
+            raise ValueError(f"{name}: n_head must be a divisor of n_embd = {n_embd}, got {n_head}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"{name}: dropout must be within [0, 1), got {dropout}")
+        self.n_head = n_head
+        self.dropout = dropout
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.resid_dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, cache: AttentionCache | None = None, previous_load: Tensor | None = None
+    ) -> tuple[Tensor, AttentionCache | None, Tensor | None]:
+        """Attend from x to the cached tokens and to x.
+
+        Args:
+            x: [B, T, n_embd].
+            cache: the S tokens before x. Default: none.
+            previous_load: the load that the layer below returned, broadcastable to [B, T, S + T];
+                refractory thresholds use it, other layers hand it on. Default: none.
+
+        Returns:
+            The output [B, T, n_embd], the cache with x added (None without one), and this layer's
+            load, [B, T, S + T] or [B, 1, S + T].
+        """
+        query, key, value = self.qkv(x)
+        past = None
+        if cache is not None:
+            key, value = torch.cat([cache.key, key], 2), torch.cat([cache.value, value], 2)
+            past = cache.loads
+        y, load, loads = self.attend(query, key, value, previous_load, past)
+        y = self.resid_dropout(self.c_proj(self.gate_output(y.transpose(1, 2).flatten(2), x)))
+        return y, None if cache is None else AttentionCache(key, value, loads), load
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        previous_load: Tensor | None,
+        past: RefractoryState | None,
+    ) -> tuple[Tensor, Tensor | None, RefractoryState | None]:
+        """Attention of each head, [B, n_head, T, head_dim]; this layer's load; its running sums."""
+        raise NotImplementedError
+
+    def gate_output(self, y: Tensor, x: Tensor) -> Tensor:
+        """Change the joined heads y, given the input x; both [B, T, n_embd]."""
+        return y
+
+    def weights(self, x: Tensor, previous_load: Tensor | None, gated: bool) -> Tensor:
+        """The weights [B, n_head, T, T] that `forward` applies to x, or those before the gate."""
+        query, key, _ = self.qkv(x)
+        return attention_probabilities(query, key, visible_keys(query, key, None, True), None)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x [B, T, n_embd], each [B, n_head, T, head_dim]."""
+        query, key, value = (
+            part.unflatten(2, (self.n_head, -1)).transpose(1, 2)
+            for part in self.c_attn(x).chunk(3, 2)
+        )
+        return query, key, value
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability of dropping a weight: 0 in eval mode."""
+        return self.dropout if self.training else 0.0
+
+
+class LIFSelfAttention(SelfAttention):
+    """Causal self-attention whose weights pass a LIF gate: `ember_ext.ops.lif_attention`.
+
+    Args:
+        n_embd: width of the input and the output.
+        n_head: number of heads, a divisor of n_embd; each has its own (θ, λ, k).
+        dropout: probability of dropping an attention weight, and an output. Default: 0.
+        bias: whether the projections have biases. Default: False.
+        preset: initial values of the gates, see `ember_ext.nn.LIFParameters`. Default: "seed".
+        learnable: with False the gates are the paper's fixed control. Default: True.
+        refractory: "causal" or "paper" for thresholds that rise with the attention a key has
+            drawn, see `ember_ext.ops.refractory_lif_attention`; with "paper" outputs depend on
+            later tokens and there is no cache. Default: None.
+
+    Shapes: input and output [B, T, n_embd]; see `forward`.
+
+    Raises:
+        ValueError: n_head does not divide n_embd, dropout is outside [0, 1), or an unknown preset
+            or refractory mode.
+    """
+
+    gate: LIFParameters
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        *,
+        dropout: float = 0.0,
+        bias: bool = False,
+        preset: PresetName = "seed",
+        learnable: bool = True,
+        refractory: RefractoryMode | None = None,
+    ) -> None:
+        super().__init__(n_embd, n_head, dropout=dropout, bias=bias)
+        if refractory not in (None, "causal", "paper"):
+            expected = "None, 'causal' or 'paper'"
+            raise ValueError(
+                f"ember_ext.nn.LIFSelfAttention: refractory must be {expected}, got {refractory!r}"
+            )
+        self.refractory = refractory
+        parameters = LIFParameters if refractory is None else RefractoryParameters
+        self.gate = parameters(n_head, preset=preset, learnable=learnable)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        previous_load: Tensor | None,
+        past: RefractoryState | None,
+    ) -> tuple[Tensor, Tensor | None, RefractoryState | None]:
+        """See `SelfAttention.attend`."""
+        gates = self.gate.effective()
+        if not isinstance(self.gate, RefractoryParameters):
+            y = ops.lif_attention(query, key, value, *gates, dropout_p=self.dropout_p)
+            return y, previous_load, None
+        assert self.refractory is not None
+        return ops.refractory_lif_attention(
+            query,
+            key,
+            value,
+            *gates,
+            *self.gate.couplings(),
+            mode=self.refractory,
+            previous_load=previous_load,
+            past=past,
+            dropout_p=self.dropout_p,
+        )
+
+    def weights(self, x: Tensor, previous_load: Tensor | None, gated: bool) -> Tensor:
+        """The weights [B, n_head, T, T] that `forward` applies to x, or those before the gate."""
+        p = super().weights(x, previous_load, gated)
+        if not gated:
+            return p
+        gates = self.gate.effective()
+        if not isinstance(self.gate, RefractoryParameters):
+            threshold, leak, steepness = (v.to(p.dtype).view(-1, 1, 1) for v in gates)
+            return gate_probabilities(p, threshold, leak, steepness, 1e-8)
+        assert self.refractory is not None
+        query, key, _ = self.qkv(x)
+        w, _, _ = refractory_weights(
+            query,
+            key,
+            *gates,
+            *self.gate.couplings(),
+            mode=self.refractory,
+            previous_load=previous_load,
+        )
+        return w
+
+    def extra_repr(self) -> str:
+        """The arguments that tell one layer from another."""
+        return f"n_head={self.n_head}, dropout={self.dropout}, refractory={self.refractory!r}"

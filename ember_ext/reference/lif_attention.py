@@ -1,0 +1,324 @@
+"""LIF attention: a LIF gate between attention's softmax and its values (section 2.2 of the paper).
+
+Everything here stores the matrix of weights, several times over; `ember_ext.ops.lif_attention` does
+not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ember_ext.reference.lif_gate import fire_mask
+
+RefractoryMode = Literal["causal", "paper"]
+
+
+class AttentionSummary(NamedTuple):
+    """What attention weights look like, without the weights: means over queries, per head.
+
+    Probabilities are those before the gate, weights those that multiply the values before dropout.
+    A query that sees no key counts as one of zero probabilities.
+    """
+
+    entropy: Tensor
+    """-Σ w ln w over keys, in nats, [B, H]."""
+    support: Tensor
+    """How many keys have a weight above 0.01, [B, H]."""
+    first_token: Tensor
+    """The weight of key 0, [B, H]."""
+    fire_rate: Tensor
+    """The fraction of visible probabilities above the threshold, [B, H]; over all pairs at once."""
+    load: Tensor
+    """The probability that each key draws, [B, H, Tk]."""
+
+
+class RefractoryState(NamedTuple):
+    """The attention that each of S keys has drawn, summed over the queries so far."""
+
+    probabilities: Tensor
+    """Before the gate, [B, H, S]."""
+    weights: Tensor
+    """After it, averaged over heads, [B, S]."""
+
+
+@overload
+def lif_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    steepness: Tensor,
+    *,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    eps: float = ...,
+    seed: Tensor | None = ...,
+    return_weights: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def lif_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    steepness: Tensor,
+    *,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    eps: float = ...,
+    seed: Tensor | None = ...,
+    return_weights: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def lif_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    steepness: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = True,
+    scale: float | None = None,
+    eps: float = 1e-8,
+    seed: Tensor | None = None,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out = dropout(w) value with w = p g(p) / (Σ p g(p) + eps); see `ember_ext.ops.lif_attention`.
+
+    bf16 and fp16 are computed in fp32 and rounded once, at the end.
+
+    Args:
+        query: as there, like all arguments but the last.
+        key: see there.
+        value: see there.
+        threshold: see there.
+        leak: see there.
+        steepness: see there.
+        attn_mask: see there.
+        dropout_p: see there.
+        is_causal: see there.
+        scale: see there.
+        eps: see there.
+        seed: see there; needed with dropout.
+        return_weights: also return w before dropout, [B, H, Tq, Tk], in fp32 (fp64 for fp64 input).
+    """
+    visible = visible_keys(query, key, attn_mask, is_causal)
+    p = attention_probabilities(query, key, visible, scale)
+    theta, lam, k = (v.to(p.dtype).view(-1, 1, 1) for v in (threshold, leak, steepness))
+    w = gate_probabilities(p, theta, lam, k, eps)
+    out = _weighted_sum(w, value, dropout_p, seed).to(query.dtype)
+    return (out, w) if return_weights else out
+
+
+def refractory_lif_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    steepness: Tensor,
+    within: Tensor,
+    across: Tensor,
+    *,
+    mode: RefractoryMode = "causal",
+    previous_load: Tensor | None = None,
+    past: RefractoryState | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    eps: float = 1e-8,
+    seed: Tensor | None = None,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor, RefractoryState]:
+    """Causal LIF attention whose thresholds follow the keys' loads.
+
+    See `ember_ext.ops.refractory_lif_attention`; `first_batch` is the place in the whole batch of
+    the part that is given, for dropout.
+    """
+    w, next_load, state = refractory_weights(
+        query,
+        key,
+        threshold,
+        leak,
+        steepness,
+        within,
+        across,
+        mode=mode,
+        previous_load=previous_load,
+        past=past,
+        scale=scale,
+        eps=eps,
+    )
+    return _weighted_sum(w, value, dropout_p, seed, first_batch).to(query.dtype), next_load, state
+
+
+def refractory_weights(
+    query: Tensor,
+    key: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    steepness: Tensor,
+    within: Tensor,
+    across: Tensor,
+    *,
+    mode: RefractoryMode = "causal",
+    previous_load: Tensor | None = None,
+    past: RefractoryState | None = None,
+    scale: float | None = None,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor, RefractoryState]:
+    """The weights of `refractory_lif_attention` before dropout, and its other two results."""
+    p = attention_probabilities(query, key, visible_keys(query, key, None, True), scale)
+    theta, lam, k, r, c = (
+        v.to(p.dtype).view(-1, 1, 1) for v in (threshold, leak, steepness, within, across)
+    )
+    load, sum_p = _mean_over_queries(p, None if past is None else past.probabilities, mode)
+    theta = theta + r * load
+    if previous_load is not None:
+        theta = theta + c * previous_load.to(p.dtype).unsqueeze(1)
+    w = gate_probabilities(p, theta, lam, k, eps)
+    next_load, sum_w = _mean_over_queries(w.mean(1), None if past is None else past.weights, mode)
+    return w, next_load, RefractoryState(sum_p, sum_w)
+
+
+def visible_keys(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool
+) -> Tensor | None:
+    """Which keys each query may see, broadcastable to [B, H, Tq, Tk]; None for all.
+
+    With `is_causal` the last query stands at the last key.
+    """
+    visible = attn_mask
+    if is_causal:
+        queries, keys = query.shape[-2], key.shape[-2]
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        causal = causal.tril(keys - queries)
+        visible = causal if visible is None else visible & causal
+    return visible
+
+
+def attention_probabilities(
+    query: Tensor, key: Tensor, visible: Tensor | None, scale: float | None
+) -> Tensor:
+    """softmax(query keyᵀ scale) over the visible keys; all zero for a query that sees none."""
+    compute_dtype = torch.promote_types(query.dtype, torch.float32)
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+    key = key.to(compute_dtype).repeat_interleave(query.shape[1] // max(key.shape[1], 1), 1)
+    scores = (query.to(compute_dtype) * scale) @ key.mT
+    if visible is None:
+        return scores.softmax(-1)
+    scores = scores.masked_fill(~visible, torch.finfo(compute_dtype).min)
+    return scores.softmax(-1).masked_fill(~visible, 0)
+
+
+def gate_probabilities(
+    p: Tensor, threshold: Tensor, leak: Tensor, steepness: Tensor, eps: float
+) -> Tensor:
+    """w = p (f + λ (1 - f)) with f = σ(k (p - θ)), divided by its row's sum plus eps."""
+    fire = fire_mask(p, threshold, steepness)
+    w = p * (fire + leak * (1 - fire))
+    return w / (w.sum(-1, keepdim=True) + eps)
+
+
+def _weighted_sum(
+    w: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, first_batch: int = 0
+) -> Tensor:
+    value = value.to(w.dtype).repeat_interleave(w.shape[1] // max(value.shape[1], 1), 1)
+    if dropout_p > 0:
+        assert seed is not None
+        w = w * dropout_keep(seed, w.shape, dropout_p, first_batch) / (1 - dropout_p)
+    return w @ value
+
+
+def summarize(p: Tensor, w: Tensor, threshold: Tensor, visible: Tensor | None) -> AttentionSummary:
+    """Describe attention by its probabilities and its weights, [B, H, Tq, Tk] each."""
+    queries, keys = max(p.shape[-2], 1), p.shape[-1]
+    above = p > threshold.to(p.dtype).view(-1, 1, 1)
+    pairs = torch.ones_like(above)
+    if visible is not None:
+        above, pairs = above & visible, pairs & visible
+    first = w[..., 0].sum(-1) if keys else w.new_zeros(w.shape[:2])
+    return AttentionSummary(
+        entropy=-torch.special.xlogy(w, w).sum((-2, -1)) / queries,
+        support=(w > 0.01).sum((-2, -1)).to(w.dtype) / queries,
+        first_token=first / queries,
+        fire_rate=above.sum((-2, -1)).to(w.dtype) / pairs.sum((-2, -1)).clamp(min=1),
+        load=p.sum(-2) / queries,
+    )
+
+
+def _mean_over_queries(
+    weights: Tensor, past: Tensor | None, mode: RefractoryMode
+) -> tuple[Tensor, Tensor]:
+    """Mean of `weights` [..., T, S + T] over all queries, or at each over those up to it; the sum.
+
+    `past` [..., S] is the sum over the S queries before these.
+    """
+    queries, keys = weights.shape[-2:]
+    if mode == "paper":
+        return weights.mean(-2, keepdim=True), weights.sum(-2)
+    sums = weights.cumsum(-2)
+    if past is not None:
+        sums = sums + F.pad(past.to(sums.dtype), (0, queries)).unsqueeze(-2)
+    counts = torch.arange(keys - queries + 1, keys + 1, device=sums.device)
+    return sums / counts.unsqueeze(-1), sums[..., -1, :]
+
+
+def dropout_keep(
+    seed: Tensor, shape: Sequence[int], dropout_p: float, first_batch: int = 0
+) -> Tensor:
+    """Which of the weights [B, H, Tq, Tk] = `shape`, from b = `first_batch` on, dropout keeps.
+
+    That depends on the seed and on a weight's own place (b, h, i, j) and on nothing else, so every
+    implementation and every way of splitting the work drops the same weights.
+    """
+    batch, heads, queries, keys = shape
+    device = seed.device
+    words = philox(
+        seed,
+        torch.arange((keys + 3) // 4, device=device),
+        torch.arange(queries, device=device).view(-1, 1),
+        torch.arange(heads, device=device).view(-1, 1, 1),
+        torch.arange(first_batch, first_batch + batch, device=device).view(-1, 1, 1, 1),
+    )
+    bits = torch.stack(words, -1).flatten(-2)[..., :keys]
+    return bits >= min(int(dropout_p * 2**32 + 0.5), 2**32 - 1)
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:
+    """Philox-4x32-10 (Salmon et al., 2011): four 32-bit words per counter, as int64.
+
+    Args:
+        seed: int64 scalar, the key: low word first.
+        c0: first word of the counter, int64 within [0, 2³²), like the others broadcastable.
+        c1: the second.
+        c2: the third.
+        c3: the fourth.
+    """
+    low = 0xFFFFFFFF
+    k0, k1 = seed & low, (seed >> 32) & low
+    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
+    for _ in range(10):
+        # Products of two 32-bit words wrap around in int64, which leaves their bits as they are.
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3
