@@ -129,7 +129,7 @@ def lif_attention(
         scale = 1 / math.sqrt(max(query.shape[-1], 1))
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-    if not _native.has(query.device.type):
+    if not _native.has(query.device.type, _OP):
         if query.device.type == "cpu" and not torch.compiler.is_compiling():
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)
         return _run_reference(

@@ -220,7 +220,7 @@ def attention_probabilities(
     """softmax(query keyᵀ scale) over the visible keys; all zero for a query that sees none."""
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
     if scale is None:
-        scale = 1 / math.sqrt(query.shape[-1])
+        scale = 1 / math.sqrt(max(query.shape[-1], 1))
     key = key.to(compute_dtype).repeat_interleave(query.shape[1] // max(key.shape[1], 1), 1)
     scores = (query.to(compute_dtype) * scale) @ key.mT
     if visible is None:

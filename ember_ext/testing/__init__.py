@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ember_ext import ops, reference
+from ember_ext.testing.lif_attention import attention_samples, attention_tensors
 from ember_ext.testing.lif_gate import gate_parameters, gate_samples
 from ember_ext.testing.sample import DTYPES, Operator, Sample, check_sample
 from ember_ext.testing.tolerance import assert_close, error_bound
@@ -20,7 +21,10 @@ class Registered(NamedTuple):
     samples: Callable[[torch.dtype], Iterator[Sample]]
 
 
-OPERATORS = (Registered("lif_gate", ops.lif_gate, reference.lif_gate, gate_samples),)
+OPERATORS = (
+    Registered("lif_gate", ops.lif_gate, reference.lif_gate, gate_samples),
+    Registered("lif_attention", ops.lif_attention, reference.lif_attention, attention_samples),
+)
 """What the self-test goes through."""
 
 __all__ = [
@@ -29,6 +33,8 @@ __all__ = [
     "Registered",
     "Sample",
     "assert_close",
+    "attention_samples",
+    "attention_tensors",
     "check_sample",
     "error_bound",
     "gate_parameters",

@@ -1,0 +1,552 @@
+"""LIF attention against its reference: values, gradients, summaries, refractory modes, errors."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ember_ext
+from ember_ext import _native, nn, reference
+from ember_ext.ops import lif_attention, refractory_lif_attention
+from ember_ext.reference.lif_attention import attention_probabilities as probabilities
+from ember_ext.reference.lif_attention import dropout_keep, philox, summarize, visible_keys
+from ember_ext.testing import (
+    DTYPES,
+    Sample,
+    attention_samples,
+    attention_tensors,
+    check_sample,
+)
+from ember_ext.testing.lif_attention import gradient_scales
+
+needs_kernels = pytest.mark.skipif(not _native.has("cpu"), reason="no compiled kernels")
+
+
+def tensors(
+    batch: int = 2,
+    heads: int = 2,
+    queries: int = 7,
+    keys: int | None = None,
+    size: int = 4,
+    dtype: torch.dtype = torch.float32,
+    groups: int | None = None,
+) -> dict[str, Tensor]:
+    keys, groups = queries if keys is None else keys, groups or heads
+    generator = torch.Generator().manual_seed(3)
+    values = attention_tensors(batch, heads, groups, queries, keys, size, dtype, generator)
+    if dtype == torch.float64:
+        values = {name: value.double() for name, value in values.items()}
+    return values
+
+
+def gradients(out: Tensor, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return torch.autograd.grad(out, list(leaves.values()), weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference(dtype: torch.dtype) -> None:
+    for sample in attention_samples(dtype):
+        check_sample(lif_attention, reference.lif_attention, sample)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference_on_a_gpu(dtype: torch.dtype) -> None:
+    for sample in attention_samples(dtype):
+        check_sample(lif_attention, reference.lif_attention, sample.to("cuda"))
+
+
+def test_matches_reference_over_a_long_sequence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = attention_tensors(1, 2, 1, 1100, 1201, 8, torch.float32, generator)
+    options = {"dropout_p": 0.1, "seed": torch.tensor(7)}
+    sample = Sample("long", values, options, gradient_scales(values))
+    check_sample(lif_attention, reference.lif_attention, sample)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    if isa == _native.isa:
+        pytest.skip("the other tests run it")
+    code = """
+import torch
+from ember_ext import _native, lif_attention, reference
+from ember_ext.testing import attention_samples, check_sample
+for dtype in (torch.float64, torch.float32) if "ISA" == _native.isa else ():
+    for sample in attention_samples(dtype):
+        check_sample(lif_attention, reference.lif_attention, sample)
+"""
+    environment = os.environ | {"EMBER_EXT_ISA": isa}
+    result = subprocess.run(
+        [sys.executable, "-c", code.replace("ISA", isa)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "cannot run EMBER_EXT_ISA" in result.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert result.returncode == 0, result.stderr
+
+
+def test_gates_that_pass_everything_leave_plain_attention() -> None:
+    values = tensors(queries=50, size=16, dtype=torch.float64)
+    values["leak"] = torch.ones(2, dtype=torch.float64)
+    actual = lif_attention(**values, eps=0.0)
+    expected = F.scaled_dot_product_attention(
+        values["query"], values["key"], values["value"], is_causal=True
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradcheck(causal: bool) -> None:
+    leaves = {
+        name: value.requires_grad_()
+        for name, value in tensors(1, 2, 4, 5, 3, torch.float64, groups=1).items()
+    }
+    mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.8
+    options: dict[str, Any] = {"dropout_p": 0.3, "seed": torch.tensor(11), "is_causal": causal}
+
+    def call(*values: Tensor) -> Tensor:
+        return lif_attention(*values, attn_mask=mask, **options)
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+
+
+def test_double_backward_is_refused() -> None:
+    if not _native.has("cpu"):
+        pytest.skip("the reference can do it")
+    leaves = {name: value.requires_grad_() for name, value in tensors().items()}
+    (gradient, *_) = torch.autograd.grad(
+        lif_attention(**leaves).sum(), list(leaves.values()), create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="double backward is not implemented"):
+        gradient.sum().backward()
+
+
+@needs_kernels
+@pytest.mark.parametrize("extras", [True, False])
+def test_opcheck(extras: bool) -> None:
+    leaves = [value.requires_grad_() for value in tensors().values()]
+    mask = torch.ones(2, 2, 7, 7, dtype=torch.bool) if extras else None
+    seed = torch.tensor(5) if extras else None
+    options = (0.2 if extras else 0.0, True, 0.5, 1e-8)
+    operators = torch.ops.ember_ext
+    torch.library.opcheck(operators.lif_attention.default, (*leaves, mask, seed, *options, extras))
+    detached = [leaf.detach() for leaf in leaves]
+    arguments = (*detached, mask, seed, *options)
+    torch.library.opcheck(operators.lif_attention_forward.default, (*arguments, extras))
+    out, row_stats, _, _ = operators.lif_attention_forward(*arguments, False)
+    torch.library.opcheck(
+        operators.lif_attention_backward.default,
+        (torch.randn_like(out), *detached, row_stats, mask, seed, *options),
+    )
+
+
+@needs_kernels
+def test_compiles_without_recompiling_for_new_sizes() -> None:
+    torch._dynamo.reset()
+    compiles = 0
+
+    def backend(graph: Any, _: Any) -> Any:
+        nonlocal compiles
+        compiles += 1
+        return graph.forward
+
+    compiled = torch.compile(lif_attention, fullgraph=True, backend=backend)
+    for i, (batch, queries) in enumerate([(2, 7), (3, 9), (4, 11), (5, 13)]):
+        leaves = {n: v.requires_grad_() for n, v in tensors(batch, queries=queries).items()}
+        out = compiled(**leaves)
+        expected = lif_attention(**leaves)
+        assert torch.equal(out, expected)
+        for a, b in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
+            assert torch.equal(a, b)
+        if i >= 1:
+            assert compiles <= 2
+
+
+@needs_kernels
+def test_the_number_of_threads_changes_no_bit() -> None:
+    # One head with a long sequence is split among tasks; many heads are not.
+    for batch, heads, queries in ((1, 1, 1500), (5, 4, 60)):
+        leaves = {
+            name: value.requires_grad_()
+            for name, value in tensors(batch, heads, queries, size=8).items()
+        }
+        threads, results = torch.get_num_threads(), []
+        try:
+            for count in (1, 2, 3, 1):
+                torch.set_num_threads(count)
+                out, summary = lif_attention(
+                    **leaves, dropout_p=0.1, seed=torch.tensor(1), return_summary=True
+                )
+                results.append([out, *summary, *gradients(out, leaves)])
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.equal(a, b)
+
+
+@needs_kernels
+def test_no_result_depends_on_uninitialised_memory() -> None:
+    """Deterministic mode fills fresh memory with NaN, scratch space included."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for sample in attention_samples(torch.float32):
+            check_sample(lif_attention, reference.lif_attention, sample)
+            _, summary = lif_attention(**sample.tensors, **sample.options, return_summary=True)
+            assert all(value.isfinite().all() for value in summary)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_inputs_and_keeps_the_gates(dtype: torch.dtype) -> None:
+    values = tensors(queries=20)
+    with torch.autocast("cpu", dtype):
+        actual = lif_attention(**values)
+    low = {n: v.to(dtype) if v.dim() == 4 else v for n, v in values.items()}
+    assert actual.dtype == dtype
+    assert torch.equal(actual, lif_attention(**low))
+    double = {name: value.double() for name, value in values.items()}
+    with torch.autocast("cpu", dtype):
+        assert lif_attention(**double).dtype == torch.float64
+
+
+# Dropout.
+
+
+def test_philox_known_answers() -> None:
+    zero, ones = torch.tensor(0), torch.tensor(0xFFFFFFFF)
+    assert [int(w) for w in philox(zero, zero, zero, zero, zero)] == [
+        0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8,
+    ]  # fmt: skip
+    assert [int(w) for w in philox(torch.tensor(-1), ones, ones, ones, ones)] == [
+        0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD,
+    ]  # fmt: skip
+
+
+def test_dropout_keeps_the_right_share_in_every_direction() -> None:
+    keep = dropout_keep(torch.tensor(123), (4, 5, 31, 103), 0.3).double()
+    for dim in range(4):
+        share = keep.transpose(0, dim).flatten(1).mean(1)
+        assert (share - 0.7).abs().max() < 5 * math.sqrt(0.21 / (keep.numel() / keep.shape[dim]))
+    other = dropout_keep(torch.tensor(124), (4, 5, 31, 103), 0.3).double()
+    correlation = torch.corrcoef(torch.stack([keep.flatten(), other.flatten()]))[0, 1]
+    assert correlation.abs() < 5 / math.sqrt(keep.numel())
+
+
+def test_dropout_follows_torch_s_seed() -> None:
+    values = tensors(queries=30)
+
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return lif_attention(**values, dropout_p=0.4)
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
+# Extremes.
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0, 1e4])
+def test_large_scores(scale: float) -> None:
+    """Up to scores of 1e4 either way, with probabilities down to 0."""
+    values = tensors(1, 2, 40, size=8)
+    values["query"] *= scale / 3
+    sample = Sample(f"{scale}", values, {}, dict.fromkeys(gradient_scales(values), 10.0))
+    check_sample(lif_attention, reference.lif_attention, sample)
+
+
+def test_tiny_probabilities_keep_their_gradients() -> None:
+    """A key of probability 1e-30 with a value of 1e30 counts as much as the others."""
+    values = tensors(1, 1, 1, 2, 1, torch.float32)
+    values["query"] = torch.ones(1, 1, 1, 1)
+    values["key"] = torch.tensor([0.0, -69.0]).view(1, 1, 2, 1)
+    values["value"] = torch.tensor([1.0, 1e30]).view(1, 1, 2, 1)
+    leaves = {name: value.double().requires_grad_() for name, value in values.items()}
+    exact = gradients(reference.lif_attention(**leaves), leaves)
+    leaves = {name: value.requires_grad_() for name, value in values.items()}
+    out = lif_attention(**leaves)
+    for actual, expected in zip(gradients(out, leaves), exact, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_queries_that_see_nothing_give_zeros(eps: float) -> None:
+    leaves = {name: value.requires_grad_() for name, value in tensors(queries=70).items()}
+    mask = torch.ones(70, 70, dtype=torch.bool)
+    mask[[0, 5, 69]] = False
+    mask[:, 3] = False
+    out = lif_attention(**leaves, attn_mask=mask, eps=eps)
+    assert (out[:, :, [0, 5, 69]] == 0).all()
+    results = gradients(out, leaves)
+    assert all(g.isfinite().all() for g in results)
+    assert (results[0][:, :, [0, 5, 69]] == 0).all()
+    assert (results[1][:, :, 3] == 0).all()
+    assert (results[2][:, :, 3] == 0).all()
+
+
+def test_nan_stays_in_its_row() -> None:
+    values = tensors(queries=60)
+    values["query"][0, 1, 17] = math.nan
+    out = lif_attention(**values)
+    bad = out.isnan().any(-1)
+    assert bad[0, 1, 17]
+    assert bad.sum() == 1
+
+
+# Summaries.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_summary_describes_the_reference_s_weights(dtype: torch.dtype, causal: bool) -> None:
+    for queries, keys, mask in (
+        (40, 40, None),
+        (600, 610, None),
+        (30, 50, torch.arange(50) % 3 > 0),
+    ):
+        values = tensors(2, 3, queries, keys, 16, dtype)
+        options: dict[str, Any] = {"is_causal": causal, "attn_mask": mask}
+        out, summary = lif_attention(**values, **options, return_summary=True)
+        assert torch.equal(out, lif_attention(**values, **options))
+        exact = {name: value.double() for name, value in values.items()}
+        _, w = reference.lif_attention(**exact, **options, return_weights=True)
+        visible = visible_keys(exact["query"], exact["key"], mask, causal)
+        p = probabilities(exact["query"], exact["key"], visible, None)
+        expected = summarize(p, w, exact["threshold"], visible)
+        for name, value in summary._asdict().items():
+            # Counts may differ where a weight is at the border.
+            tolerance = 2 / queries if name in ("support", "fire_rate") else 1e-5
+            target = getattr(expected, name)
+            torch.testing.assert_close(value.double(), target, rtol=1e-4, atol=tolerance)
+
+
+def test_summary_of_uniform_attention() -> None:
+    """A causal softmax of equal scores over 256 keys: the figures that the paper reports."""
+    zeros, one = torch.zeros(1, 1, 256, 4), torch.ones(1)
+    _, summary = lif_attention(zeros, zeros, zeros, one, one, one, return_summary=True)
+    assert summary.entropy.item() == pytest.approx(4.560, abs=1e-3)
+    # Whether 1 / 100 counts as more than 0.01 is up to rounding, and worth 100 / 256.
+    assert summary.support.item() == pytest.approx(19.34, abs=0.4)
+    assert summary.first_token.item() == pytest.approx(0.0239, abs=1e-4)
+    assert summary.load.sum().item() == pytest.approx(1.0)
+
+
+# Refractory thresholds.
+
+
+def refractory_tensors(queries: int = 9, keys: int | None = None) -> dict[str, Tensor]:
+    values = tensors(3, 2, queries, keys, 4, torch.float64)
+    couplings = {"within": torch.tensor([0.8, 0.1]), "across": torch.tensor([0.3, 0.9])}
+    return values | {name: value.double() for name, value in couplings.items()}
+
+
+def two_layers(values: dict[str, Tensor], mode: Any) -> Tensor:
+    """Two layers, the second of which sees the first one's load."""
+    out, load, _ = refractory_lif_attention(**values, mode=mode)
+    values = values | {"query": out}
+    return refractory_lif_attention(**values, mode=mode, previous_load=load)[0]
+
+
+@pytest.mark.parametrize("mode", ["causal", "paper"])
+def test_only_the_paper_s_mode_looks_ahead(mode: str) -> None:
+    values = refractory_tensors()
+    before = two_layers(values, mode)
+    changed = {name: value.clone() for name, value in values.items()}
+    for name in ("query", "key", "value"):
+        changed[name][:, :, 6:] += torch.randn(3, 2, 3, 4, dtype=torch.float64)
+    difference = (two_layers(changed, mode) - before)[:, :, :6].abs().max()
+    assert difference == 0 if mode == "causal" else difference > 1e-6
+
+
+@pytest.mark.parametrize("mode", ["causal", "paper"])
+def test_refractory_load_is_what_it_says(mode: Any) -> None:
+    values = refractory_tensors()
+    _, load, state = refractory_lif_attention(**values, mode=mode)
+    p = probabilities(
+        values["query"],
+        values["key"],
+        visible_keys(values["query"], values["key"], None, True),
+        None,
+    )
+    torch.testing.assert_close(state.probabilities, p.sum(2))
+    assert load.shape == ((3, 9, 9) if mode == "causal" else (3, 1, 9))
+    last = load[:, -1]
+    torch.testing.assert_close(last, state.weights / 9)
+    torch.testing.assert_close(last.sum(-1), torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mode", ["causal", "paper"])
+def test_refractory_gradients(mode: Any) -> None:
+    values = {n: v[:1] if v.dim() == 4 else v for n, v in refractory_tensors(4).items()}
+    values["previous_load"] = torch.rand(1, 4 if mode == "causal" else 1, 4, dtype=torch.float64)
+    names = list(values)
+
+    def call(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+        return refractory_lif_attention(**dict(zip(names, leaves, strict=True)), mode=mode)[:2]
+
+    assert torch.autograd.gradcheck(call, [value.requires_grad_() for value in values.values()])
+
+
+def test_refractory_thresholds_rise_with_the_load() -> None:
+    values = refractory_tensors()
+    values["within"] = values["across"] = torch.zeros(2, dtype=torch.float64)
+    out, _, _ = refractory_lif_attention(**values)
+    del values["within"], values["across"]
+    torch.testing.assert_close(out, lif_attention(**values))
+
+
+def test_refractory_parts_of_the_batch_give_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = refractory_tensors() | {"previous_load": torch.rand(1, 9, 9, dtype=torch.float64)}
+    values = {name: value.requires_grad_() for name, value in values.items()}
+    results = []
+    for pairs in (1 << 30, 1):
+        module = sys.modules["ember_ext.ops.lif_attention"]
+        monkeypatch.setattr(module, "_PAIRS_AT_ONCE", pairs)
+        out, load, state = refractory_lif_attention(**values, dropout_p=0.2, seed=torch.tensor(4))
+        total = out.sin().sum() + load.cos().sum()
+        results.append([out, load, *state, *torch.autograd.grad(total, list(values.values()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# The module.
+
+
+@pytest.mark.parametrize("refractory", [None, "causal"])
+def test_any_split_with_a_cache_gives_the_whole(refractory: Any) -> None:
+    torch.manual_seed(0)
+    layers = [nn.LIFSelfAttention(12, 3, refractory=refractory).double() for _ in range(2)]
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+
+    def run(x: Tensor, caches: list[Any]) -> tuple[Tensor, list[Any]]:
+        load, after = None, []
+        for layer, cache in zip(layers, caches, strict=True):
+            x, cache, load = layer(x, cache, load)
+            after.append(cache)
+        return x, after
+
+    whole, _ = run(x, [None, None])
+    empty = torch.empty(2, 3, 0, 4, dtype=torch.float64)
+    caches: list[Any] = [nn.AttentionCache(empty, empty, None)] * 2
+    pieces = []
+    for piece in x.split([4, 1, 1, 3], 1):
+        out, caches = run(piece, caches)
+        pieces.append(out)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+
+
+@pytest.mark.parametrize("refractory", [None, "causal", "paper"])
+def test_module_weights_are_those_it_applies(refractory: Any) -> None:
+    torch.manual_seed(0)
+    layer = nn.LIFSelfAttention(12, 3, refractory=refractory, preset="released").eval()
+    x = torch.randn(2, 9, 12)
+    w = layer.weights(x, None, True)
+    _, _, value = layer.qkv(x)
+    torch.testing.assert_close(layer.c_proj((w @ value).transpose(1, 2).flatten(2)), layer(x)[0])
+    torch.testing.assert_close(w.sum(-1), torch.ones(2, 3, 9))
+
+
+def test_module_parameters() -> None:
+    names = set(nn.LIFSelfAttention(12, 3).state_dict())
+    gates = {"gate.threshold", "gate.leak", "gate.steepness"}
+    assert names == {"c_attn.weight", "c_proj.weight"} | gates
+    refractory = nn.LIFSelfAttention(12, 3, refractory="paper", bias=True)
+    assert set(refractory.state_dict()) - names == {
+        "c_attn.bias", "c_proj.bias", "gate.within", "gate.across",
+    }  # fmt: skip
+    fixed = nn.LIFSelfAttention(12, 3, learnable=False, preset="released")
+    assert not dict(fixed.gate.named_parameters())
+    assert fixed.gate.effective()[0].tolist() == pytest.approx([0.1] * 3)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": 3}, TypeError, "query must be a torch.Tensor, got int"),
+        ({"query": torch.zeros(2, 2, 7)}, ValueError, "query must be [batch, heads, tokens, head"),
+        ({"query": torch.zeros(2, 2, 7, 4).int()}, TypeError, "query must be float64, float32,"),
+        ({"key": torch.zeros(2, 2, 7, 4).half()}, TypeError, "key must be of query's dtype"),
+        ({"key": torch.zeros(2, 3, 7, 4)}, ValueError, "G heads with G a divisor of H = 2, got 3"),
+        ({"key": torch.zeros(2, 2, 7, 5)}, ValueError, "key must be [B, G, Tk, D] = [2, 2, 7, 4]"),
+        ({"value": torch.zeros(2, 2, 6, 4)}, ValueError, "value must be [B, G, Tk, D] = [2, 2, 7"),
+        ({"value": torch.zeros(2, 1, 7, 4)}, ValueError, "value must be [B, G, Tk, D] = [2, 2, 7"),
+        ({"threshold": torch.zeros(3)}, ValueError, "threshold must be [H] = [2], got [3]"),
+        ({"threshold": torch.tensor([0.0, math.nan])}, ValueError, "threshold must be finite"),
+        ({"leak": torch.tensor([0.5, 1.5])}, ValueError, "leak must be within [0, 1], got 1.5"),
+        ({"steepness": torch.zeros(2)}, ValueError, "steepness must be finite and > 0, got 0.0"),
+        ({"steepness": torch.ones(2).int()}, TypeError, "steepness must be float64"),
+        ({"leak": torch.ones(2, device="meta")}, ValueError, "leak must be on query's device cpu"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p must be within [0, 1), got 1.0"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p must be within [0, 1), got -0.1"),
+        ({"scale": 0.0}, ValueError, "scale must be finite and not 0, got 0.0"),
+        ({"scale": math.inf}, ValueError, "scale must be finite and not 0, got inf"),
+        ({"eps": -1.0}, ValueError, "eps must be finite and >= 0, got -1.0"),
+        ({"attn_mask": torch.zeros(7, 7)}, TypeError, "attn_mask must be a boolean tensor"),
+        (
+            {"attn_mask": torch.ones(3, 1, 7, 7).bool()},
+            ValueError,
+            "attn_mask must be broadcastable to [B, H, Tq, Tk] = [2, 2, 7, 7], got [3, 1, 7, 7]",
+        ),
+        ({"seed": 3, "dropout_p": 0.1}, TypeError, "seed must be an int64 tensor, got int"),
+        ({"seed": torch.zeros(2).long()}, ValueError, "seed must be a scalar, = [], got [2]"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        lif_attention(**(tensors() | change))
+    assert str(caught.value).startswith("ember_ext.lif_attention: ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "other"}, "mode must be one of ['causal', 'paper'], got 'other'"),
+        ({"within": torch.zeros(3)}, "within must be [H] = [2], got [3]"),
+        ({"key": torch.zeros(3, 2, 5, 4).double()}, "value must be [B, G, Tk, D]"),
+        ({"previous_load": torch.zeros(3, 2, 9)}, "previous_load must be broadcastable to"),
+        ({"past": 1, "mode": "paper"}, "past must be None in mode 'paper'"),
+    ],
+)
+def test_bad_refractory_input(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"ember_ext\.refractory_lif_attention: ") as caught:
+        refractory_lif_attention(**(refractory_tensors() | change))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_head": 5}, "n_head must be a divisor of n_embd = 12, got 5"),
+        ({"dropout": 1.0}, "dropout must be within [0, 1), got 1.0"),
+        ({"refractory": "sometimes"}, "refractory must be None, 'causal' or 'paper'"),
+        ({"preset": "x"}, "preset must be one of"),
+    ],
+)
+def test_bad_module(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"ember_ext.nn\.") as caught:
+        nn.LIFSelfAttention(**({"n_embd": 12, "n_head": 3} | arguments))
+    assert message in str(caught.value)
+
+
+def test_public_names() -> None:
+    assert ember_ext.lif_attention is lif_attention
