@@ -13,7 +13,7 @@ __all__ = [
     "GatePreset",
     "LIFGate",
     "LIFParameters",
-    "accelerate",
     "LIFSelfAttention",
     "RefractoryParameters",
+    "accelerate",
 ]
