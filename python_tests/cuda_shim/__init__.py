@@ -1,8 +1,9 @@
 """Runs the CUDA kernels of csrc/cuda on the CPU: builds them with the host compiler and calls them.
 
-`Shim` is the built library. `Shim.call` copies tensors into guarded memory, runs a launcher under
-three orders of threads and blocks, requires the same bits from each, and returns what it wrote.
-See shim.cpp for what counts as a fault.
+Each operator has a module here with the public operator's signature. `Shim` is the built library.
+`Shim.call` copies tensors into guarded memory, runs a launcher under three orders of threads and
+blocks, requires the same bits from each, and returns what it wrote. See shim.cpp for what counts
+as a fault.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -32,7 +35,7 @@ DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.floa
 _FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", f"-I{HERE}", "-Wno-unknown-pragmas", "-fno-strict-aliasing"),
     # A trap needs no run-time library, which a Python process would have to preload.
-    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,null",
+    "-fsanitize=alignment,bounds,signed-integer-overflow,integer-divide-by-zero",
     "-fsanitize-undefined-trap-on-error",
 ]
 _DEVICE_FLAGS = ["-D__CUDACC__", "-include", "cuda_runtime.h", "-x", "c++"]
@@ -186,94 +189,45 @@ def operators() -> Shim:
     return Shim([HERE / "entry.cpp", *sorted(SOURCES.glob("cuda/*.cu"))])
 
 
-class LifGateParams(ctypes.Structure):
-    """ember::LifGateParams."""
-
-    _fields_ = (
-        ("dtype", ctypes.c_int32),
-        ("norm", ctypes.c_int32),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("units", ctypes.c_int64),
-        ("unit_rows", ctypes.c_int64),
-        ("eps", ctypes.c_double),
-        ("x", ctypes.c_void_p),
-        ("threshold", ctypes.c_void_p),
-        ("leak", ctypes.c_void_p),
-        ("steepness", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("grad_y", ctypes.c_void_p),
-        ("grad_x", ctypes.c_void_p),
-        ("grad_parameters", ctypes.c_void_p),
-        ("partial_gradients", ctypes.c_void_p),
-        ("thread_scratch", ctypes.c_void_p),
-    )
+def fill(params: ctypes.Structure, addresses: dict[str, int | None]) -> None:
+    """Set the pointers of a parameter structure."""
+    for key, address in addresses.items():
+        setattr(params, key, address)
 
 
-def _describe(x: Tensor, threshold: Tensor, norm: int, unit_dim: int, eps: float) -> LifGateParams:
-    """What csrc/binding/lif_gate.cpp fills in."""
-    p = LifGateParams(dtype=DTYPE_CODES[x.dtype], norm=norm, units=threshold.numel(), eps=eps)
-    unit = unit_dim % x.dim()
-    last = x.dim() - 1
-    if unit == last:
-        p.cols = x.shape[last]
-    else:
-        split = last if norm else unit + 1
-        p.cols = x.shape[split:].numel()
-        p.unit_rows = x.shape[unit + 1 : split].numel()
-    p.rows = x.numel() // p.cols
-    return p
+def operator_fixture(shim_operator: Callable[..., Any], public_operator: Callable[..., Any]) -> Any:
+    """A fixture with both ways to run an operator's CUDA kernels: on the shim, and on a GPU.
+
+    Both take CPU tensors and the public operator's arguments, and are differentiable. The GPU is
+    used with `pytest -m cuda`.
+    """
+
+    def on_gpu(**arguments: Any) -> Any:
+        moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        result = public_operator(**moved)
+        return tuple(r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()
+
+    @pytest.fixture(params=["shim", pytest.param("gpu", marks=pytest.mark.cuda)])
+    def operator(request: pytest.FixtureRequest) -> Callable[..., Any]:
+        if request.param == "gpu":
+            return on_gpu
+        if compiler() is None:
+            pytest.skip("no C++ compiler")
+        return shim_operator
+
+    return operator
 
 
-def lif_gate_forward(
-    x: Tensor,
-    threshold: Tensor,
-    leak: Tensor,
-    steepness: Tensor,
-    norm: int,
-    unit_dim: int,
-    eps: float,
-) -> Tensor:
-    """As torch.ops.ember_ext.lif_gate_forward."""
-    shim = operators()
-    p = _describe(x, threshold, norm, unit_dim, eps)
-
-    def run(addresses: dict[str, int | None]) -> int:
-        for key, address in addresses.items():
-            setattr(p, key, address)
-        return int(shim.library.ember_lif_gate_forward(ctypes.byref(p)))
-
-    inputs = {"x": x, "threshold": threshold, "leak": leak, "steepness": steepness}
-    return shim.call(run, dict(inputs), {"y": x})["y"]
-
-
-def lif_gate_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    threshold: Tensor,
-    leak: Tensor,
-    steepness: Tensor,
-    norm: int,
-    unit_dim: int,
-    eps: float,
-    parameter_gradients: bool,
-) -> tuple[Tensor, Tensor]:
-    """As torch.ops.ember_ext.lif_gate_backward."""
-    shim = operators()
-    p = _describe(x, threshold, norm, unit_dim, eps)
-    gradients = torch.empty(3 if parameter_gradients else 0, threshold.numel(), dtype=leak.dtype)
-    outputs = {"grad_x": x}
-    if parameter_gradients:
-        size = shim.library.ember_lif_gate_partial_gradients
-        size.restype = ctypes.c_int64
-        outputs["grad_parameters"] = gradients
-        outputs["partial_gradients"] = torch.empty(size(ctypes.byref(p)), dtype=leak.dtype)
-
-    def run(addresses: dict[str, int | None]) -> int:
-        for key, address in addresses.items():
-            setattr(p, key, address)
-        return int(shim.library.ember_lif_gate_backward(ctypes.byref(p)))
-
-    inputs = {"x": x, "threshold": threshold, "leak": leak, "steepness": steepness}
-    results = shim.call(run, {"grad_y": grad_y, **inputs}, outputs)
-    return results["grad_x"], results.get("grad_parameters", gradients)
+def assert_all_kernels_ran(op: str) -> None:
+    """Require that the shim ran every instance of an operator's kernels, each as a GPU would."""
+    if compiler() is None:
+        pytest.skip("no C++ compiler")
+    launches = [launch for launch in operators().launches() if f"::{op}_" in launch.kernel]
+    kernels = {kernel for kernel in operators().kernels() if f"::{op}_" in kernel}
+    assert kernels
+    assert kernels - {launch.kernel for launch in launches} == set()
+    for launch in launches:
+        assert launch.threads % 32 == 0
+        # sm_75 has the least of the supported GPUs: 1024 threads and 64 KiB of shared memory.
+        assert launch.threads <= 1024
+        assert launch.shared_bytes <= 64 * 1024

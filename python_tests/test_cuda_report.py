@@ -1,0 +1,66 @@
+"""The CUDA sources compile without spills, and the report's arithmetic is right."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from ember_ext.testing import cuda_report
+
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1kPf' for 'sm_90'
+ptxas info    : Function properties for _Z1kPf
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 8 bytes cumulative stack size
+ptxas info    : Compiling entry function '_Z1qPf' for 'sm_80'
+ptxas info    : Function properties for _Z1qPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers
+"""
+
+
+def test_parses_ptxas() -> None:
+    first, second = cuda_report.parse_ptxas(PTXAS)
+    assert first == cuda_report.Kernel("_Z1kPf", 90, 40, 8, 4, 12)
+    assert not first.is_clean
+    assert (second.architecture, second.registers, second.is_clean) == (80, 255, True)
+
+
+def test_short_names() -> None:
+    name = "void ember::cuda::k<float, true>(ember::P, ember::cuda::Q)"
+    assert cuda_report.short_name(name) == "k<float, true>"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "registers", "threads", "shared", "expected"),
+    [
+        (80, 32, 256, 0, 1.0),  # 8 blocks, as many as there are threads for
+        (80, 128, 256, 0, 0.25),  # 2 blocks for their registers
+        (75, 32, 256, 40 << 10, 0.25),  # 1 block for its shared memory
+        (75, 32, 256, 65 << 10, 0.0),  # too much for the block
+        (90, 255, 512, 0, 0.0),  # too many registers for the block
+    ],
+)
+def test_occupancy(
+    architecture: int, registers: int, threads: int, shared: int, expected: float
+) -> None:
+    kernel = cuda_report.Kernel("k", architecture, registers, 0, 0, 0)
+    assert cuda_report.occupancy(kernel, threads, shared) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("source", sorted(cuda_report.SOURCES.glob("*.cu")), ids=lambda s: s.stem)
+def test_no_spills_and_every_typical_launch_fits(source: cuda_report.Path) -> None:
+    kernels = cuda_report.compile_kernels(source, (80, 90))
+    assert [k for k in kernels if not k.is_clean] == []
+    found = {k.name for k in kernels}
+    for workload in cuda_report.WORKLOADS:
+        assert workload.kernel in found or not workload.kernel.startswith(source.stem)
+        for kernel in kernels:
+            if kernel.name == workload.kernel:
+                assert cuda_report.occupancy(kernel, workload.threads, workload.shared_bytes) > 0
+                # The least of the supported GPUs has 64 KiB of shared memory.
+                assert workload.shared_bytes <= cuda_report.LIMITS[75].shared_per_block

@@ -1,0 +1,57 @@
+"""Report what nvcc makes of the CUDA kernels, and the times below which they cannot run.
+
+    python scripts/cuda_report.py                    # every architecture; takes minutes
+    python scripts/cuda_report.py --arch 80 --arch 90
+
+Needs nvcc and no GPU. Fails if a kernel spills registers or a typical launch does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ember_ext.testing import cuda_report
+
+
+def main() -> int:
+    """Print both tables and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--arch",
+        type=int,
+        action="append",
+        choices=cuda_report.ARCHITECTURES,
+        help="compute capability, such as 80; may be repeated (default: all)",
+    )
+    architectures = parser.parse_args().arch or cuda_report.ARCHITECTURES
+    sources = sorted(cuda_report.SOURCES.glob("*.cu"))
+    kernels = [k for s in sources for k in cuda_report.compile_kernels(s, architectures)]
+    typical = {w.kernel: w for w in cuda_report.WORKLOADS}
+    failed = False
+
+    print(f"{'kernel':58} sm   registers  spilled  occupancy")
+    for kernel in kernels:
+        spilled = kernel.stack + kernel.spill_stores + kernel.spill_loads
+        full = ""
+        if workload := typical.get(kernel.name):
+            share = cuda_report.occupancy(kernel, workload.threads, workload.shared_bytes)
+            full = f"{share:9.0%}"
+            failed |= share == 0
+        failed |= not kernel.is_clean
+        print(f"{kernel.name:58} {kernel.architecture:<4} {kernel.registers:9} {spilled:8} {full}")
+
+    gpus = cuda_report.GPUS
+    columns = "".join(f"{gpu.name:>16}" for gpu in gpus)
+    print(f"\n{'least time, microseconds':58} {'MB':>7} {'GFLOP':>7} {columns}")
+    for workload in cuda_report.WORKLOADS:
+        times = "".join(f"{1e6 * cuda_report.floor_seconds(workload, g):16.1f}" for g in gpus)
+        amounts = f"{workload.bytes / 1e6:7.1f} {workload.operations / 1e9:7.2f}"
+        print(f"{workload.kernel:58} {amounts} {times}   {workload.shape}")
+    if failed:
+        print("\nA kernel spills registers or does not fit.", file=sys.stderr)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
