@@ -299,15 +299,22 @@ Tensor cfc_scan_step(const Tensor& x_, const Tensor& h_, MaybeTensor timespans, 
   Arguments::expect(packed.scalar_type() == compute);
   Tensor next = torch::stable::new_empty(h, {p.batch, states});
   if (p.batch == 0) return next;
-  // Two halves: a cell reads its input from the one that the cell before wrote its output to.
-  const Tensor workspace = torch::stable::new_empty(x, {2 * scratch}, compute);
+  // Two halves: a cell reads its input from the one that the cell before wrote its output to. One
+  // row fits the stack, which saves asking torch for memory.
+  alignas(64) char on_stack[1 << 16];
+  MaybeTensor on_heap;
+  char* workspace = on_stack;
+  if (2 * scratch * element > int64_t(sizeof(on_stack))) {
+    on_heap = torch::stable::new_empty(x, {2 * scratch}, compute);
+    workspace = static_cast<char*>(on_heap->mutable_data_ptr());
+  }
   const char* from = static_cast<const char*>(h.const_data_ptr());
   char* to = static_cast<char*>(next.mutable_data_ptr());
   const MaybeTensor spans = timespans ? MaybeTensor(dense(*timespans)) : std::nullopt;
   p.timespans = spans ? spans->const_data_ptr() : nullptr;
   int64_t half = 0;
   for (Stack stack(plan); stack.next(p, layers); half = 1 - half) {
-    char* own = static_cast<char*>(workspace.mutable_data_ptr()) + half * scratch * element;
+    char* own = workspace + half * scratch * element;
     p.packed = weights;
     weights += cfc_packed_size(p) * element;
     p.decay = weights;

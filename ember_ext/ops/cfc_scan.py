@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -180,6 +180,8 @@ class PackedCells:
                 tensors.append(_decay(weights, self.dtype))
         self._plan = tuple(plan)
         self._packed = torch.ops.ember_ext.cfc_scan_pack(tensors, self._plan)
+        # Looking the overload up takes as long as the arithmetic of a small cell.
+        self._step: Callable[..., Tensor] = torch.ops.ember_ext.cfc_scan_step.default
 
     def step(self, x: Tensor, h: Tensor, timespans: Tensor | None = None) -> Tensor:
         """The states [B, S] of all cells after one step, in h's dtype.
@@ -195,9 +197,7 @@ class PackedCells:
         elif timespans.dtype != self.dtype:
             timespans = timespans.to(self.dtype)
         if h.dtype == self.dtype:
-            return torch.ops.ember_ext.cfc_scan_step(  # type: ignore[no-any-return]
-                x, h, timespans, self._packed, self._plan
-            )
+            return self._step(x, h, timespans, self._packed, self._plan)
         return self.step(x, h.to(self.dtype), timespans).to(h.dtype)
 
 
