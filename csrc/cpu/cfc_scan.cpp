@@ -10,6 +10,9 @@
 // each step and row. What is not recurrent follows for the whole chunk: the gradient of x, and the
 // weights' gradients, shared out over tiles of the weights and summed in a fixed order, which makes
 // the result independent of the number of threads.
+//
+// Loops that hold a struct carry `GCC ivdep` where others carry `omp simd`: with the latter, gcc
+// keeps the struct in memory and does not vectorise.
 #include "../common/cfc_scan.h"
 
 #include <type_traits>
@@ -369,7 +372,7 @@ class Scan {
     for (int64_t b = begin; b < end; ++b) input(l + 1, slot, b)[0] = C(1);
     const auto epilogue = [&](int64_t unit, int64_t first, int count, const C* u) {
       alignas(64) C value[product_size<C>], slope[product_size<C>];
-#pragma omp simd
+#pragma GCC ivdep
       for (int i = 0; i < count * lanes<C>; ++i) {
         const Activated<C> v = activated<activation>(u[i]);
         value[i] = v.value;
@@ -468,7 +471,7 @@ class Scan {
 
   template <bool no_gate>
   static void gated(int n, C* a, C* b, C* s, C* h) {
-#pragma omp simd
+#pragma GCC ivdep
     for (int i = 0; i < n; ++i) {
       const GatedCell<C> c = gated_cell(a[i], b[i], s[i]);
       a[i] = c.first;
@@ -589,7 +592,7 @@ class Scan {
   template <bool no_gate>
   static void gated_head_gradients(int64_t n, int64_t padded, const C* cell, const C* gate,
                                    const C* dh, C* out) {
-#pragma omp simd
+#pragma GCC ivdep
     for (int64_t j = 0; j < n; ++j) {
       const GatedCell<C> g =
           gated_gradients<no_gate>(GatedCell<C>{cell[j], cell[padded + j], gate[j]}, dh[j]);
