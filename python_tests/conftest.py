@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Spinning threads of a test and of the processes that it starts would fight for the cores. torch
+# reads this when it is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -124,6 +124,13 @@ def test_kernels_of_one_instruction_set_are_not_shared_with_another(
     assert [line for line in weak if "ember::probe::" not in line] == []
 
 
+def test_the_readme_example_runs() -> None:
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example
+    result = run_python(example[1])
+    assert result.stderr == ""
+
+
 def test_report_and_self_test() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "ember_ext", "--no-selftest"],
