@@ -30,6 +30,7 @@ std::string load(const std::string& path) {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["version"] = EMBER_VERSION;
+  info["schemas"] = EMBER_SCHEMAS;  // of csrc/registration.cpp
   info["torch"] = EMBER_TORCH_VERSION;
   info["compiler"] = EMBER_COMPILER;
   info["cuda"] = EMBER_CUDA_VERSION;              // "" without CUDA

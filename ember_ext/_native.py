@@ -7,6 +7,7 @@ and not function: `has` then says no, and the operators run their reference.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import os
 import warnings
@@ -46,7 +47,7 @@ def has(device_type: str, op: str | None = None) -> bool:
 
 
 @functools.cache
-def _warn_once(device_type: str, op: str | None = None) -> None:
+def _warn_once(device_type: str, op: str | None) -> None:
     reason = unavailable.get(device_type, "there are none for this device type")
     if op is not None:
         reason = f"{op} has none yet"
@@ -75,13 +76,20 @@ def load(version: str) -> None:
             raise RuntimeError(
                 f"compiled for version {build_info['version']}, but the Python code is {version}"
             )
+        # Where this file is part of a clone, the installed library may be older.
+        schemas = Path(__file__).parent.parent / "csrc" / "registration.cpp"
+        if (
+            schemas.is_file()
+            and hashlib.sha256(schemas.read_bytes()).hexdigest() != build_info["schemas"]
+        ):
+            raise RuntimeError("compiled from another version of csrc/registration.cpp")
         if hasattr(torch.ops.ember_ext, "lif_gate"):
             raise RuntimeError("another copy of the library is loaded in this process")
         isa = _load(module, "ember_ext_ops")
         _devices.add("cpu")
     except (ImportError, RuntimeError) as error:
         unavailable["cpu"] = unavailable["cuda"] = f"{error}; {_INSTALL_HINT}"
-        _warn_once("cpu")
+        _warn_once("cpu", None)
         return
     wanted = os.environ.get("EMBER_EXT_ISA")
     if wanted and wanted != isa:
@@ -100,4 +108,4 @@ def load(version: str) -> None:
             _cuda_operators.update(build_info["cuda_operators"].split())
         except RuntimeError as error:
             unavailable["cuda"] = f"{error}; {_INSTALL_HINT}"
-            _warn_once("cuda")
+            _warn_once("cuda", None)

@@ -248,17 +248,21 @@ def plot_csv(path: Path, image: Path) -> None:
                 places, medians, bar, xerr=spread, label=contender, color=colours[i % len(colours)]
             )
             for place, median, row in zip(places, medians, chosen.values(), strict=True):
+                end = max(median, float(row["high_ms"]))
                 axis.annotate(
-                    f" {float(row['speedup']):.1f}x", (median, place), va="center", fontsize=7
+                    f" {float(row['speedup']):.1f}x", (end, place), va="center", fontsize=7
                 )
         axis.set_xscale("log")
         axis.set_xlabel("milliseconds (median, 20-80 %)")
         axis.set_title(mode)
-        axis.margins(x=0.15)
+        axis.margins(x=0.15, y=0.02)
     axes[0][0].set_yticks([i + 0.4 - bar / 2 for i in range(len(configs))], configs, fontsize=8)
     axes[0][0].invert_yaxis()
-    axes[0][-1].legend(fontsize=8, loc="lower right")
-    figure.suptitle(f"{rows[0]['op']} on {rows[0]['device']}, {rows[0]['threads']} threads")
-    figure.tight_layout()
+    title = f"{rows[0]['op']} on {rows[0]['device']}, {rows[0]['threads']} threads"
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), title=title, ncols=len(contenders),
+        loc="upper center", fontsize=9,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / height))
     figure.savefig(image, dpi=150)
     plt.close(figure)

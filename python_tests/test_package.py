@@ -80,6 +80,15 @@ assert not native.has("cpu")
 
 
 @needs_kernels
+def test_a_library_of_other_schemas_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc/registration.cpp").write_text("// other schemas")
+    shutil.copytree(ROOT / "ember_ext", tmp_path / "ember_ext")
+    result = run_python("import ember_ext", cwd=tmp_path)
+    assert "compiled from another version of csrc/registration.cpp" in result.stderr
+
+
+@needs_kernels
 def test_an_instruction_set_that_is_missing_is_named() -> None:
     result = run_python("import ember_ext", EMBER_EXT_ISA="sse9")
     assert "cannot run EMBER_EXT_ISA=sse9" in result.stderr
