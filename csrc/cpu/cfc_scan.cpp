@@ -81,15 +81,48 @@ void for_row_groups(int64_t rows, int64_t most, const Body& body) {
   }
 }
 
-// Multiplies `rows` rows by one panel; epilogue(first row, rows, products [N, rows, lanes]).
+// As product() for one row and P panels, `size` elements apart: out[p][n][lane]. A single row by a
+// single panel would have too few sums under way to keep the arithmetic units busy.
+template <typename C, int N, int P>
+void product_of_panels(const C* a, const RowShape& row, const C* panels, int64_t size, C* out) {
+  Vector<C> sum[P][N] = {};
+  for (int64_t s = 0; s < row.segments; ++s) {
+    for (int64_t k = 0; k < row.length; ++k) {
+      const C value = a[s * row.stride + k];
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+          sum[p][n] += value * load_vector(panels + p * size + n * lanes<C>);
+        }
+      }
+      panels += N * lanes<C>;
+    }
+  }
+  for (int p = 0; p < P; ++p) {
+    for (int n = 0; n < N; ++n) store_vector(sum[p][n], out + (p * N + n) * lanes<C>);
+  }
+}
+
+// Multiplies `rows` rows by packed panels of N vectors;
+// epilogue(panel, first row, rows, products [N, rows, lanes]).
 template <int N, typename C, typename Epilogue>
-void multiply_panel(int64_t rows, const C* a, int64_t lda, const RowShape& row, const C* panel,
-                    const Epilogue& epilogue) {
-  for_row_groups(rows, max_rows<N>, [&](int64_t first, int count) {
-    alignas(64) C out[product_size<C>];
-    product_of<C, N>(count, a + first * lda, lda, row, panel, out);
-    epilogue(first, count, out);
-  });
+void multiply_panels(int64_t rows, const C* a, int64_t lda, const RowShape& row, const C* packed,
+                     int64_t panels, const Epilogue& epilogue) {
+  constexpr int together = N == 1 ? 8 : vector_sums / N < 4 ? vector_sums / N : 4;
+  const int64_t size = row.segments * row.length * N * lanes<C>;
+  alignas(64) C out[product_size<C>];
+  int64_t panel = 0;
+  for (; rows == 1 && panel + together <= panels; panel += together) {
+    product_of_panels<C, N, together>(a, row, packed + panel * size, size, out);
+    for (int p = 0; p < together; ++p) epilogue(panel + p, 0, 1, out + p * N * lanes<C>);
+  }
+  for (; panel < panels; ++panel) {
+    for_row_groups(rows, max_rows<N>, [&](int64_t first, int count) {
+      product_of<C, N>(count, a + first * lda, lda, row, packed + panel * size, out);
+      epilogue(panel, first, count, out);
+    });
+  }
 }
 
 // Multiplies `rows` rows by a matrix of `columns` columns, packed two vectors at a time;
@@ -97,20 +130,18 @@ void multiply_panel(int64_t rows, const C* a, int64_t lda, const RowShape& row, 
 template <typename C, typename Epilogue>
 void multiply(int64_t rows, const C* a, int64_t lda, const RowShape& row, const C* packed,
               int64_t columns, const Epilogue& epilogue) {
-  const int64_t depth = row.segments * row.length;
-  for (int64_t column = 0; column < columns; column += 2 * lanes<C>) {
-    const C* panel = packed + column * depth;
-    if (columns - column > lanes<C>) {
-      multiply_panel<2>(rows, a, lda, row, panel, [&](int64_t first, int count, const C* out) {
-        epilogue(column, first, count, out);
-        epilogue(column + lanes<C>, first, count, out + count * lanes<C>);
-      });
-    } else {
-      multiply_panel<1>(rows, a, lda, row, panel, [&](int64_t first, int count, const C* out) {
-        epilogue(column, first, count, out);
-      });
-    }
-  }
+  const int64_t vectors = (columns + lanes<C> - 1) / lanes<C>, pairs = vectors / 2;
+  multiply_panels<2>(rows, a, lda, row, packed, pairs,
+                     [&](int64_t panel, int64_t first, int count, const C* out) {
+                       const int64_t column = panel * 2 * lanes<C>;
+                       epilogue(column, first, count, out);
+                       epilogue(column + lanes<C>, first, count, out + count * lanes<C>);
+                     });
+  const int64_t column = pairs * 2 * lanes<C>;
+  multiply_panels<1>(rows, a, lda, row, packed + column * row.segments * row.length, vectors % 2,
+                     [&](int64_t, int64_t first, int count, const C* out) {
+                       epilogue(column, first, count, out);
+                     });
 }
 
 // Elements that `columns` packed columns take for each value of a row.
@@ -413,25 +444,22 @@ class Scan {
   void heads_step(int64_t t, int64_t slot, int64_t begin, int64_t end, const C* packed, bool keep) {
     const int64_t l = p_.num_layers - 1, padded = cfc_pad(p_.hidden);
     const RowShape row{1, 1 + heads_.inputs, 0};
-    for (int64_t unit = 0; unit < p_.hidden; unit += lanes<C>) {
-      const auto epilogue = [&](int64_t first, int count, C* products) {
-        alignas(64) C h[product_size<C>];
-        const int64_t b = begin + first;
-        cells<K, mode>(unit, b, t, count, products, h);
-        for (int r = 0; r < count; ++r) {
-          C* next = state(slot + 1, b + r) + unit;
-          copy_vector(runs(b + r, t) ? h + r * lanes<C> : state(slot, b + r) + unit, next);
-          if (!keep) continue;
-          C* to = kept(heads_, slot, b + r) + unit;
-          for (int k = 0; k < K; ++k) {
-            copy_vector(products + (k * count + r) * lanes<C>, to + k * padded);
-          }
+    const auto epilogue = [&](int64_t panel, int64_t first, int count, C* products) {
+      alignas(64) C h[product_size<C>];
+      const int64_t unit = panel * lanes<C>, b = begin + first;
+      cells<K, mode>(unit, b, t, count, products, h);
+      for (int r = 0; r < count; ++r) {
+        C* next = state(slot + 1, b + r) + unit;
+        copy_vector(runs(b + r, t) ? h + r * lanes<C> : state(slot, b + r) + unit, next);
+        if (!keep) continue;
+        C* to = kept(heads_, slot, b + r) + unit;
+        for (int k = 0; k < K; ++k) {
+          copy_vector(products + (k * count + r) * lanes<C>, to + k * padded);
         }
-      };
-      multiply_panel<K>(end - begin, input(l, slot, begin), heads_.input_stride, row, packed,
-                        epilogue);
-      packed += row.length * K * lanes<C>;
-    }
+      }
+    };
+    multiply_panels<K>(end - begin, input(l, slot, begin), heads_.input_stride, row, packed,
+                       (p_.hidden + lanes<C> - 1) / lanes<C>, epilogue);
   }
 
   // products [K, rows, lanes] -> h [rows, lanes]; what the derivatives need replaces the products.
