@@ -14,7 +14,7 @@
 #ifndef EMBER_CUDA
 #define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(lif_attention) X(cfc_scan)
 #else
-#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate)
+#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(lif_attention)
 #endif
 
 namespace {

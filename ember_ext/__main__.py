@@ -23,7 +23,9 @@ def environment() -> Iterator[tuple[str, str]]:
     if build:
         yield "built with", f"torch {build['torch']}, {build['compiler']}"
         cuda = build["cuda"]
-        yield "CUDA kernels", f"nvcc {cuda}, {build['cuda_architectures']}" if cuda else "not built"
+        yield "CUDA kernels", build["cuda_operators"] or "not built"
+        if cuda:
+            yield "CUDA build", f"nvcc {cuda}, {build['cuda_architectures']}"
     yield "instruction set", _native.isa or "none (no compiled kernels)"
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     for index in range(torch.cuda.device_count()):
@@ -39,7 +41,7 @@ def self_test() -> bool:
     good = True
     for name, operator, reference, samples in testing.OPERATORS:
         for device in devices:
-            kernels = "kernels" if _native.has(device) else "reference only"
+            kernels = "kernels" if _native.has(device, name) else "reference only"
             for dtype in testing.DTYPES:
                 failures, count = [], 0
                 for sample in samples(dtype):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,17 @@ def test_build_backend_uses_the_installed_torch(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(build_backend, "_installed_torch", lambda: None)
     assert build_backend._requirements(["ninja"]) == ["ninja", "torch>=2.10"]
     assert build_backend._with_torch(None) == {}
+
+
+def test_an_operator_without_cuda_kernels_takes_its_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_native, "_devices", {"cpu", "cuda"})
+    monkeypatch.setattr(_native, "_cuda_operators", {"lif_gate"})
+    assert _native.has("cuda", "lif_gate")
+    with pytest.warns(UserWarning, match="for cuda tensors.*reference: some_scan has none yet"):
+        assert not _native.has("cuda", "some_scan")
+    # Said once: a second warning would be an error.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not _native.has("cuda", "some_scan")

@@ -13,6 +13,14 @@
 EMBER_KERNEL(lif_attention_forward, LifAttentionParams)
 EMBER_KERNEL(lif_attention_backward, LifAttentionParams)
 
+#ifdef EMBER_CUDA
+namespace ember {
+namespace cuda {
+int64_t lif_attention_scratch_bytes(const LifAttentionParams& p, bool backward);
+}
+}  // namespace ember
+#endif
+
 namespace ember {
 namespace binding {
 namespace {
@@ -35,8 +43,8 @@ AttentionTensor describe(const Tensor& t) {
 
 // [batch, heads, tokens, size], laid out as [batch, tokens, heads, size].
 Tensor new_joined(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens, int64_t size) {
-  return torch::stable::transpose(
-      torch::stable::new_empty(like, {batch, tokens, heads, size}), 1, 2);
+  return torch::stable::transpose(torch::stable::new_empty(like, {batch, tokens, heads, size}), 1,
+                                  2);
 }
 
 Tensor new_joined_like(const Tensor& t) {
@@ -109,18 +117,20 @@ struct Inputs {
   bool empty() const { return p.batch * p.heads * p.queries * p.keys * p.size == 0; }
 };
 
-#ifndef EMBER_CUDA
-Tensor thread_scratch(LifAttentionParams& p, const Tensor& like, bool backward) {
-  Tensor scratch = torch::stable::new_empty(
-      like, {lif_attention_scratch_bytes(p, backward) * torch_threads().threads},
-      ScalarType::Byte);
-  p.thread_scratch = scratch.mutable_data_ptr();
+Tensor new_scratch(LifAttentionParams& p, const Tensor& like, bool backward) {
+#ifdef EMBER_CUDA
+  const int64_t bytes = cuda::lif_attention_scratch_bytes(p, backward);
+#else
+  const int64_t bytes = lif_attention_scratch_bytes(p, backward) * torch_threads().threads;
+#endif
+  Tensor scratch = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  p.scratch = scratch.mutable_data_ptr();
   return scratch;
 }
-#endif
 
-// The output; statistics of its rows for backward, [3, B, H, Q]; entropy, support, mass of the first
-// token and fire rate, [4, B, H], and the keys' loads, [B, H, K], both empty unless asked for.
+// The output; statistics of its rows for backward, [3, B, H, Q]; entropy, support, mass of the
+// first token and fire rate, [4, B, H], and the keys' loads, [B, H, K], both empty unless asked
+// for.
 std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& threshold,
     const Tensor& leak, const Tensor& steepness, const MaybeTensor& mask, const MaybeTensor& seed,
@@ -146,15 +156,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_forward(
   p.out = describe(out);
   p.row_stats = row_stats.mutable_data_ptr();
   if (summary) {
-    partials = torch::stable::new_empty(gates, {lif_attention_tasks(p), 5 + p.keys},
-                                        ScalarType::Double);
     p.summary = sums.mutable_data_ptr();
     p.load = load.mutable_data_ptr();
-    p.summary_partials = static_cast<double*>(partials.mutable_data_ptr());
-  }
 #ifndef EMBER_CUDA
-  const Tensor scratch = thread_scratch(p, gates, false);
+    partials =
+        torch::stable::new_empty(gates, {lif_attention_tasks(p), 5 + p.keys}, ScalarType::Double);
+    p.summary_partials = static_cast<double*>(partials.mutable_data_ptr());
 #endif
+  }
+  const Tensor scratch = new_scratch(p, gates, false);
   EMBER_LAUNCH(lif_attention_forward, p, inputs.query);
   return {out, row_stats, sums, load};
 }
@@ -162,9 +172,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_forward(
 // Gradients of query, key and value, and of the gates' parameters, [3, H].
 std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_backward(
     const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& threshold, const Tensor& leak, const Tensor& steepness,
-    const Tensor& row_stats_, const MaybeTensor& mask, const MaybeTensor& seed, double dropout,
-    bool causal, double scale, double eps) {
+    const Tensor& threshold, const Tensor& leak, const Tensor& steepness, const Tensor& row_stats_,
+    const MaybeTensor& mask, const MaybeTensor& seed, double dropout, bool causal, double scale,
+    double eps) {
   Inputs inputs(query, key, value, threshold, leak, steepness, mask, seed, dropout, causal, scale,
                 eps);
   LifAttentionParams& p = inputs.p;
@@ -187,6 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_backward(
   p.grad_key = describe(grad_key);
   p.grad_value = describe(grad_value);
   p.grad_gates = grad_gates.mutable_data_ptr();
+#ifndef EMBER_CUDA
   const Tensor gate_partials =
       torch::stable::new_empty(gates, {lif_attention_tasks(p), 3}, ScalarType::Double);
   p.gate_partials = static_cast<double*>(gate_partials.mutable_data_ptr());
@@ -195,9 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_backward(
     key_partials = torch::stable::new_empty(gates, {lif_attention_tasks(p), 2, p.keys, p.size});
     p.key_partials = key_partials.mutable_data_ptr();
   }
-#ifndef EMBER_CUDA
-  const Tensor scratch = thread_scratch(p, gates, true);
 #endif
+  const Tensor scratch = new_scratch(p, gates, true);
   EMBER_LAUNCH(lif_attention_backward, p, inputs.query);
   return {grad_query, grad_key, grad_value, grad_gates};
 }

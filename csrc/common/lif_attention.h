@@ -30,21 +30,22 @@ struct LifAttentionParams {
   const int64_t* seed;                // scalar, or null without dropout
 
   AttentionTensor out;  // T, written by forward
-  // Of each row: its largest score m, 1 / sum of exp(score - m), and 1 / (sum of w + eps); zeros for
-  // a row without visible keys. Written by forward and read by backward.
+  // Of each row: its largest score m, 1 / sum of exp(score - m), and 1 / (sum of w + eps); zeros
+  // for a row without visible keys. Written by forward and read by backward.
   void* row_stats;  // C [3, B, H, Q]
 
-  void* summary;              // C [4, B, H]: entropy, support, first token, fire rate; or null
-  void* load;                 // C [B, H, K]; null with summary
-  double* summary_partials;   // [tasks, 5 + K], scratch; null with summary
+  void* summary;             // C [4, B, H]: entropy, support, first token, fire rate; or null
+  void* load;                // C [B, H, K]; null with summary
+  double* summary_partials;  // CPU: [tasks, 5 + K], scratch; null with summary
 
-  AttentionTensor grad_out;                       // T
+  AttentionTensor grad_out;                          // T
   AttentionTensor grad_query, grad_key, grad_value;  // T, written by backward
-  void* grad_gates;                               // C [3, H]: threshold, leak, steepness
-  double* gate_partials;                          // [tasks, 3], scratch
-  void* key_partials;  // C [tasks, 2, K, D], scratch; null if lif_attention_sums_keys() is false
+  void* grad_gates;                                  // C [3, H]: threshold, leak, steepness
+  double* gate_partials;                             // CPU: [tasks, 3], scratch
+  void* key_partials;  // CPU: C [tasks, 2, K, D], scratch; null unless lif_attention_sums_keys()
 
-  void* thread_scratch;  // CPU only: lif_attention_scratch_bytes() for each thread
+  // lif_attention_scratch_bytes(), on a CPU for each thread.
+  void* scratch;
 };
 
 // The CPU's split of the work. It depends on the shape alone, so results do not change with the

@@ -12,7 +12,9 @@ inline namespace EMBER_ISA {
 // Replaces the counter by the words.
 EMBER_HD void philox(uint64_t key, uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+#ifndef __CUDACC__
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
     c0 = uint32_t(b >> 32) ^ c1 ^ k0;

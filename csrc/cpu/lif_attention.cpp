@@ -227,7 +227,7 @@ struct Workspace {
 
   Workspace(const LifAttentionParams& p, const ThreadPool& pool, bool backward) {
     const int64_t bytes = lif_attention_scratch_bytes(p, backward);
-    char* base = static_cast<char*>(p.thread_scratch) + pool.thread_index() * bytes;
+    char* base = static_cast<char*>(p.scratch) + pool.thread_index() * bytes;
     load = reinterpret_cast<double*>(base);
     C* at = reinterpret_cast<C*>(load + p.keys);
     const auto take = [&](int64_t elements) {

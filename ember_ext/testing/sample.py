@@ -39,7 +39,11 @@ class Sample:
     def to(self, device: torch.device | str) -> Sample:
         """The same sample on another device."""
         tensors = {name: value.to(device) for name, value in self.tensors.items()}
-        return replace(self, tensors=tensors)
+        options = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.options.items()
+        }
+        return replace(self, tensors=tensors, options=options)
 
 
 def run(operator: Operator, sample: Sample, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

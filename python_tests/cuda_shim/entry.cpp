@@ -1,6 +1,7 @@
 // The launchers as C functions, for ctypes.
 #include <cuda_runtime.h>
 
+#include "../../csrc/common/lif_attention.h"
 #include "../../csrc/common/lif_gate.h"
 
 #define ENTRY(name, Params)                             \
@@ -26,4 +27,17 @@ extern "C" int64_t ember_lif_gate_partial_gradients(const ember::LifGateParams* 
 }
 extern "C" size_t ember_lif_gate_params_size() {
   return sizeof(ember::LifGateParams);
+}
+
+ENTRY(lif_attention_forward, LifAttentionParams)
+ENTRY(lif_attention_backward, LifAttentionParams)
+
+namespace ember {
+namespace cuda {
+int64_t lif_attention_scratch_bytes(const LifAttentionParams&, bool backward);
+}
+}  // namespace ember
+extern "C" int64_t ember_lif_attention_scratch_bytes(const ember::LifAttentionParams* p,
+                                                     int backward) {
+  return ember::cuda::lif_attention_scratch_bytes(*p, backward);
 }

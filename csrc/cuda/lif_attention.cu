@@ -1,0 +1,92 @@
+// Launchers of LIF attention's kernels.
+#include <type_traits>
+
+#include "lif_attention.cuh"
+
+namespace ember {
+namespace cuda {
+namespace {
+
+constexpr size_t kReductionBytes = 3 * kAttentionThreads / kWarp * sizeof(double);
+
+struct Scratch {
+  int64_t row_gradients;  // in bytes, like the rest
+  int64_t bytes;
+};
+
+// Backward's scratch: gate partials [B, H, tiles, 3], then row gradients [2, B, H, Q].
+Scratch backward_scratch(const LifAttentionParams& p) {
+  const int64_t pairs = p.batch * p.heads;
+  const int64_t gates = pairs * attention_tiles(p.queries) * 3 * int64_t(sizeof(double));
+  const int64_t element = p.dtype == DType::f64 ? 8 : 4;
+  return {gates, gates + 2 * pairs * p.queries * element};
+}
+
+AttentionDropout dropout_of(const LifAttentionParams& p) {
+  return {dropout_limit(p.dropout), 1 / (1 - p.dropout)};
+}
+
+template <typename T>
+cudaError_t forward(const LifAttentionParams& p, cudaStream_t stream) {
+  using C = compute_t<T>;
+  const int64_t pairs = p.batch * p.heads;
+  const size_t shared = AttentionShared<C>::kBytes;
+  cudaError_t status = launch(lif_attention_forward_kernel<T>,
+                              pairs * attention_tiles(p.queries) * attention_tiles(p.size),
+                              kAttentionThreads, shared, stream, p, dropout_of(p));
+  if (status != cudaSuccess || !p.summary) return status;
+  double* partials = static_cast<double*>(p.scratch);
+  status = launch(lif_attention_summary_kernel<T>, pairs * attention_tiles(p.keys),
+                  kAttentionThreads, shared, stream, p, partials);
+  if (status != cudaSuccess) return status;
+  return launch(lif_attention_sum_summary_kernel<C>, pairs, kAttentionThreads, kReductionBytes,
+                stream, p, static_cast<const double*>(partials));
+}
+
+template <typename T>
+cudaError_t backward(const LifAttentionParams& p, cudaStream_t stream) {
+  using C = compute_t<T>;
+  const size_t shared = AttentionShared<C>::kBytes;
+  const AttentionDropout keep = dropout_of(p);
+  double* gate_partials = static_cast<double*>(p.scratch);
+  C* row_gradients =
+      reinterpret_cast<C*>(static_cast<char*>(p.scratch) + backward_scratch(p).row_gradients);
+  const int64_t columns = attention_tiles(p.size);
+  cudaError_t status =
+      launch(lif_attention_backward_queries_kernel<T>,
+             p.batch * p.heads * attention_tiles(p.queries) * columns, kAttentionThreads, shared,
+             stream, p, keep, row_gradients, gate_partials);
+  if (status != cudaSuccess) return status;
+  status = launch(lif_attention_backward_keys_kernel<T>,
+                  p.batch * p.groups * attention_tiles(p.keys) * columns, kAttentionThreads, shared,
+                  stream, p, keep, static_cast<const C*>(row_gradients));
+  if (status != cudaSuccess) return status;
+  return launch(lif_attention_sum_gates_kernel<C>, p.heads, kAttentionThreads, kReductionBytes,
+                stream, p, static_cast<const double*>(gate_partials));
+}
+
+}  // namespace
+
+int64_t lif_attention_scratch_bytes(const LifAttentionParams& p, bool backward) {
+  if (backward) return backward_scratch(p).bytes;
+  return p.summary ? p.batch * p.heads * attention_tiles(p.keys) * 6 * int64_t(sizeof(double)) : 0;
+}
+
+cudaError_t lif_attention_forward(const LifAttentionParams& p, cudaStream_t stream) {
+  cudaError_t status = cudaErrorInvalidValue;
+  dispatch_dtype(p.dtype, [&](auto* element) {
+    status = forward<std::remove_pointer_t<decltype(element)>>(p, stream);
+  });
+  return status;
+}
+
+cudaError_t lif_attention_backward(const LifAttentionParams& p, cudaStream_t stream) {
+  cudaError_t status = cudaErrorInvalidValue;
+  dispatch_dtype(p.dtype, [&](auto* element) {
+    status = backward<std::remove_pointer_t<decltype(element)>>(p, stream);
+  });
+  return status;
+}
+
+}  // namespace cuda
+}  // namespace ember
