@@ -28,8 +28,8 @@ namespace {
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
-// A large uninitialised buffer. Its first use would fault in every 4 KiB page, which for a tape takes
-// as long as a third of the forward pass; huge pages make that a fifth.
+// A large uninitialised buffer. Its first use would fault in every 4 KiB page, which for a tape
+// takes as long as a third of the forward pass; huge pages make that a fifth.
 Tensor new_buffer(const Tensor& like, int64_t size, ScalarType dtype) {
   Tensor t = torch::stable::new_empty(like, {size}, dtype);
 #if defined(__linux__) && !defined(EMBER_CUDA)
@@ -56,9 +56,7 @@ struct Arguments {
 
   // Python has checked and explained; this only keeps a direct call of the raw operators from
   // reading beyond a tensor's end.
-  static void expect(bool good) {
-    STD_TORCH_CHECK(good, "ember_ext.cfc_scan: invalid arguments");
-  }
+  static void expect(bool good) { STD_TORCH_CHECK(good, "ember_ext.cfc_scan: invalid arguments"); }
   static void expect(const MaybeTensor& t, int64_t size, ScalarType dtype) {
     expect(!t || (t->numel() == size && t->scalar_type() == dtype));
   }
@@ -114,9 +112,11 @@ int64_t saved_size(const CfcScanParams& p) {
 }
 
 // chunk < 0: nothing is saved; 0: the tape; > 0: the states at the chunks' borders.
-std::tuple<Tensor, Tensor, Tensor> cfc_scan_forward(
-    const Tensor& x, const Tensor& h0, Tensors weights, MaybeTensor timespans, MaybeTensor lengths,
-    MaybeTensor dropout_scale, MaybeTensor decay, int64_t mode, int64_t activation, int64_t chunk) {
+std::tuple<Tensor, Tensor, Tensor> cfc_scan_forward(const Tensor& x, const Tensor& h0,
+                                                    Tensors weights, MaybeTensor timespans,
+                                                    MaybeTensor lengths, MaybeTensor dropout_scale,
+                                                    MaybeTensor decay, int64_t mode,
+                                                    int64_t activation, int64_t chunk) {
   const ScalarType compute = compute_type(x);
   Arguments a;
   CfcScanParams& p = a.p;
@@ -181,8 +181,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> cfc_scan_backward(
   Tensors grad_weights;
   for (size_t l = 0; l < weights.size(); ++l) {
     const int64_t rows = weight_gradients ? weights[l].size(0) : 0;
-    grad_weights.push_back(
-        torch::stable::new_empty(grad_y, {rows, weights[l].size(1)}, compute));
+    grad_weights.push_back(torch::stable::new_empty(grad_y, {rows, weights[l].size(1)}, compute));
     if (weight_gradients) a.layers[l].grad_weight = grad_weights[l].mutable_data_ptr();
   }
   p.grad_x = input_gradient ? grad_x.mutable_data_ptr() : nullptr;
@@ -267,9 +266,10 @@ Tensor cfc_scan_pack(Tensors weights, std::vector<int64_t> plan) {
   return packed;
 }
 
-// The states [batch, all hidden] after one step from the states `h`; the last cell's are the output.
-Tensor cfc_scan_step(const Tensor& x_, const Tensor& h_, MaybeTensor timespans, const Tensor& packed,
-                     std::vector<int64_t> plan) {
+// The states [batch, all hidden] after one step from the states `h`; the last cell's are the
+// output.
+Tensor cfc_scan_step(const Tensor& x_, const Tensor& h_, MaybeTensor timespans,
+                     const Tensor& packed, std::vector<int64_t> plan) {
   const ScalarType compute = compute_type(x_);
   const Tensor x = dense(x_), h = dense(h_);
   Arguments::expect(x.dim() == 2 && h.dim() == 2 && h.scalar_type() == compute);

@@ -57,8 +57,8 @@ template <typename T>
 EMBER_HD PureGradients<T> pure_gradients(T a, T w, T amplitude, T dt, T grad_h) {
   const T decay = pure_decay(a, w, dt), scaled = grad_h * amplitude * decay;
   const T sign = T(w > 0) - T(w < 0);
-  return {-scaled * (T(1) - dt * absolute(a)), scaled * a * dt * sign,
-          grad_h * (T(1) - decay * a), scaled * a * (absolute(w) + absolute(a))};
+  return {-scaled * (T(1) - dt * absolute(a)), scaled * a * dt * sign, grad_h * (T(1) - decay * a),
+          scaled * a * (absolute(w) + absolute(a))};
 }
 
 // The activations of a backbone.

@@ -8,8 +8,8 @@ namespace ember {
 
 enum class CfcMode : int32_t { gated, pure, no_gate };
 
-// One affine map of the cell: a backbone layer, or last, the heads. Its output is `segments` rows of
-// `units`: 1 x U for a backbone layer, heads x H for the heads.
+// One affine map of the cell: a backbone layer, or last, the heads. Its output is `segments` rows
+// of `units`: 1 x U for a backbone layer, heads x H for the heads.
 //
 // The tape holds, for every slot (time step) and row b, pieces of the widths below, each piece as
 // [slots, batch, stride] at `offset` * slots * batch:
@@ -48,8 +48,8 @@ struct CfcScanParams {
   void* h_last;  // C [batch, hidden], rows h_stride apart, written by forward
   int64_t h_stride;
 
-  // CPU only: the weights as cfc_scan_pack() laid them out, cfc_packed_size() elements of C; null to
-  // have forward pack them.
+  // CPU only: the weights as cfc_scan_pack() laid them out, cfc_packed_size() elements of C; null
+  // to have forward pack them.
   void* packed;
 
   // What forward leaves for backward: with chunk = 0 the tape of all steps; else the states at the

@@ -711,8 +711,7 @@ class Scan {
 
   template <int N, int R = tile_rows>
   static void outer_product_of(int rows, int64_t m, const C* left, int64_t left_stride,
-                               const C* right, int64_t right_stride, C* grad,
-                               int64_t grad_stride) {
+                               const C* right, int64_t right_stride, C* grad, int64_t grad_stride) {
     if constexpr (R > 1) {
       if (rows < R) {
         return outer_product_of<N, R - 1>(rows, m, left, left_stride, right, right_stride, grad,
@@ -806,9 +805,9 @@ class Scan {
   const bool has_tape_;
   int64_t slots_;
   C *packed_, *transposed_, *tape_, *grad_tape_;
-  C *carry_;         // [batch, padded hidden]: the gradient of the state
-  C *weight_grads_;
-  C *decay_grads_;   // [batch, 2, padded hidden]
+  C* carry_;  // [batch, padded hidden]: the gradient of the state
+  C* weight_grads_;
+  C* decay_grads_;  // [batch, 2, padded hidden]
 };
 
 }  // namespace

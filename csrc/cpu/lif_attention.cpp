@@ -43,7 +43,8 @@ inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const C*
   using V = Vector<C>;
   V sums[rows][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    const V b0 = load_vector(b + k * tile_cols<C>), b1 = load_vector(b + k * tile_cols<C> + lanes<C>);
+    const V b0 = load_vector(b + k * tile_cols<C>),
+            b1 = load_vector(b + k * tile_cols<C> + lanes<C>);
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i) {
       const C x = transposed ? a[i + k * stride] : a[i * stride + k];
@@ -98,9 +99,7 @@ struct Strip {
   }
   int64_t visible_to_any() const { return visible(rows - 1); }
   // The first row that sees `key`, or a later key.
-  int64_t first_row(int64_t key) const {
-    return !causal || key <= before ? 0 : key - before;
-  }
+  int64_t first_row(int64_t key) const { return !causal || key <= before ? 0 : key - before; }
 };
 
 // scores [rows, keys] = a [rows, size] times the transposed keys, in panels [size, tile_cols]. Keys
@@ -214,16 +213,16 @@ void write_row(const C* row, int64_t size, C factor, const AttentionTensor& to, 
 // One thread's buffers.
 template <typename C>
 struct Workspace {
-  int64_t stride, size_stride;  // of rows in strips, and of rows of `size` elements
-  double* load;                 // [keys]
-  C *scores, *grads;            // strips [rows, stride]
+  int64_t stride, size_stride;        // of rows in strips, and of rows of `size` elements
+  double* load;                       // [keys]
+  C *scores, *grads;                  // strips [rows, stride]
   C *keep, *p, *fire, *smoulder, *w;  // rows [stride]
-  C *query, *result;            // [rows, size_stride]
-  C *grad_out;                  // the same
+  C *query, *result;                  // [rows, size_stride]
+  C* grad_out;                        // the same
   C *query_panels, *grad_out_panels;
-  C *key_t, *value;             // forward's operands: panels of tokens; panels of columns
+  C *key_t, *value;  // forward's operands: panels of tokens; panels of columns
   C *value_t, *key;
-  C *grad_key, *grad_value;     // [keys, size_stride]
+  C *grad_key, *grad_value;  // [keys, size_stride]
 
   Workspace(const LifAttentionParams& p, const ThreadPool& pool, bool backward) {
     const int64_t bytes = lif_attention_scratch_bytes(p, backward);
@@ -400,8 +399,8 @@ void summarize_row(int64_t n, int64_t visible, const C* exponentials, C inverse_
 }
 
 template <typename C>
-void forward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& gate,
-                 int64_t query, int64_t n, const Workspace<C>& s, C* row, double* summary) {
+void forward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& gate, int64_t query,
+                 int64_t n, const Workspace<C>& s, C* row, double* summary) {
   const RowStats<C> stats(p, task.b, task.h, query);
   const int64_t visible = apply_mask(p, task.b, task.h, query, n, row);
   if (visible == 0) {
@@ -431,8 +430,7 @@ void clear_invisible(const Strip& strip, int64_t row, C* weights) {
 }
 
 template <typename T>
-void forward_task(const LifAttentionParams& p, const Task& task,
-                  const Workspace<compute_t<T>>& s) {
+void forward_task(const LifAttentionParams& p, const Task& task, const Workspace<compute_t<T>>& s) {
   using C = compute_t<T>;
   const Gate<C> gate = gate_of<C>(p, task.h);
   pack_transposed(Rows<T>(p.key, task.b, task.group), p.keys, p.size, s.key_t);
@@ -463,9 +461,8 @@ void forward_task(const LifAttentionParams& p, const Task& task,
 // Turns a row of scores into their gradients and a row of grad_out . v into weights, in place. Adds
 // the gradients of the gate's parameters to `gates`.
 template <typename C>
-void backward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& gate,
-                  int64_t query, int64_t n, const Workspace<C>& s, C* scores, C* grads,
-                  double* gates) {
+void backward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& gate, int64_t query,
+                  int64_t n, const Workspace<C>& s, C* scores, C* grads, double* gates) {
   const RowStats<C> stats(p, task.b, task.h, query);
   const C largest = *stats.largest, inverse_sum = *stats.inverse_sum;
   const C inverse_weight = *stats.inverse_weight;
@@ -557,8 +554,8 @@ void backward_task(const LifAttentionParams& p, const Task& task,
     add_transposed(strip, p.size, s.scores, s.stride, s.query_panels, s.grad_key, s.size_stride);
     multiply_values(strip, p.size, s.scores, s.stride, s.key, s.result, s.size_stride);
     for (int64_t row = 0; row < strip.rows; ++row) {
-      write_row<T>(s.result + row * s.size_stride, p.size, C(p.scale), p.grad_query, task.b,
-                   task.h, first + row);
+      write_row<T>(s.result + row * s.size_stride, p.size, C(p.scale), p.grad_query, task.b, task.h,
+                   first + row);
     }
   }
   for (int64_t token = 0; token < p.keys; ++token) {
