@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from ember_ext.testing import cuda_report
+
+SOURCES = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
 
 PTXAS = """\
 ptxas info    : 0 bytes gmem
@@ -52,8 +55,8 @@ def test_occupancy(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("source", sorted(cuda_report.SOURCES.glob("*.cu")), ids=lambda s: s.stem)
-def test_no_spills_and_every_typical_launch_fits(source: cuda_report.Path) -> None:
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
+def test_no_spills_and_every_typical_launch_fits(source: Path) -> None:
     kernels = cuda_report.compile_kernels(source, (80, 90))
     assert [k for k in kernels if not k.is_clean] == []
     found = {k.name for k in kernels}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from ember_ext.testing import cuda_report
 
@@ -25,7 +26,7 @@ def main() -> int:
         help="compute capability, such as 80; may be repeated (default: all)",
     )
     architectures = parser.parse_args().arch or cuda_report.ARCHITECTURES
-    sources = sorted(cuda_report.SOURCES.glob("*.cu"))
+    sources = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
     kernels = [k for s in sources for k in cuda_report.compile_kernels(s, architectures)]
     typical = {w.kernel: w for w in cuda_report.WORKLOADS}
     failed = False

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
 
 @dataclass(frozen=True)
