@@ -382,14 +382,8 @@ struct AttentionRowStats {
   }
 };
 
-// Backward's sums over a query's keys, delta and E, as [2, B, H, Q].
-template <typename C>
-struct AttentionRowGradients {
-  C delta, mean;
-};
-
 // Grid: batch x heads x tiles of queries x 64 columns. Writes grad_query, `row_gradients` [2, B, H,
-// Q] and `gate_partials` [B, H, tiles of queries, 3].
+// Q] (delta and E) and `gate_partials` [B, H, tiles of queries, 3].
 template <typename T>
 __global__ void __launch_bounds__(kAttentionThreads, 1)
     lif_attention_backward_queries_kernel(LifAttentionParams p, AttentionDropout keep,
