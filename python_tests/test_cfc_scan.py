@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -181,32 +182,17 @@ def test_padding_has_no_influence_and_gets_no_gradient() -> None:
 
 
 @needs_kernels
-def test_repeats_and_thread_counts_agree_to_the_bit() -> None:
-    threads = torch.get_num_threads()
+def test_repeats_to_the_bit(assert_repeats: Callable[[Callable[[], list[Tensor]]], None]) -> None:
     for tensors in (example(67, 9, 5, 35, backbone=(33,)), example(1, 40, 7, 19)):
-        runs = []
-        try:
-            for count in (1, 2, 3, 3):
-                torch.set_num_threads(count)
-                runs.append(results(tensors))
-        finally:
-            torch.set_num_threads(threads)
-        for other in runs[1:]:
-            for a, b in zip(runs[0], other, strict=True):
-                assert torch.equal(a, b)
+        assert_repeats(functools.partial(results, tensors))
 
 
 @needs_kernels
-def test_unwritten_memory_would_show() -> None:
-    """With fresh memory filled with NaN, whatever a kernel leaves unwritten becomes visible."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        for index, sample in enumerate(cfc_samples(torch.float32)):
-            chunked = functools.partial(scan, chunk_size=2 * (index % 2))
-            check_sample(chunked, definition, sample)
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_no_result_depends_on_uninitialised_memory() -> None:
+    for index, sample in enumerate(cfc_samples(torch.float32)):
+        chunked = functools.partial(scan, chunk_size=2 * (index % 2))
+        check_sample(chunked, definition, sample)
 
 
 def test_long_sequences_keep_their_accuracy_in_bounded_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -155,34 +156,24 @@ def test_a_row_of_nan_is_not_taken_for_zeros() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_repeats_and_thread_counts_agree_to_the_bit(dtype: torch.dtype) -> None:
+def test_repeats_to_the_bit(
+    dtype: torch.dtype, assert_repeats: Callable[[Callable[[], list[Tensor]]], None]
+) -> None:
     x = torch.randn(700, 123, dtype=dtype, requires_grad=True)
     gate = [p.requires_grad_() for p in parameters(123)]
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 3):
-            torch.set_num_threads(count)
-            y = ember_ext.lif_gate(x, *gate, norm="l2")
-            results.append([y, *torch.autograd.grad(y.float().square().sum(), (x, *gate))])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
+
+    def run() -> list[Tensor]:
+        y = ember_ext.lif_gate(x, *gate, norm="l2")
+        return [y, *torch.autograd.grad(y.float().square().sum(), (x, *gate))]
+
+    assert_repeats(run)
 
 
 @needs_kernels
-def test_unwritten_memory_would_show() -> None:
-    """With fresh memory filled with NaN, whatever a kernel leaves unwritten becomes visible."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
-        assert torch.empty(3).isnan().all()
-        for sample in gate_samples(torch.float32):
-            check_sample(ember_ext.lif_gate, reference.lif_gate, sample)
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_no_result_depends_on_uninitialised_memory() -> None:
+    for sample in gate_samples(torch.float32):
+        check_sample(ember_ext.lif_gate, reference.lif_gate, sample)
 
 
 @needs_kernels
