@@ -48,6 +48,8 @@ struct LifAttentionParams {
   void* scratch;
 };
 
+inline namespace EMBER_ISA {
+
 // The CPU's split of the work. It depends on the shape alone, so results do not change with the
 // number of threads. A task is a segment of the queries of one batch entry and head.
 
@@ -95,4 +97,5 @@ inline int64_t lif_attention_scratch_bytes(const LifAttentionParams& p, bool bac
   return (elements * (p.dtype == DType::f64 ? 8 : 4) + p.keys * 8 + 63) / 64 * 64;
 }
 
+}  // namespace EMBER_ISA
 }  // namespace ember

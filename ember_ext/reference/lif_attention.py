@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,44 +47,6 @@ class RefractoryState(NamedTuple):
     """After it, averaged over heads, [B, S]."""
 
 
-@overload
-def lif_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    threshold: Tensor,
-    leak: Tensor,
-    steepness: Tensor,
-    *,
-    attn_mask: Tensor | None = ...,
-    dropout_p: float = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    eps: float = ...,
-    seed: Tensor | None = ...,
-    return_weights: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def lif_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    threshold: Tensor,
-    leak: Tensor,
-    steepness: Tensor,
-    *,
-    attn_mask: Tensor | None = ...,
-    dropout_p: float = ...,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    eps: float = ...,
-    seed: Tensor | None = ...,
-    return_weights: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
 def lif_attention(
     query: Tensor,
     key: Tensor,
@@ -105,20 +67,8 @@ def lif_attention(
 
     bf16 and fp16 are computed in fp32 and rounded once, at the end.
 
-    Args:
-        query: as there, like all arguments but the last.
-        key: see there.
-        value: see there.
-        threshold: see there.
-        leak: see there.
-        steepness: see there.
-        attn_mask: see there.
-        dropout_p: see there.
-        is_causal: see there.
-        scale: see there.
-        eps: see there.
-        seed: see there; needed with dropout.
-        return_weights: also return w before dropout, [B, H, Tq, Tk], in fp32 (fp64 for fp64 input).
+    The arguments are those described there; dropout needs a seed. With `return_weights` the result
+    is (out, w), w before dropout, [B, H, Tq, Tk], in fp32 (fp64 for fp64 input).
     """
     visible = visible_keys(query, key, attn_mask, is_causal)
     p = attention_probabilities(query, key, visible, scale)
