@@ -22,7 +22,11 @@ from ember_ext.testing import Sample, check_sample, gate_parameters
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAIN_SHAPE = (64, 256, 384)
-SHAPES = {"small": [(1, 128)], "large": [MAIN_SHAPE, (64, 256, 128), (16, 1000, 513)]}
+SHAPES = {
+    "small": [(1, 128)],
+    "main": [MAIN_SHAPE],
+    "large": [MAIN_SHAPE, (64, 256, 128), (16, 1000, 513)],
+}
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Options:
     device: str = "cpu"
     seconds: float = 1.0
     """How long to time each case, in seconds."""
-    sizes: Literal["small", "large", "all"] = "all"
+    sizes: Literal["small", "main", "large", "all"] = "all"
     compiled: bool = True
     """Also time torch.compile of the reference."""
     out: Path = Path("bench/results")

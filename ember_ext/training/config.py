@@ -160,7 +160,7 @@ _PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "cfc_units": 144,
         "bias": True,
         "block_size": 64,
-        "steps": 400,
+        "steps": 600,
         "learning_rate": 6e-3,
         "lr_schedule": "cosine",
         "warmup_steps": 50,
