@@ -37,6 +37,8 @@ struct LifGateParams {
   void* thread_scratch;  // CPU only: lif_gate_scratch_bytes() for each thread
 };
 
+inline namespace EMBER_ISA {
+
 // On a CPU, backward adds up parameter gradients block by block of rows and then over the blocks.
 // The split depends on the shape alone, so results do not change with the number of threads, and it
 // keeps the partial sums below a fifth of x.
@@ -64,4 +66,5 @@ inline int64_t lif_gate_scratch_bytes(const LifGateParams& p) {
   return (row_buffers * columns + sums * units) * int64_t(sizeof(double));
 }
 
+}  // namespace EMBER_ISA
 }  // namespace ember
