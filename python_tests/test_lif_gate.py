@@ -286,7 +286,7 @@ def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
 def test_module_presets() -> None:
     seed, released = nn.LIFGate(5), nn.LIFGate(5, preset="released")
     for gate, theta, lam, norm in ((seed, 0.0, 0.731, "l2"), (released, 0.001, 0.881, None)):
-        values = [float(p[0]) for p in gate.effective()]
+        values = [float(p[0].detach()) for p in gate.effective()]
         assert values == pytest.approx([theta, lam, 2.127], abs=1e-3)
         assert gate.norm == norm
         assert sum(p.numel() for p in gate.parameters()) == 15
