@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -234,51 +235,54 @@ def plot_csv(path: Path, image: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
-    configs = list(dict.fromkeys(row["config"] for row in rows))
-    height = 1.2 + 0.28 * len(configs) * len(contenders)
+    # A bar for each contender that a config has, and a gap of half a bar after each config.
+    bars = list(dict.fromkeys((row["config"], row["contender"]) for row in rows))
+    bars.sort(key=lambda bar: [row["config"] for row in rows].index(bar[0]))
+    configs = list(dict.fromkeys(config for config, _ in bars))
+    places = {bar: i + 0.5 * configs.index(bar[0]) for i, bar in enumerate(bars)}
+    height = 1.6 + 0.25 * (len(bars) + 0.5 * len(configs))
     figure, axes = plt.subplots(
         1, len(modes), figsize=(5.5 * len(modes), height), sharey=True, squeeze=False
     )
     # Okabe and Ito's colours can be told apart with any colour vision.
-    colours = ["#999999", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9"]
-    bar = 0.8 / len(contenders)
+    colours = ["#999999", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
+    labelled: dict[str, Any] = {}
     for axis, mode in zip(axes[0], modes, strict=True):
-        for i, contender in enumerate(contenders):
-            chosen = {
-                row["config"]: row
-                for row in rows
-                if row["mode"] == mode and row["contender"] == contender
-            }
-            places = [configs.index(config) + i * bar for config in chosen]
-            medians = [float(row["median_ms"]) for row in chosen.values()]
-            spread = [
-                [m - float(r["low_ms"]) for m, r in zip(medians, chosen.values(), strict=True)],
-                [float(r["high_ms"]) - m for m, r in zip(medians, chosen.values(), strict=True)],
-            ]
-            axis.barh(
-                places, medians, bar, xerr=spread, label=contender, color=colours[i % len(colours)]
-            )
-            for place, median, row in zip(places, medians, chosen.values(), strict=True):
-                end = max(median, float(row["high_ms"]))
-                axis.annotate(
-                    f" {float(row['speedup']):.1f}x", (end, place), va="center", fontsize=7
-                )
+        for row in (row for row in rows if row["mode"] == mode):
+            name, place = row["contender"], places[row["config"], row["contender"]]
+            median, low, high = (float(row[key]) for key in ("median_ms", "low_ms", "high_ms"))
+            labelled[name] = axis.barh(
+                place, median, 1.0, xerr=[[max(0.0, median - low)], [max(0.0, high - median)]],
+                color=colours[contenders.index(name) % len(colours)],
+            )  # fmt: skip
+            axis.annotate(
+                f" {float(row['speedup']):.1f}x", (max(median, high), place), va="center",
+                fontsize=7,
+            )  # fmt: skip
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("milliseconds (median, 20-80 %)")
         axis.set_title(mode)
         axis.margins(x=0.15, y=0.02)
-    axes[0][0].set_yticks([i + 0.4 - bar / 2 for i in range(len(configs))], configs, fontsize=8)
+    middles = [
+        statistics.mean(place for (c, _), place in places.items() if c == config)
+        for config in configs
+    ]
+    axes[0][0].set_yticks(middles, configs, fontsize=8)
     axes[0][0].invert_yaxis()
     title = f"{rows[0]['op']} on {rows[0]['device']}, {rows[0]['threads']} threads"
     figure.legend(
-        *axes[0][0].get_legend_handles_labels(), title=title, ncols=len(contenders),
+        labelled.values(), labelled.keys(), title=title, ncols=min(4, len(contenders)),
         loc="upper center", fontsize=9,
     )  # fmt: skip
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / height))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.8 / height))
     figure.savefig(image, dpi=150)
     plt.close(figure)
