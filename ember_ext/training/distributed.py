@@ -6,6 +6,7 @@ one process up to rounding. Process 0 evaluates, reports and writes; the others 
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 
@@ -80,6 +81,9 @@ def join(device: str) -> tuple[Processes, str]:
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Part from the other processes, once this one's model is gone."""
     if dist.is_available() and dist.is_initialized():
+        # A model in a reference cycle would keep the group's threads alive up to the end of the
+        # interpreter, which aborts when it finds them running.
+        gc.collect()
         dist.destroy_process_group()
