@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -176,39 +177,30 @@ def test_compiles_without_recompiling_for_new_sizes() -> None:
 
 
 @needs_kernels
-def test_the_number_of_threads_changes_no_bit() -> None:
+def test_repeats_to_the_bit(assert_repeats: Callable[[Callable[[], list[Tensor]]], None]) -> None:
     # One head with a long sequence is split among tasks; many heads are not.
     for batch, heads, queries in ((1, 1, 1500), (5, 4, 60)):
         leaves = {
             name: value.requires_grad_()
             for name, value in tensors(batch, heads, queries, size=8).items()
         }
-        threads, results = torch.get_num_threads(), []
-        try:
-            for count in (1, 2, 3, 1):
-                torch.set_num_threads(count)
-                out, summary = lif_attention(
-                    **leaves, dropout_p=0.1, seed=torch.tensor(1), return_summary=True
-                )
-                results.append([out, *summary, *gradients(out, leaves)])
-        finally:
-            torch.set_num_threads(threads)
-        for other in results[1:]:
-            for a, b in zip(results[0], other, strict=True):
-                assert torch.equal(a, b)
+
+        def run(leaves: dict[str, Tensor] = leaves) -> list[Tensor]:
+            out, summary = lif_attention(
+                **leaves, dropout_p=0.1, seed=torch.tensor(1), return_summary=True
+            )
+            return [out, *summary, *gradients(out, leaves)]
+
+        assert_repeats(run)
 
 
 @needs_kernels
+@pytest.mark.usefixtures("nan_filled_memory")
 def test_no_result_depends_on_uninitialised_memory() -> None:
-    """Deterministic mode fills fresh memory with NaN, scratch space included."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        for sample in attention_samples(torch.float32):
-            check_sample(lif_attention, reference.lif_attention, sample)
-            _, summary = lif_attention(**sample.tensors, **sample.options, return_summary=True)
-            assert all(value.isfinite().all() for value in summary)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for sample in attention_samples(torch.float32):
+        check_sample(lif_attention, reference.lif_attention, sample)
+        _, summary = lif_attention(**sample.tensors, **sample.options, return_summary=True)
+        assert all(value.isfinite().all() for value in summary)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
