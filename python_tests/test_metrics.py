@@ -10,8 +10,10 @@ import torch
 
 from ember_ext.analysis.metrics import (
     attention_entropy,
+    attention_support,
     collect_metrics,
     fire_rate,
+    first_token_mass,
     neuron_entropy,
 )
 from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
@@ -30,8 +32,19 @@ def test_entropy_of_uniform_attention(length: int, expected: float) -> None:
     assert entropy.tolist() == pytest.approx([expected] * 3, abs=5e-4)
 
 
-def test_entropy_of_pointing_attention() -> None:
-    assert attention_entropy(torch.eye(5).expand(1, 2, 5, 5)).tolist() == [0.0, 0.0]
+def test_support_and_first_token_of_uniform_attention() -> None:
+    weights = uniform_attention(256).expand(2, 3, -1, -1)
+    # A row of i keys has i weights of 1/i, which are above 0.01 up to the 99th.
+    assert attention_support(weights).tolist() == pytest.approx([sum(range(1, 100)) / 256] * 3)
+    harmonic = sum(1 / i for i in range(1, 257))
+    assert first_token_mass(weights).tolist() == pytest.approx([harmonic / 256] * 3)
+
+
+def test_pointing_attention() -> None:
+    weights = torch.eye(5).expand(1, 2, 5, 5)
+    assert attention_entropy(weights).tolist() == [0.0, 0.0]
+    assert attention_support(weights).tolist() == [1.0, 1.0]
+    assert first_token_mass(weights).tolist() == pytest.approx([0.2, 0.2])
 
 
 def test_fire_rate_and_entropy_of_neurons() -> None:
@@ -61,6 +74,10 @@ def test_transformer_metrics(condition: Any) -> None:
     uniform = attention_entropy(uniform_attention(12)[None, None]).item()
     for layer in metrics["attention_entropy"]:
         assert layer == pytest.approx([uniform] * 4, rel=1e-2)
+    for layer in metrics["attention_support"]:
+        assert layer == pytest.approx([6.5] * 4)
+    for layer in metrics["first_token_mass"]:
+        assert layer == pytest.approx([sum(1 / i for i in range(1, 13)) / 12] * 4, rel=1e-2)
 
 
 @pytest.mark.parametrize("condition", ["standard", "lif"])

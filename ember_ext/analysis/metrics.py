@@ -19,6 +19,9 @@ from ember_ext.reference.lif_gate import fire_mask
 
 HISTOGRAM_BINS = 10
 
+SUPPORT_THRESHOLD = 0.01
+"""The weight above which a key counts as attended to."""
+
 
 def attention_entropy(weights: Tensor) -> Tensor:
     """Mean entropy of the attention of each head.
@@ -31,6 +34,32 @@ def attention_entropy(weights: Tensor) -> Tensor:
         of T = 256 it is 4.560.
     """
     return -(weights * weights.clamp_min(1e-10).log()).sum(-1).mean((0, 2))
+
+
+def attention_support(weights: Tensor) -> Tensor:
+    """How many keys matter to a query, for each head.
+
+    Args:
+        weights: rows that sum to 1, [B, H, T, T].
+
+    Returns:
+        The number of weights above 0.01, averaged over batch and all queries, [H]. Over a uniform
+        causal window of T = 256 it is 19.34.
+    """
+    return (weights > SUPPORT_THRESHOLD).sum(-1).float().mean((0, 2))
+
+
+def first_token_mass(weights: Tensor) -> Tensor:
+    """How much attention the first token draws, for each head.
+
+    Args:
+        weights: rows that sum to 1, [B, H, T, T].
+
+    Returns:
+        The weight of key 0, averaged over batch and all queries, [H]. Over a uniform causal window
+        of T = 256 it is 0.0239.
+    """
+    return weights[..., 0].mean((0, 2))
 
 
 def fire_rate(firing: Tensor) -> Tensor:
@@ -75,7 +104,8 @@ def collect_metrics(
     Returns:
         gates: for each gate by its name, the effective "threshold", "leak" and "steepness" of each
         head or neuron.
-        Transformer: attention_entropy, one value a head, for each layer.
+        Transformer: attention_entropy, attention_support and first_token_mass, one value a head,
+        for each layer.
         CfC: fire_rate and neuron_entropy, means over the neurons, one value a layer; measured
         through the model's own gates (None if it has none), and as virtual_fire_rate and
         virtual_neuron_entropy through the virtual gate.
@@ -85,14 +115,20 @@ def collect_metrics(
         threshold, leak, steepness = (value.tolist() for value in gate.effective())
         gates[name] = {"threshold": threshold, "leak": leak, "steepness": steepness}
     if isinstance(model, Ember):
-        entropies = [attention_entropy(w).tolist() for w in model.attention_weights(windows)]
-        return {"gates": gates, "attention_entropy": entropies}
+        measures = (attention_entropy, attention_support, first_token_mass)
+        layers = [
+            [measure(weights).tolist() for measure in measures]
+            for weights in model.attention_weights(windows)
+        ]
+        values = (list(by_layer) for by_layer in zip(*layers, strict=True))
+        names = (measure.__name__ for measure in measures)
+        return {"gates": gates, **dict(zip(names, values, strict=True))}
     virtual = LIFParameters(model.config.n_embd, preset=gate_preset).to(windows.device)
-    layers = [block.get_submodule("gate") for block in model.blocks]
+    modules = [block.get_submodule("gate") for block in model.blocks]
     own: list[tuple[float | None, float | None]] = []
     through_virtual: list[tuple[float, float]] = []
-    for layer, (x,) in zip(layers, _inputs(model, layers, windows), strict=True):
-        own.append(_firing(x, layer) if isinstance(layer, LIFParameters) else (None, None))
+    for gate, (x,) in zip(modules, _inputs(model, modules, windows), strict=True):
+        own.append(_firing(x, gate) if isinstance(gate, LIFParameters) else (None, None))
         through_virtual.append(_firing(x, virtual))
     return {
         "gates": gates,

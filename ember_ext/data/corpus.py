@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ember_ext.data import sources
 from ember_ext.data.sources import SourceError, sha256
+from ember_ext.files import write_atomically
 
 TRAIN_FRACTION = 0.9
 
@@ -173,9 +173,6 @@ def _store(corpus: str, content: bytes, notify: Callable[[str], None]) -> None:
     """Cache `content` in one step, so that a reader never sees half a file."""
     path = sources.cache_folder() / f"{corpus}.txt"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
+        write_atomically(path, content)
     except OSError as error:
         notify(f"cannot cache the text in {path.parent}: {error.strerror}")

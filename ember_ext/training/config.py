@@ -66,6 +66,10 @@ class TrainConfig:
     refractory_mode: Literal["causal", "paper"] = "causal"
     """Whether refractory thresholds look at the past only, or also at the future as published."""
 
+    init_noise: float = 0.0
+    """Relative noise on the initial weights: 1e-7 gives the same run up to rounding, to see how far
+    two runs part that ought to be equal."""
+
     block_size: int = 128
     """Characters of a training window."""
     batch_size: int = 64
@@ -99,7 +103,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "eval_interval", "eval_iters"):
             self._require(field, getattr(self, field) >= 1, "at least 1")
-        for field in ("warmup_steps", "sample_length", "weight_decay"):
+        for field in ("warmup_steps", "sample_length", "weight_decay", "init_noise"):
             self._require(field, getattr(self, field) >= 0, "at least 0")
         for field in ("learning_rate", "grad_clip"):
             self._require(field, getattr(self, field) > 0, "above 0")
@@ -208,7 +212,7 @@ def resolve_device(device: str) -> str:
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> Ember | LiquidEmber:
-    """The model of `config`, with freshly drawn weights, on the CPU.
+    """The model of `config`, with freshly drawn weights without `init_noise`, on the CPU.
 
     Raises:
         ConfigError: the model does not accept a field.

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ember_ext.data import Corpus, Vocabulary
+from ember_ext.files import write_atomically
 from ember_ext.training.config import ConfigError, TrainConfig, differing_fields, read_config
 from ember_ext.training.plot import plot_losses
 
@@ -262,19 +263,8 @@ class RunFolder:
         self._write(path, (json.dumps(content, indent=2) + "\n").encode())
 
     def _write(self, path: Path, content: bytes) -> None:
-        """Replace the file in one step, and only once the new content is on the disk."""
-        temporary = path.with_name(f".{path.name}.part")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
-            os.replace(temporary, path)
+            write_atomically(path, content)
         except OSError as error:
             raise self._write_error(path, error) from error
 

@@ -128,7 +128,9 @@ class _Training:
         self.reporter = reporter if self.processes.leads else SilentReporter()
         self.device = torch.device(config.device)
         torch.manual_seed(stream_seed(config.seed, "initial weights"))
-        self.model = build_model(config, len(corpus.vocabulary)).to(self.device)
+        self.model = build_model(config, len(corpus.vocabulary))
+        self._add_init_noise()
+        self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameter_groups(config.weight_decay),
             lr=config.learning_rate,
@@ -148,6 +150,16 @@ class _Training:
                 folder.create(config, corpus)
         self.signals = StopSignals()
         self.saved = time.monotonic()
+
+    @torch.no_grad()
+    def _add_init_noise(self) -> None:
+        if not self.config.init_noise:
+            return
+        stream = generator(self.config.seed, "initial noise")
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=stream)
+                parameter *= 1 + self.config.init_noise * noise
 
     def run(self) -> dict[str, Any]:
         config, progress = self.config, self.progress
