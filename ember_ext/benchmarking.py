@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
-import platform
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from torch import Tensor
 
 import ember_ext
 from ember_ext import _native
+from ember_ext.machine import machine
 
 Call = Callable[[], object]
 
@@ -74,22 +74,6 @@ class Row:
     torch: str
     ember_ext: str
     time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat("T", "seconds"))
-
-
-def machine(device: torch.device) -> str:
-    """One line that names the machine a benchmark ran on."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return (
-        f"{name}, {torch.get_num_threads()} threads, {_native.isa or 'no kernels'}, "
-        f"torch {torch.__version__}, ember-ext {ember_ext.__version__}"
-    )
 
 
 def _clock(device: torch.device) -> float:

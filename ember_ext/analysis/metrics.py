@@ -127,8 +127,8 @@ def collect_metrics(
     modules = [block.get_submodule("gate") for block in model.blocks]
     own: list[tuple[float | None, float | None]] = []
     through_virtual: list[tuple[float, float]] = []
-    for gate, (x,) in zip(modules, _inputs(model, modules, windows), strict=True):
-        own.append(_firing(x, gate) if isinstance(gate, LIFParameters) else (None, None))
+    for module, (x,) in zip(modules, _inputs(model, modules, windows), strict=True):
+        own.append(_firing(x, module) if isinstance(module, LIFParameters) else (None, None))
         through_virtual.append(_firing(x, virtual))
     return {
         "gates": gates,

@@ -32,8 +32,8 @@ class RunResult:
     Attributes:
         variant: what was trained, within its backbone: a condition's name, or one of
             `suites.VARIANTS` such as "null" (see `ember_ext.reproduction.suites`).
-        config: the fields of its `TrainConfig`; "backbone", "condition", "gate_preset", "seed",
-            "steps" and "block_size" are among them.
+        config: the fields of its `TrainConfig`, without the path of its text; "backbone",
+            "condition", "gate_preset", "seed", "steps" and "block_size" are among them.
         corpus: "name" and "sha256" of the text, and the size of its "vocabulary".
         summary: what `training.train` returns, among it "parameters" and "lif_parameters".
         evaluations: one entry per evaluation, in order of "step": "val_loss" (the whole validation
@@ -49,7 +49,7 @@ class RunResult:
 
     @property
     def backbone(self) -> str:
-        """ "transformer" or "cfc"."""
+        """Which model: "transformer" or "cfc"."""
         return str(self.config["backbone"])
 
     @property

@@ -64,7 +64,7 @@ class TrainingConsole:
             first_step, started = self._first
             if step > first_step:
                 left = (now - started) / (step - first_step) * (self._steps - step)
-                line += f"  {_duration(left)} left"
+                line += f"  {duration(left)} left"
             self.note(line)
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
@@ -89,7 +89,7 @@ class TrainingConsole:
             ("val loss", f"{summary['val_loss']:.4f} nats per character"),
             ("best", f"{summary['best_val_loss']:.4f} after {summary['best_step']} steps"),
             ("speed", f"{summary['tokens_per_second']:,.0f} tokens/s"),
-            ("time", _duration(summary["seconds"])),
+            ("time", duration(summary["seconds"])),
             ("corpus", summary["corpus"]),
             ("run folder", str(folder)),
             ("loss plot", str(folder / "loss.png")),
@@ -99,7 +99,8 @@ class TrainingConsole:
         self._console.print(table, soft_wrap=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time span in words, such as "3 min 5 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -16,7 +16,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from ember_ext.data import Corpus, Vocabulary
 from ember_ext.files import write_atomically
 from ember_ext.training.config import ConfigError, TrainConfig, differing_fields, read_config
 from ember_ext.training.plot import plot_losses
+
+CLAIM_SECONDS = 20.0
+"""How long to wait for a folder that is in use: a run that was asked to stop finishes its step."""
 
 
 class RunError(Exception):
@@ -80,6 +85,26 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run was started here."""
         return self.config.exists()
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Keep other processes from training here meanwhile.
+
+        Raises:
+            RunError: one does already, or the folder cannot be written to.
+        """
+        lock = FileLock(self.path / ".lock", timeout=CLAIM_SECONDS)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"{self.path} is in use: another process trains there") from None
+        except OSError as error:
+            raise self._write_error(self.path, error) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def create(self, config: TrainConfig, corpus: Corpus) -> None:
         """Start a run here.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import ember_ext
 from ember_ext.data import Corpus, random_batch
+from ember_ext.machine import machine
 from ember_ext.training.config import ConfigError, TrainConfig, build_model
 from ember_ext.training.distributed import Processes
 from ember_ext.training.evaluation import evaluate
@@ -96,7 +98,7 @@ def train(
 
     Raises:
         ConfigError: the model does not accept the configuration, or the text is too short for it.
-        RunError: the folder cannot be written, or holds another run.
+        RunError: the folder cannot be written, holds another run, or is in use.
         NonFiniteLossError: the loss became NaN or infinite.
         StopRequested: SIGINT or SIGTERM; a checkpoint was written.
     """
@@ -138,16 +140,8 @@ class _Training:
             fused=True,
         )
         self.averaging_model = self.processes.wrap(self.model)
+        self.resume = resume
         self.progress = Progress()
-        if resume:
-            folder.check(config, corpus)
-            self.progress = folder.load_checkpoint(self.model, self.optimizer)
-        if self.processes.leads:
-            if resume:
-                folder.cut_metrics(self.progress.metrics_bytes)
-                folder.update_config(config)
-            else:
-                folder.create(config, corpus)
         self.signals = StopSignals()
         self.saved = time.monotonic()
 
@@ -159,9 +153,26 @@ class _Training:
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=stream)
-                parameter *= 1 + self.config.init_noise * noise
+                parameter.mul_(1 + self.config.init_noise * noise)
 
     def run(self) -> dict[str, Any]:
+        with self.folder.claim() if self.processes.leads else nullcontext():
+            self._open_folder()
+            return self._train()
+
+    def _open_folder(self) -> None:
+        folder, config, corpus = self.folder, self.config, self.corpus
+        if self.resume:
+            folder.check(config, corpus)
+            self.progress = folder.load_checkpoint(self.model, self.optimizer)
+        if self.processes.leads:
+            if self.resume:
+                folder.cut_metrics(self.progress.metrics_bytes)
+                folder.update_config(config)
+            else:
+                folder.create(config, corpus)
+
+    def _train(self) -> dict[str, Any]:
         config, progress = self.config, self.progress
         self.reporter.note(
             f"{config.backbone} {config.condition}, preset {config.preset}: "
@@ -283,6 +294,7 @@ class _Training:
             "tokens_per_second": self._tokens_per_second(),
             "seconds": progress.seconds,
             "device": config.device,
+            "machine": machine(self.device),
             "processes": self.processes.count,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

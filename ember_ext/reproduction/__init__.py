@@ -1,0 +1,1 @@
+"""The grid of runs behind the paper's tables and figures: `python scripts/reproduce.py`."""

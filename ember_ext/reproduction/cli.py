@@ -1,0 +1,127 @@
+"""The command line of `scripts/reproduce.py`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from ember_ext.analysis.report import ReportContext, write_report
+from ember_ext.analysis.results import ResultError, read_results
+from ember_ext.data import CorpusError, load_text
+from ember_ext.reproduction.console import GridConsole
+from ember_ext.reproduction.executors import Executor, LocalExecutor, SubmititExecutor
+from ember_ext.reproduction.grid import Grid
+from ember_ext.reproduction.suites import SuiteName, plan
+from ember_ext.reproduction.worker import GridFolder
+from ember_ext.training import ConfigError, StopRequested, resolve_device
+from ember_ext.training.config import Backbone
+
+
+@dataclass(frozen=True)
+class ReproduceArguments:
+    """Run the paper's conditions over seeds; write its tables, figures and claims with verdicts.
+
+    What is in the folder already is not run again: call it again with the same --out after any
+    interruption, or with more seeds.
+    """
+
+    suite: SuiteName = "quick"
+    """"quick" takes minutes, "xs" is the paper's small scale (hours), "paper" its own (days on a
+    CPU)."""
+    out: Path | None = None
+    """The folder. Default: runs/reproduce-SUITE."""
+    seeds: tuple[int, ...] = ()
+    """Default: 42 for "quick", else 42, 668 and 1337."""
+    conditions: tuple[str, ...] = ()
+    """Only these, of standard, lif, lif-fixed, lif-refractory, qwen-gate, lif-seed (lif with the
+    gate of the paper's text) and null (standard again, equal up to rounding)."""
+    backbones: tuple[Backbone, ...] = ()
+    """Only these."""
+    jobs: int | None = None
+    """Runs at once on this machine. Default: one per GPU, or per core."""
+    device: str = "auto"
+    """A torch device; "auto" is CUDA where there is one."""
+    data: Path | None = None
+    """A UTF-8 text file to train on instead of Shakespeare."""
+    executor: Literal["local", "slurm"] = "local"
+    """Processes of this machine, or jobs of Slurm (needs the extra "cluster")."""
+    slurm: tuple[str, ...] = ()
+    """NAME=VALUE options for submitit, such as slurm_partition=gpu timeout_min=240."""
+    report_only: bool = False
+    """Draw the report from what is there, and train nothing."""
+
+
+def reproduce_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/reproduce.py`; returns its exit code: 1 if a run failed."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = tyro.cli(ReproduceArguments, args=arguments, prog="reproduce.py")
+    command = shlex.join(["python", "scripts/reproduce.py", *arguments])
+    try:
+        return _reproduce(options, command)
+    except StopRequested as stop:
+        print(f"{stop}; continue with: {command}")
+        return stop.exit_code
+    except (ConfigError, CorpusError, ResultError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _reproduce(options: ReproduceArguments, command: str) -> int:
+    folder = GridFolder(options.out or Path("runs", f"reproduce-{options.suite}"))
+    device = resolve_device(options.device)
+    data = None if options.data is None else str(options.data.resolve())
+    specs = plan(
+        options.suite,
+        options.seeds,
+        options.conditions,
+        options.backbones,
+        device=device,
+        data=data,
+    )
+    failures: dict[str, str] = {}
+    with GridConsole() as console:
+        if not options.report_only:
+            note = console.console.print
+            corpus = load_text(data=data, notify=lambda text: note(text, markup=False))
+            grid = Grid(folder, specs, corpus)
+            grid.run(_executor(options, folder, device, len(specs)), console)
+            failures = grid.failures
+    context = ReportContext(
+        suite=options.suite,
+        planned=tuple(spec.name for spec in specs),
+        failed=failures,
+        command=command,
+    )
+    report = write_report(folder.path, read_results(folder.results), context)
+    for name, message in failures.items():
+        print(f"{name} failed: {message}", file=sys.stderr)
+    print(f"report: {report}")
+    return 1 if failures else 0
+
+
+def _executor(options: ReproduceArguments, folder: GridFolder, device: str, runs: int) -> Executor:
+    if options.executor == "slurm":
+        return SubmititExecutor(folder.path / "slurm", _slurm_options(options.slurm), runs)
+    if options.slurm:
+        raise ConfigError("slurm options need --executor slurm")
+    return LocalExecutor(device, options.jobs, runs)
+
+
+def _slurm_options(pairs: Sequence[str]) -> dict[str, Any]:
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"slurm must be NAME=VALUE, got {pair!r}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options

@@ -1,0 +1,11 @@
+"""Reproduce the paper: `python scripts/reproduce.py --suite quick`; `--help` lists every flag."""
+
+import sys
+
+try:
+    from ember_ext.reproduction.cli import reproduce_main
+except ModuleNotFoundError as error:
+    sys.exit(f'error: {error}; install the package and what it needs with: pip install ".[paper]"')
+
+if __name__ == "__main__":
+    sys.exit(reproduce_main())
