@@ -1,0 +1,294 @@
+"""The grid of runs: what is planned, how it is carried out, and that no interruption changes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ember_ext.analysis.results import (
+    ResultError,
+    RunResult,
+    read_result,
+    read_results,
+    select,
+    write_result,
+)
+from ember_ext.data import load_text
+from ember_ext.reproduction.executors import Job, JobState, LocalExecutor, SubmititExecutor
+from ember_ext.reproduction.grid import Grid, RunStatus
+from ember_ext.reproduction.suites import SUITES, VARIANTS, RunSpec, plan
+from ember_ext.reproduction.worker import GridFolder, SubmittedRun, run_to_result
+from ember_ext.training import ConfigError, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+TINY: dict[str, Any] = {
+    "device": "cpu", "n_layer": 1, "n_embd": 16, "n_head": 2, "cfc_units": 24, "block_size": 16,
+    "batch_size": 4, "eval_interval": 4, "eval_iters": 1, "sample_length": 5,
+}  # fmt: skip
+TEXT = ROOT / "ember_ext" / "data" / "lighthouse.txt"
+
+
+def tiny(*variants: str, **changes: Any) -> list[RunSpec]:
+    return plan("quick", (), variants, **{**TINY, "data": str(TEXT), **changes})
+
+
+def test_plan_covers_every_condition_and_pairs_them() -> None:
+    for suite in SUITES:
+        runs = plan(suite, device="cpu")
+        names = [run.name for run in runs]
+        assert len(set(names)) == len(names)
+        assert {(r.config.backbone, r.config.condition) for r in runs} >= {
+            *(("transformer", c) for c in ("standard", "lif", "lif-fixed", "lif-refractory")),
+            ("transformer", "qwen-gate"), ("cfc", "standard"), ("cfc", "lif"),
+        }  # fmt: skip
+        for run in runs:
+            pair = f"{run.config.backbone}-standard-seed{run.config.seed}"
+            standard = vars(next(r for r in runs if r.name == pair).config)
+            different = {f for f, value in vars(run.config).items() if value != standard[f]}
+            assert different <= VARIANTS[run.variant].keys()
+
+
+def test_published_refractory_losses_look_ahead() -> None:
+    modes = {s: {r.config.refractory_mode for r in plan(s, device="cpu")
+                 if r.variant == "lif-refractory"} for s in SUITES}  # fmt: skip
+    assert modes == {"quick": {"causal"}, "xs": {"causal"}, "paper": {"paper"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"variants": ["liff"]}, "variant must be one of .*'lif-seed'.*, got 'liff'"),
+        ({"variants": ["qwen-gate"], "backbones": ["cfc"]}, "has no variants .*qwen-gate.* for"),
+    ],
+)
+def test_plan_names_what_it_does_not_know(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan("quick", device="cpu", **arguments)
+
+
+def test_results_survive_their_file(tmp_path: Path) -> None:
+    def result(variant: str, seed: int) -> RunResult:
+        evaluations = [{"step": s, "val_loss": 2 / 3 / (s + 1), "gates": {}} for s in (0, 5)]
+        config = {"backbone": "cfc", "seed": seed}
+        return RunResult(variant, config, {"name": "plays"}, {"parameters": 3}, evaluations)
+
+    for variant, seed in (("lif", 9), ("lif", 1), ("null", 1)):
+        write_result(tmp_path / f"{variant}{seed}.json", result(variant, seed))
+    results = read_results(tmp_path)
+    assert [(r.variant, r.seed) for r in results] == [("lif", 1), ("lif", 9), ("null", 1)]
+    assert list(select(results, "cfc", "lif")) == [1, 9]
+    assert select(results, "transformer", "lif") == {}
+    again = read_result(tmp_path / "lif9.json")
+    assert (again.best(), again.final()) == (pytest.approx(1 / 9), pytest.approx(1 / 9))
+    assert again.curve() == ([0, 5], [0.6666667, 0.1111111])
+    write_result(tmp_path / "again.json", again)
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "lif9.json").read_bytes()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"variant": "lif"}'])
+def test_a_damaged_result_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "cfc-lif-seed1.json"
+    path.write_text(content)
+    with pytest.raises(ResultError, match=r"cfc-lif-seed1\.json is not the result of a run"):
+        read_results(tmp_path)
+    with pytest.raises(ResultError, match="is not a folder"):
+        read_results(tmp_path / "nowhere")
+
+
+class HereAndNow:
+    """Carries out each run as it is started, in this process."""
+
+    jobs = 2
+
+    def __init__(self, act: Callable[[RunSpec, Path], None]) -> None:
+        self.act = act
+        self.started: list[str] = []
+
+    def start(self, spec: RunSpec, folder: Path) -> Job:
+        self.started.append(spec.name)
+        try:
+            self.act(spec, folder)
+        except Exception:
+            return Finished("failed")
+        return Finished("done")
+
+
+@dataclasses.dataclass
+class Finished:
+    outcome: JobState
+
+    def state(self) -> JobState:
+        return self.outcome
+
+    def stop(self) -> None:
+        raise AssertionError("nothing is under way")
+
+
+class Watcher:
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def update(self, statuses: Sequence[RunStatus]) -> None:
+        self.seen.append([status.state for status in statuses])
+
+
+def train_here(spec: RunSpec, folder: Path) -> None:
+    run_to_result(spec, str(folder), threads=1)
+
+
+def test_a_failing_run_is_reported_and_tried_again(tmp_path: Path) -> None:
+    corpus = load_text(data=str(TEXT))
+    specs = tiny("standard", "lif", backbones=["cfc"], steps=4)
+    specs[0] = dataclasses.replace(
+        specs[0], config=dataclasses.replace(specs[0].config, learning_rate=1e30)
+    )
+    folder = GridFolder(tmp_path)
+    grid, watcher = Grid(folder, specs, corpus), Watcher()
+    grid.run(HereAndNow(train_here), watcher)
+    assert watcher.seen[-1] == ["failed", "done"]
+    assert "non-finite" in grid.failures["cfc-standard-seed42"]
+    assert [r.name for r in read_results(folder.results)] == ["cfc-lif-seed42"]
+    assert "/" not in json.dumps(read_result(folder.result("cfc-lif-seed42")).config)
+
+    again, executor = Grid(folder, specs, corpus), HereAndNow(train_here)
+    again.run(executor, watcher)
+    assert executor.started == ["cfc-standard-seed42"]
+
+
+def test_a_run_that_dies_silently_counts_as_failed(tmp_path: Path) -> None:
+    grid = Grid(GridFolder(tmp_path), tiny("lif", steps=4), load_text(data=str(TEXT)))
+    grid.run(HereAndNow(lambda spec, folder: None), Watcher())
+    assert "ended without a result; see" in grid.failures["transformer-lif-seed42"]
+
+
+def test_results_of_another_configuration_are_refused(tmp_path: Path) -> None:
+    corpus = load_text(data=str(TEXT))
+    Grid(GridFolder(tmp_path), tiny("lif", backbones=["cfc"], steps=4), corpus).run(
+        HereAndNow(train_here), Watcher()
+    )
+    longer = tiny("lif", backbones=["cfc"], steps=4, batch_size=3)
+    with pytest.raises(ConfigError, match=r"batch_size was 4 and is 3.*--out"):
+        Grid(GridFolder(tmp_path), longer, corpus)
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.read_text() + "more")
+    with pytest.raises(ConfigError, match=r"corpus was 'lighthouse.*' and is 'other"):
+        Grid(GridFolder(tmp_path), tiny("lif", steps=4), load_text(data=str(other)))
+
+
+GRID_SCRIPT = """
+import sys
+from pathlib import Path
+from test_reproduction import TEXT, Watcher, tiny
+from ember_ext.data import load_text
+from ember_ext.reproduction.executors import LocalExecutor
+from ember_ext.reproduction.grid import Grid
+from ember_ext.reproduction.worker import GridFolder
+
+if __name__ == "__main__":
+    specs = tiny("lif", steps=40)
+    grid = Grid(GridFolder(Path(sys.argv[1])), specs, load_text(data=str(TEXT)))
+    grid.run(LocalExecutor("cpu", 2, len(specs)), Watcher())
+    assert not grid.failures, grid.failures
+"""
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """What results say, without times."""
+    results = {}
+    for r in read_results(folder / "results"):
+        for record in r.evaluations:
+            del record["seconds"]
+        summary = {k: v for k, v in r.summary.items() if k not in ("seconds", "tokens_per_second")}
+        results[r.name] = (r.config, r.corpus, summary, r.evaluations)
+    return results
+
+
+@pytest.mark.slow
+def test_killing_a_grid_twice_changes_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "grid.py"
+    script.write_text(GRID_SCRIPT)
+    path = os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))
+
+    def start(folder: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / folder)],
+            env={**os.environ, "PYTHONPATH": path},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    undisturbed = start("undisturbed")
+    assert undisturbed.wait() == 0, undisturbed.stderr and undisturbed.stderr.read()
+    disturbed = tmp_path / "disturbed"
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = start("disturbed")
+        # Some way into a run, wherever that is.
+        before = sum(p.stat().st_size for p in disturbed.glob("runs/*/metrics.jsonl"))
+        while process.poll() is None:
+            size = sum(p.stat().st_size for p in disturbed.glob("runs/*/metrics.jsonl"))
+            if size > before:
+                break
+            time.sleep(0.01)
+        time.sleep(random.random() / 4)
+        process.send_signal(number)
+        process.wait()
+    last = start("disturbed")
+    assert last.wait() == 0, last.stderr and last.stderr.read()
+    assert numbers(disturbed) == numbers(tmp_path / "undisturbed")
+    assert len(numbers(disturbed)) == 2
+
+
+def test_jobs_share_the_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert LocalExecutor("cpu", None, 100).jobs == cores
+    assert LocalExecutor("cpu", None, 1).threads == cores
+    assert LocalExecutor("cpu", 3 * cores, 100).threads == 1
+    with pytest.raises(ConfigError, match="jobs must be at least 1, got 0"):
+        LocalExecutor("cpu", 0, 1)
+
+
+def test_null_differs_from_standard_by_rounding_only(tmp_path: Path) -> None:
+    folder = GridFolder(tmp_path)
+    specs = tiny("standard", "null", backbones=["transformer"], steps=4)
+    Grid(folder, specs, load_text(data=str(TEXT))).run(HereAndNow(train_here), Watcher())
+    null, standard = read_results(folder.results)
+    assert null.final() == pytest.approx(standard.final(), rel=1e-5)
+    assert TrainConfig(**null.config).init_noise > 0
+    assert null.evaluations != standard.evaluations
+
+
+def test_jobs_of_a_scheduler(tmp_path: Path) -> None:
+    """submitit's executor for this machine takes the way of a job on Slurm, but for the queue."""
+    good, bad = tiny("lif", "standard", backbones=["cfc"], steps=4)[::-1]
+    bad = dataclasses.replace(bad, config=dataclasses.replace(bad.config, learning_rate=1e30))
+    folder = GridFolder(tmp_path / "grid")
+    grid = Grid(folder, [good, bad], load_text(data=str(TEXT)))
+    executor = SubmititExecutor(tmp_path / "slurm", {"cluster": "local", "timeout_min": 5}, 2)
+    grid.run(executor, Watcher())
+    assert "non-finite" in grid.failures["cfc-standard-seed42"]
+    assert [result.variant for result in read_results(folder.results)] == ["lif"]
+
+
+def test_a_job_out_of_time_is_queued_again() -> None:
+    spec = tiny("lif")[0]
+    rest = SubmittedRun(spec, "grid", 2).checkpoint().function
+    assert isinstance(rest, SubmittedRun)
+    assert rest.arguments == (spec, "grid", 2)
+
+
+def test_scheduler_options_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r'executor "slurm": .*no_such_option'):
+        SubmititExecutor(tmp_path, {"cluster": "local", "no_such_option": 1}, 1)
+    with pytest.raises(ConfigError, match=r'executor "slurm": .*nowhere'):
+        SubmititExecutor(tmp_path, {"cluster": "nowhere"}, 1)
