@@ -150,9 +150,6 @@ def test_script_stopped_by_a_signal(text: Path, number: signal.Signals) -> None:
     assert Path("run/last.safetensors").exists()
 
 
-@pytest.mark.skip(
-    reason="one run in three was aborted by gloo as a process ended; remove this line to run it"
-)
 def test_two_processes_train_like_one(text: Path) -> None:
     """Without dropout, halves of a batch in two processes give the whole batch's loss curve."""
     flags = [*SIZES, *["--data", "text.txt", "--steps", "6", "--dropout", "0"]]
