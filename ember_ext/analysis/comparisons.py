@@ -66,6 +66,14 @@ def measure_noise(grid: Grid, backbone: str, measure: Measure = best_loss) -> No
     return noise_floor([measure(p.other) - measure(p.base) for p in grid.pairs(backbone, NULL)])
 
 
+def extra_parameters(grid: Grid, backbone: str, variant: str) -> int | None:
+    """Parameters of a variant beyond the baseline's; None if either was not run."""
+    runs, bases = grid.runs(backbone, variant), grid.runs(backbone, BASELINE)
+    if not runs or not bases:
+        return None
+    return int(runs[0].summary["parameters"] - bases[0].summary["parameters"])
+
+
 @dataclass(frozen=True)
 class NoiseCurve:
     """The noise floor along training.

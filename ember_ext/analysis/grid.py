@@ -108,7 +108,7 @@ def _check(run: RunResult) -> None:
     for field in ("parameters", "lif_parameters"):
         if not is_number(run.summary.get(field)):
             raise ResultError(f"{name}: summary has no number {field!r}")
-    if not run.evaluations:
+    if not isinstance(run.evaluations, list) or not run.evaluations:
         raise ResultError(f"{name}: there are no evaluations")
     before = -1.0
     for record in run.evaluations:
@@ -151,6 +151,16 @@ def _check_record(run: RunResult, record: dict[str, Any]) -> None:
     gates = record.get("gates")
     if not isinstance(gates, dict) or len(gates) not in (0, layers):
         raise ResultError(f"{where}: gates must be one for each of {layers} layers, or none")
+    units = run.config["n_head" if run.backbone == "transformer" else "n_embd"]
+    for name, gate in gates.items():
+        for parameter in ("threshold", "leak", "steepness"):
+            values = gate.get(parameter) if isinstance(gate, dict) else None
+            if (
+                not isinstance(values, list)
+                or len(values) != units
+                or not all(map(is_number, values))
+            ):
+                raise ResultError(f"{where}: {parameter} of {name} must hold {units} numbers")
 
 
 def _check_alike(runs: Sequence[RunResult]) -> None:
@@ -164,6 +174,8 @@ def _check_alike(runs: Sequence[RunResult]) -> None:
                 raise ResultError(
                     f"{run.name}: {field} must be {expected!r} as in {first.name}, got {got!r}"
                 )
+        if run.curve()[0] != first.curve()[0]:
+            raise ResultError(f"{run.name}: evaluations must be at the steps of {first.name}")
         if run.corpus.get("sha256") != first.corpus.get("sha256"):
             raise ResultError(f"{run.name}: the corpus must be that of {first.name}")
         other = presets.setdefault(run.variant, run)

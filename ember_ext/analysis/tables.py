@@ -19,6 +19,7 @@ from ember_ext.analysis.comparisons import (
     best_full_loss,
     best_loss,
     compare,
+    extra_parameters,
     final_full_loss,
     measure_noise,
     noise_curve,
@@ -55,30 +56,10 @@ from ember_ext.analysis.heads import (
     role_counts,
     uniform_entropy,
 )
+from ember_ext.analysis.labels import BACKBONE_LABELS, VARIANT_LABELS, variant_label
 from ember_ext.analysis.results import RunResult
 from ember_ext.analysis.statistics import NoiseFloor, Sample, describe
 from ember_ext.data.sources import TINY_SHA256
-
-BACKBONE_LABELS = {"transformer": "Transformer", "cfc": "CfC"}
-
-VARIANT_LABELS = {
-    "transformer": {
-        "standard": "Standard",
-        "lif-fixed": "LIF-fixed",
-        "lif": "LIF-learnable",
-        "lif-seed": "LIF-learnable",
-        "lif-refractory": "LIF-refractory",
-        "qwen-gate": "Qwen-gate",
-        "null": "Null (Standard again)",
-    },
-    "cfc": {
-        "standard": "CfC-only (base)",
-        "lif": "CfC+LIF",
-        "lif-seed": "CfC+LIF",
-        "null": "Null (base again)",
-    },
-}
-"""What the tables call a variant, in the order of their rows."""
 
 _GATE_LABELS: tuple[GateLabel, ...] = ("selective", "mild", "moderate", "pass-through")
 
@@ -133,11 +114,6 @@ def tables(results: Sequence[RunResult]) -> list[Table]:
         _statistics(grid),
         _noise(grid),
     ]
-
-
-def variant_label(backbone: str, variant: str) -> str:
-    """What tables and figures call a variant, without its gate preset."""
-    return VARIANT_LABELS[backbone].get(variant, variant)
 
 
 def gate_label(grid: Grid, backbone: str, variant: str) -> str:
@@ -332,7 +308,8 @@ def _head_roles(grid: Grid) -> Table:
         f"{block_size}; 3.5 over windows of 256), otherwise mixed.",
         "A head deviates if its effective |θ| > 0.01 (raw 0.1 of the released gate); those of "
         "LIF-fixed do by construction. Contrast is g(1)/g(0), 1 for an open gate; the largest over "
-        "heads and seeds is given. Labels, summed over seeds, are those of the authors' analysis, made for the released gate.",
+        "heads and seeds is given. Labels, summed over seeds, are those of the authors' analysis, "
+        "made for the released gate.",
         published.HEADS_NOTE,
     )
     return Table("3.3a", "Roles of attention heads, Transformer", columns, tuple(rows), notes)
@@ -542,14 +519,6 @@ def _parameters(grid: Grid) -> Table:
         published.PARAMETERS_NOTE,
     )
     return Table("3.6", "Parameters and what they buy", columns, tuple(rows), notes)
-
-
-def extra_parameters(grid: Grid, backbone: str, variant: str) -> int | None:
-    """Parameters of a variant beyond the baseline's; None if either was not run."""
-    runs, bases = grid.runs(backbone, variant), grid.runs(backbone, BASELINE)
-    if not runs or not bases:
-        return None
-    return int(runs[0].summary["parameters"] - bases[0].summary["parameters"])
 
 
 def _thresholds(grid: Grid) -> Table:
