@@ -367,13 +367,20 @@ def _neurons(grid: Grid) -> Table:
             cells = [_layer_cell(profile, layer) for profile in profiles]
             rows.append((*head, f"L{layer}", *cells, number(fire, 3), number(entropy, 3)))
     notes = (
-        "Means over neurons and seeds at the last evaluation. The virtual gate is one at its "
-        "initial values, of the preset of each row, so that models with and without gates are "
-        "measured alike.",
+        "Means over neurons and seeds at the last evaluation. " + _virtual_gate_note(grid),
         "Published numbers stand beside runs of the paper's sizes only.",
         published.NEURONS_NOTE,
     )
     return Table("3.3b", "Firing of neurons, CfC", columns, tuple(rows), notes)
+
+
+def _virtual_gate_note(grid: Grid) -> str:
+    bases = grid.runs("cfc", BASELINE)
+    preset = bases[0].config["gate_preset"] if bases else "released"
+    return (
+        "The virtual gate is one at its initial values, so that models with and without gates are "
+        f"measured alike. The base's is of preset {preset!r}: compare it with rows of that preset."
+    )
 
 
 def _layer_cell(profile: DepthProfile | None, layer: int) -> str:
@@ -431,6 +438,7 @@ def _depth(grid: Grid) -> Table:
         "Entropy of attention (Transformer) and of neurons (CfC), in nats, means over heads or "
         "neurons, at the last evaluation. Rise: last layer minus first. Spearman: rank correlation "
         "of layer and entropy, mean over seeds, with 3 layers or more.",
+        _virtual_gate_note(grid),
         *published.DEPTH_NOTES,
     )
     return Table("3.4", "Entropy against depth", columns, tuple(rows), notes)
