@@ -147,22 +147,22 @@ def test_head_roles() -> None:
 def test_depth_and_its_published_numbers() -> None:
     lif = Effect(entropy=(0.067, 0.1, 0.12, 0.161))
     table = by_number(synthetic_results({"lif": lif}, backbone="cfc", n_layer=4))["3.4"]
-    cells = row(table, "CfC", "CfC+LIF", "released", "own gate")
+    cells = row(table, "CfC", "CfC+LIF", "released", "3", "own gate")
     assert (cells["Published first"], cells["Published last"]) == ("0.067", "0.161")
     assert cells["Spearman"] == "+1.00"
     assert cells["Rise"].startswith("+0.09") or cells["Rise"].startswith("0.09")
-    through = [r[3] for r in table.rows if r[1] == "CfC-only (base)"]
-    assert through == ["virtual gate"]
+    assert row(table, "CfC", "CfC+LIF", "released", "3", "virtual gate")["Published last"] == DASH
+    assert row(table, "CfC", "CfC-only (base)")["Measured through"] == "virtual gate"
     assert row(table, "Transformer", "Standard")["Published last"] == "1.690"
 
 
 def test_crossovers() -> None:
     effect = Effect(loss=-0.02, early=0.02, since=1600, noise=1e-4)
     table = by_number(synthetic_results({"lif": effect}))["3.5"]
-    cells = row(table, "Transformer", "LIF-learnable", "released", "persistent")
+    cells = row(table, "Transformer", "LIF-learnable", "released", "3", "persistent")
     assert cells["Step by seed"] == "42: 1600, 668: 1600, 1337: 1600"
     assert (cells["With a crossover"], cells["Range"]) == ("3", "1600-1600")
-    assert row(table, "CfC", "CfC+LIF", "released", "first")["Published"] == "1600"
+    assert row(table, "CfC", "CfC+LIF", "released", DASH, "first")["Published"] == "1600"
 
 
 def test_parameters() -> None:
@@ -187,13 +187,13 @@ def test_statistics_and_noise() -> None:
     set_losses(results, "lif", [0.9, 1.7, 2.8])
     set_losses(results, "null", [1.1, 2.0, 3.0])
     found = by_number(results)
-    cells = row(found["S1"], "Transformer", "LIF-learnable", "released", "best, estimate")
+    cells = row(found["S1"], "Transformer", "LIF-learnable", "released", "3", "best, estimate")
     assert (cells["Difference"], cells["%"], cells["Lower in"]) == ("-0.20000", "-10.00%", "3/3")
     # t = -.2 / (.1/√3) with two degrees of freedom.
     assert (cells["t p"], cells["Wilcoxon p"], cells["dz"]) == (".074", ".250", "-2.00")
     assert cells["95% interval (t)"] == "[-0.4484, +0.0484]"
     assert (cells["Noise floor (RMS)"], cells["Beyond noise"]) == ("0.05774", "yes")
-    null = row(found["S1"], "Transformer", "Null (Standard again)", DASH, "best, estimate")
+    null = row(found["S1"], "Transformer", "Null (Standard again)", DASH, "3", "best, estimate")
     assert null["Beyond noise"] == DASH
     noise = row(found["S2"], "Transformer", "best, estimate")
     assert (noise["Null pairs"], noise["RMS"], noise["Largest"]) == ("3", "0.05774", "0.10000")

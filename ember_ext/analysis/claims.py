@@ -728,7 +728,7 @@ _SPECS: tuple[_Spec, ...] = (
         every(
             *(
                 _count("transformer", variant, count)
-                for variant, count in published.EXTRA_PARAMETERS.items()
+                for variant, count in published.EXTRA_PARAMETERS["transformer"].items()
             )
         ),
     ),
@@ -737,7 +737,7 @@ _SPECS: tuple[_Spec, ...] = (
         "LIF adds 1,536 parameters to the CfC.",
         "2.3",
         "At the sizes that the published CfC losses come from, counted in the model.",
-        _count("cfc", LIF, published.CFC_LIF_PARAMETERS),
+        _count("cfc", LIF, published.EXTRA_PARAMETERS["cfc"][LIF]),
     ),
     _Spec(
         "parameter-ratio",
