@@ -56,8 +56,8 @@ def performance_table(grid: Grid, backbone: str, section: str) -> Table:
         comparison = compare(grid, backbone, variant)
         if comparison and comparison.n < max(len(runs), len(grid.runs(backbone, BASELINE))):
             notes.append(
-                f"{head[0]} ({head[1]}) and {base} are compared over their {comparison.n} common "
-                f"seeds: {mean_sd(comparison.other)} and {mean_sd(comparison.base)}."
+                f"{head[0]} ({head[1]}) and {base} are compared over the seeds of both "
+                f"(n = {comparison.n}): {mean_sd(comparison.other)} and {mean_sd(comparison.base)}."
             )
         row = [
             *head,
