@@ -27,7 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """What is trained, and the fields of `TrainConfig` that make it so."""
 
-_ALL = tuple(VARIANTS)
+_TRANSFORMER = tuple(VARIANTS)
+_CFC = ("standard", "lif", "lif-seed", "null")
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,22 @@ _GATE = {"gate_preset": "released"}
 SUITES: dict[SuiteName, Suite] = {
     "quick": Suite(
         "quick",
-        {"transformer": tuple(v for v in _ALL if v != "lif-seed"), "cfc": ("standard", "lif")},
+        {
+            "transformer": tuple(v for v in _TRANSFORMER if v != "lif-seed"),
+            "cfc": tuple(v for v in _CFC if v != "lif-seed"),
+        },
         {"transformer": {**_GATE, "steps": 1000}, "cfc": _GATE},
         seeds=SEEDS[:1],
     ),
     "xs": Suite(
         "xs",
-        {"transformer": _ALL, "cfc": ("standard", "lif", "lif-seed", "null")},
+        {"transformer": _TRANSFORMER, "cfc": _CFC},
         {"transformer": _GATE, "cfc": _GATE},
     ),
     # The published refractory losses come from thresholds that look ahead.
     "paper": Suite(
         "paper",
-        {"transformer": _ALL, "cfc": ("standard", "lif", "lif-seed", "null")},
+        {"transformer": _TRANSFORMER, "cfc": _CFC},
         {"transformer": {**_GATE, "refractory_mode": "paper"}, "cfc": _GATE},
     ),
 }
