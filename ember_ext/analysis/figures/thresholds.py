@@ -78,10 +78,12 @@ def _trajectories(axes: Axes, runs: Sequence[RunResult], each_unit: bool) -> Non
         axes.plot(steps, mean[:, layer], color=color, linewidth=1.6)
     axes.axhline(mean[0, 0], color="0.5", linewidth=0.7, linestyle=(0, (3, 3)), zorder=0)
     axes.set_xlim(0, steps[-1])
-    axes.margins(y=0.06)
+    # Room for the legend, which no line then crosses.
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.32 * (high - low))
     axes.legend(
         [Line2D([], [], color=color, linewidth=1.6) for color in colors],
         [f"layer {layer}" for layer in range(len(colors))],
-        loc="best",
-        ncols=1 if len(colors) <= 4 else 2,
+        loc="upper left",
+        ncols=3,
     )
