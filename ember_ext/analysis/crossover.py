@@ -1,0 +1,73 @@
+"""When one loss curve passes below another, by the published rule and by one that asks to stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ember_ext.analysis.comparisons import MAIN_LOSS
+from ember_ext.analysis.grid import Pair
+from ember_ext.analysis.results import RunResult
+from ember_ext.analysis.statistics import Sample, describe
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Where the other run of a pair passes below its base.
+
+    Attributes:
+        seed: of the pair.
+        first: step of the first evaluation at which it is below, the published rule; None if it
+            never is. Chance alone gives one early: two equal curves part to either side.
+        persistent: step of the first evaluation from which it is below to the end; None if it is
+            not below at the last.
+    """
+
+    seed: int
+    first: int | None
+    persistent: int | None
+
+
+@dataclass(frozen=True)
+class CrossoverSummary:
+    """Crossovers over seeds.
+
+    Attributes:
+        crossovers: one a seed.
+        first, persistent: the steps of those that have one; None if none has.
+    """
+
+    crossovers: tuple[Crossover, ...]
+    first: Sample | None
+    persistent: Sample | None
+
+    @property
+    def persistent_range(self) -> tuple[int, int] | None:
+        """The earliest and the latest persistent crossover; None if there is none."""
+        steps = [c.persistent for c in self.crossovers if c.persistent is not None]
+        return (min(steps), max(steps)) if steps else None
+
+
+def find_crossover(base: RunResult, other: RunResult, key: str = MAIN_LOSS) -> Crossover:
+    """Compare two runs of one seed, evaluated at the same steps, by one loss."""
+    steps, base_losses = base.curve(key)
+    below = [a > b for a, b in zip(base_losses, other.curve(key)[1], strict=True)]
+    first = next((step for step, is_below in zip(steps, below, strict=True) if is_below), None)
+    persistent = None
+    for step, is_below in zip(reversed(steps), reversed(below), strict=True):
+        if not is_below:
+            break
+        persistent = step
+    return Crossover(base.seed, first, persistent)
+
+
+def find_crossovers(pairs: Sequence[Pair], key: str = MAIN_LOSS) -> CrossoverSummary:
+    """Compare all pairs of two variants."""
+    crossovers = tuple(find_crossover(pair.base, pair.other, key) for pair in pairs)
+    first = [c.first for c in crossovers if c.first is not None]
+    persistent = [c.persistent for c in crossovers if c.persistent is not None]
+    return CrossoverSummary(
+        crossovers,
+        describe(first) if first else None,
+        describe(persistent) if persistent else None,
+    )

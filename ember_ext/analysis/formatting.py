@@ -1,0 +1,67 @@
+"""How numbers look in tables and in the evidence of claims."""
+
+from __future__ import annotations
+
+from ember_ext.analysis.statistics import Interval, NoiseFloor, PairedComparison, Sample
+
+DASH = "–"
+"""Nothing was run, or the number is not defined."""
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A plain number."""
+    return DASH if value is None else f"{value:.{digits}f}"
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    """A difference, always with its sign."""
+    return DASH if value is None else f"{value:+.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A difference that is given in percent."""
+    return DASH if value is None else f"{value:+.{digits}f}%"
+
+
+def p_value(value: float | None) -> str:
+    """A p value, with the digits that mean something."""
+    if value is None:
+        return DASH
+    return "<.001" if value < 0.001 else f"{value:.3f}".replace("0.", ".", 1)
+
+
+def interval(value: Interval | None) -> str:
+    """A confidence interval of a difference."""
+    return DASH if value is None else f"[{value[0]:+.4f}, {value[1]:+.4f}]"
+
+
+def mean_sd(sample: Sample | None, digits: int = 4) -> str:
+    """Mean and standard deviation (ddof 1)."""
+    if sample is None:
+        return DASH
+    spread = "" if sample.sd is None else f" ± {sample.sd:.{digits}f}"
+    return f"{sample.mean:.{digits}f}{spread}"
+
+
+def comparison_text(
+    comparison: PairedComparison, other: str, base: str, digits: int = 4, unit: str = "%"
+) -> str:
+    """A comparison in one sentence, as evidence."""
+    c = comparison
+    change = f" ({percent(c.percent)})" if unit == "%" else ""
+    text = (
+        f"{other} {mean_sd(c.other, digits)}, {base} {mean_sd(c.base, digits)}: "
+        f"{signed(c.difference, digits)}{change}, lower in {c.wins} of {c.n}"
+    )
+    return text if c.t_p is None else f"{text}, paired t p = {p_value(c.t_p)}"
+
+
+def noise_text(floor: NoiseFloor | None, digits: int = 4) -> str:
+    """A noise floor in one clause, as evidence."""
+    if floor is None:
+        return "no null pairs"
+    pairs = "pair" if floor.n == 1 else "pairs"
+    return (
+        f"noise floor {floor.rms:.{digits}f} (RMS of {floor.n} null {pairs}; largest "
+        f"{floor.maximum:.{digits}f})"
+    )

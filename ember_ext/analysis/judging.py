@@ -1,0 +1,248 @@
+"""The rules by which claims are judged: each looks at runs and says whether a claim holds there.
+
+A rule returns a `Finding`, or raises `NotTestableError` where the runs cannot answer. What can
+already be refuted is refuted: a rule of several parts fails with its first part that fails, even if
+another part is not testable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ember_ext.analysis.comparisons import Measure, best_loss, compare, measure_noise
+from ember_ext.analysis.formatting import comparison_text, noise_text, p_value, signed
+from ember_ext.analysis.grid import BASELINE, NULL, Grid
+from ember_ext.analysis.results import RunResult
+from ember_ext.analysis.statistics import MIN_PAIRS, p_against_zero
+
+SIGNIFICANCE = 0.05
+
+MIN_LAYERS = 4
+"""Fewest layers over which a trend with depth can be told from two layers that differ."""
+
+MIN_SPEARMAN = 0.8
+"""Mean rank correlation with depth from which values count as rising."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found.
+
+    Attributes:
+        holds: whether the claim does.
+        evidence: the numbers behind it.
+    """
+
+    holds: bool
+    evidence: str
+
+
+class NotTestableError(Exception):
+    """These runs cannot answer; the text says why, with what numbers there are."""
+
+
+Rule = Callable[[Grid], Finding]
+
+
+def every(*rules: Rule) -> Rule:
+    """The rule that all of some rules hold."""
+
+    def judge(grid: Grid) -> Finding:
+        findings, reasons = [], []
+        for rule in rules:
+            try:
+                findings.append(rule(grid))
+            except NotTestableError as reason:
+                reasons.append(str(reason))
+        failed = [finding.evidence for finding in findings if not finding.holds]
+        if failed:
+            return Finding(False, "; ".join(dict.fromkeys(failed)))
+        if reasons:
+            raise NotTestableError("; ".join(dict.fromkeys(reasons)))
+        return Finding(True, "; ".join(dict.fromkeys(f.evidence for f in findings)))
+
+    return judge
+
+
+def need_runs(grid: Grid, backbone: str, *variants: str, seeds: int = MIN_PAIRS) -> None:
+    """Require runs of all variants over enough common seeds.
+
+    Raises:
+        NotTestableError: there are fewer.
+    """
+    found: list[set[int]] = []
+    for variant in variants:
+        found.append({run.seed for run in grid.runs(backbone, variant)})
+        if not found[-1]:
+            raise NotTestableError(f"no run of {backbone} {variant}")
+    common = len(set.intersection(*found))
+    if common < seeds:
+        names = " and ".join(variants)
+        raise NotTestableError(f"{names}: {common} common seeds, at least {seeds} needed")
+
+
+def need_config(grid: Grid, backbone: str) -> dict[str, Any]:
+    """The configuration of a backbone's runs.
+
+    Raises:
+        NotTestableError: it has none.
+    """
+    config = grid.config(backbone)
+    if config is None:
+        raise NotTestableError(f"no run of {backbone}")
+    return config
+
+
+def need_layers(grid: Grid, backbone: str, layers: int = MIN_LAYERS) -> None:
+    """Require models of some depth.
+
+    Raises:
+        NotTestableError: they have fewer layers, or there are none.
+    """
+    got = need_config(grid, backbone)["n_layer"]
+    if got < layers:
+        raise NotTestableError(f"{backbone}: {got} layers, at least {layers} needed")
+
+
+def differs(
+    backbone: str,
+    variant: str,
+    sign: int,
+    *,
+    base: str = BASELINE,
+    measure: Measure = best_loss,
+    base_measure: Measure | None = None,
+    name: str = "best val loss",
+    digits: int = 4,
+) -> Rule:
+    """The rule that a variant lies below (-1) or above (+1) a base, beyond chance and noise.
+
+    It holds if the mean difference over common seeds has the sign, its paired t-test gives p < .05,
+    and it exceeds the RMS difference of null pairs in the same measure.
+
+    Args:
+        backbone: "transformer" or "cfc".
+        variant: what is compared.
+        sign: -1 or 1.
+        base: what it is compared with.
+        measure: of the variant.
+        base_measure: of the base and of null pairs; by default `measure`.
+        name: what the evidence calls the measure.
+        digits: of its numbers.
+    """
+    of_base = base_measure or measure
+
+    def by_variant(run: RunResult) -> float:
+        return measure(run) if run.variant == variant else of_base(run)
+
+    def judge(grid: Grid) -> Finding:
+        need_runs(grid, backbone, base, variant, seeds=1)
+        comparison = compare(grid, backbone, variant, by_variant, base)
+        assert comparison is not None
+        floor = measure_noise(grid, backbone, of_base)
+        evidence = (
+            f"{backbone}, {name}: {comparison_text(comparison, variant, base, digits)}; "
+            f"{noise_text(floor, digits)}"
+        )
+        if comparison.n < MIN_PAIRS:
+            raise NotTestableError(f"{comparison.n} seeds, at least {MIN_PAIRS} needed; {evidence}")
+        if sign * comparison.difference <= 0:
+            return Finding(False, evidence)
+        if comparison.t_p is None:
+            raise NotTestableError(f"all differences are equal, t is undefined; {evidence}")
+        if comparison.t_p >= SIGNIFICANCE:
+            return Finding(False, evidence)
+        if floor is None or floor.n < MIN_PAIRS:
+            raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
+        return Finding(abs(comparison.difference) > floor.rms, evidence)
+
+    return judge
+
+
+def wins_every_seed(backbone: str, variant: str) -> Rule:
+    """The rule that a variant's best loss is below the baseline's in every seed, beyond noise."""
+
+    def judge(grid: Grid) -> Finding:
+        need_runs(grid, backbone, BASELINE, variant)
+        comparison = compare(grid, backbone, variant)
+        assert comparison is not None
+        floor = measure_noise(grid, backbone)
+        listed = ", ".join(signed(difference) for difference in comparison.differences)
+        evidence = (
+            f"{backbone}: lower in {comparison.wins} of {comparison.n} seeds, differences "
+            f"{listed}; {noise_text(floor)}"
+        )
+        if comparison.wins < comparison.n:
+            return Finding(False, evidence)
+        if floor is None or floor.n < MIN_PAIRS:
+            raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
+        return Finding(max(comparison.differences) < -floor.rms, evidence)
+
+    return judge
+
+
+def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
+    """The rule that a variant's losses vary least over seeds, and less than the baseline's.
+
+    It holds if its sd is the smallest of all, the Pitman-Morgan test against the baseline gives
+    p < .05, and the two sds differ by more than those of the null runs and the baseline.
+    """
+
+    def judge(grid: Grid) -> Finding:
+        need_runs(grid, backbone, BASELINE, variant)
+        comparison = compare(grid, backbone, variant)
+        assert comparison is not None
+        assert comparison.variance is not None
+        assert comparison.base.sd is not None
+        assert comparison.other.sd is not None
+        p = comparison.variance.pitman_morgan_p
+        sds = {BASELINE: comparison.base.sd, variant: comparison.other.sd}
+        missing = []
+        for other in others:
+            against = compare(grid, backbone, other, base=variant)
+            if against is None or against.other.sd is None:
+                missing.append(other)
+            else:
+                sds[other] = against.other.sd
+        listed = ", ".join(f"{name} {sd:.4f}" for name, sd in sds.items())
+        evidence = (
+            f"{backbone}, sd of the best val loss: {listed}; {variant} against {BASELINE}, "
+            f"{comparison.n} seeds: Pitman-Morgan p = {p_value(p)}"
+        )
+        if sds[variant] > min(sds.values()) or (p is not None and p >= SIGNIFICANCE):
+            return Finding(False, evidence)
+        if missing:
+            raise NotTestableError(f"no run of {backbone} {', '.join(missing)}; {evidence}")
+        if p is None:
+            raise NotTestableError(f"the variances cannot be compared; {evidence}")
+        null = compare(grid, backbone, NULL)
+        if null is None or null.n < MIN_PAIRS or null.other.sd is None or null.base.sd is None:
+            raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
+        noise = abs(null.other.sd - null.base.sd)
+        evidence += f"; sds of {NULL} and {BASELINE} differ by {noise:.4f}"
+        return Finding(sds[BASELINE] - sds[variant] > noise, evidence)
+
+    return judge
+
+
+def rises_on_average(
+    rises: Sequence[float], correlation: float | None, what: str, digits: int
+) -> Finding:
+    """Whether values rise from the first layer to the last in most runs, and in between.
+
+    It holds if the mean rise is above 0 with p < .05 (t-test over seeds) and the mean rank
+    correlation with depth is at least 0.8.
+    """
+    mean, p = float(np.mean(rises)), p_against_zero(rises)
+    evidence = (
+        f"{what}: last minus first layer {signed(mean, digits)} over {len(rises)} seeds, "
+        f"p = {p_value(p)}, Spearman {signed(correlation, 2)}"
+    )
+    rising = mean > 0 and correlation is not None and correlation >= MIN_SPEARMAN
+    if rising and p is None:
+        raise NotTestableError(f"equal in all seeds, t is undefined; {evidence}")
+    return Finding(rising and p is not None and p < SIGNIFICANCE, evidence)

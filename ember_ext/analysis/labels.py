@@ -1,0 +1,29 @@
+"""What tables, figures and claims call backbones and variants."""
+
+from __future__ import annotations
+
+BACKBONE_LABELS = {"transformer": "Transformer", "cfc": "CfC"}
+
+VARIANT_LABELS = {
+    "transformer": {
+        "standard": "Standard",
+        "lif-fixed": "LIF-fixed",
+        "lif": "LIF-learnable",
+        "lif-seed": "LIF-learnable",
+        "lif-refractory": "LIF-refractory",
+        "qwen-gate": "Qwen-gate",
+        "null": "Null (Standard again)",
+    },
+    "cfc": {
+        "standard": "CfC-only (base)",
+        "lif": "CfC+LIF",
+        "lif-seed": "CfC+LIF",
+        "null": "Null (base again)",
+    },
+}
+"""What the tables call a variant, in the order of their rows."""
+
+
+def variant_label(backbone: str, variant: str) -> str:
+    """The name of a variant, without its gate preset; its own if it has no other."""
+    return VARIANT_LABELS[backbone].get(variant, variant)
