@@ -19,10 +19,11 @@ from ember_ext.analysis.figures.entropy_heatmap import figure_3_entropy
 from ember_ext.analysis.figures.head_roles import figure_4_roles
 from ember_ext.analysis.figures.loss_curves import SHOWN_FROM, figure_2_loss_curves
 from ember_ext.analysis.figures.parameters import figure_7_parameters
-from ember_ext.analysis.figures.style import BACKBONES, LOOKS, Format, rendered
+from ember_ext.analysis.figures.style import LOOKS, Format, rendered
 from ember_ext.analysis.figures.thresholds import figure_6_thresholds
 from ember_ext.analysis.grid import NULL, Grid
 from ember_ext.analysis.heads import FOCUSER_BELOW, GATHERER_ABOVE, POINTER_BELOW
+from ember_ext.analysis.labels import BACKBONE_LABELS
 from ember_ext.files import write_atomically
 
 __all__ = [
@@ -90,9 +91,10 @@ _PLANS = (
         "Validation loss by the paper's protocol (random batches) at every evaluation, in nats per "
         "character. Thin lines are seeds, thick lines their means. (a, b) The axis starts after "
         f"{SHOWN_FROM:.0%} of the steps: the fall before it would hide all else. (c, d) LIF minus "
-        "Standard of the same seed: below 0, LIF is better. Grey: the largest difference at that "
-        "step between Standard runs that are equal up to rounding. Filled triangles: the "
-        "evaluation from which LIF stays ahead to the end; hollow: a first lead that was lost.",
+        "Standard of the same seed: below 0, LIF is better. Grey: RMS and "
+        "largest difference at that step between Standard runs that are equal up to rounding. "
+        "Filled triangles: the evaluation from which LIF stays ahead to the end; hollow: a first "
+        "lead that was lost.",
         {"transformer": (*_PAIR, NULL), "cfc": (*_PAIR, NULL)},
     ),
     _Plan(
@@ -143,8 +145,8 @@ _PLANS = (
         "lines across variants, large ones means. Variants that add equally many parameters are "
         "drawn side by side; those that add none stand left of the break. (c, d) Difference from "
         "Standard of the same seeds: mean, and 95 % interval of the paired t-test where there are "
-        "three seeds or more. Grey: the largest difference between Standard runs that are equal up "
-        "to rounding.",
+        "three seeds or more. Grey: RMS and largest difference between Standard runs that are "
+        "equal up to rounding.",
         {"transformer": tuple(LOOKS), "cfc": tuple(LOOKS)},
     ),
 )
@@ -183,5 +185,5 @@ def _caption(plan: _Plan, grid: Grid) -> str:
             for variant in variants
             if grid.runs(backbone, variant)
         ]
-        parts.append(f"{BACKBONES[backbone]} {', '.join(counts) if counts else 'not run'}")
+        parts.append(f"{BACKBONE_LABELS[backbone]} {', '.join(counts) if counts else 'not run'}")
     return f"{plan.caption} Runs: {'; '.join(parts)}."

@@ -16,7 +16,6 @@ from ember_ext.analysis.depth import (
     depth_profile,
 )
 from ember_ext.analysis.figures.style import (
-    BACKBONES,
     DOUBLE_COLUMN,
     LOOKS,
     new_figure,
@@ -25,6 +24,7 @@ from ember_ext.analysis.figures.style import (
     styled,
 )
 from ember_ext.analysis.grid import Grid
+from ember_ext.analysis.labels import BACKBONE_LABELS
 
 VARIANTS = ("standard", "lif")
 
@@ -45,8 +45,8 @@ def figure_5_depth(grid: Grid) -> Figure:
     """
     figure = new_figure(DOUBLE_COLUMN, 2.6)
     transformer, cfc = figure.subplots(1, 2)
-    panel_title(transformer, "a", f"{BACKBONES['transformer']}, attention")
-    panel_title(cfc, "b", f"{BACKBONES['cfc']}, neurons")
+    panel_title(transformer, "a", f"{BACKBONE_LABELS['transformer']}, attention")
+    panel_title(cfc, "b", f"{BACKBONE_LABELS['cfc']}, neurons")
     drawn = False
     for variant in VARIANTS:
         profile = depth_profile(grid.runs("transformer", variant), ATTENTION_ENTROPY)

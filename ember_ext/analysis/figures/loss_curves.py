@@ -9,16 +9,17 @@ from matplotlib.figure import Figure
 from ember_ext.analysis.comparisons import MAIN_LOSS, noise_curve
 from ember_ext.analysis.crossover import find_crossovers
 from ember_ext.analysis.figures.style import (
-    BACKBONES,
     DOUBLE_COLUMN,
     LOOKS,
     legend_below,
     new_figure,
+    noise_band,
     panel_title,
     say_not_run,
     styled,
 )
 from ember_ext.analysis.grid import Grid
+from ember_ext.analysis.labels import BACKBONE_LABELS
 
 PUBLISHED_CROSSOVER = 1600
 """The step at which the paper sees LIF overtake, in every seed."""
@@ -34,22 +35,22 @@ VARIANTS = ("standard", "lif")
 def figure_2_loss_curves(grid: Grid) -> Figure:
     """Draw the losses of Standard and LIF above, and their paired difference below.
 
-    Thin lines are seeds, thick ones means over seeds. The band around 0 is the largest difference,
-    over seeds, between two Standard runs that are equal up to rounding. A filled triangle marks the
-    evaluation from which LIF stays below Standard to the end, a hollow one a first lead that was
-    lost again.
+    Thin lines are seeds, thick ones means over seeds. Bands around 0 are the differences between
+    Standard runs that are equal up to rounding: RMS over seeds, and largest. A filled triangle
+    marks the evaluation from which LIF stays below Standard to the end, a hollow one a first lead
+    that was lost again.
     """
     figure = new_figure(DOUBLE_COLUMN, 4.5)
     panels = figure.subplots(2, 2, height_ratios=[1.2, 1])
     for (loss, difference), letters, (backbone, label) in zip(
-        panels.T, ("ac", "bd"), BACKBONES.items(), strict=True
+        panels.T, ("ac", "bd"), BACKBONE_LABELS.items(), strict=True
     ):
         panel_title(loss, letters[0], label)
         _losses(loss, grid, backbone)
         ahead = _differences(difference, grid, backbone)
         panel_title(difference, letters[1], f"LIF minus Standard{ahead}")
     figure.align_ylabels()
-    legend_below(figure, panels[1], ncols=4)
+    legend_below(figure, panels[1], ncols=5)
     return figure
 
 
@@ -67,7 +68,7 @@ def _losses(axes: Axes, grid: Grid, backbone: str) -> None:
         axes.plot(steps, losses.mean(0), color=look.color, label=f"{look.label}, {seeds}")
         shown.append(losses[:, steps >= SHOWN_FROM * steps[-1]])
     if not shown:
-        say_not_run(axes, BACKBONES[backbone])
+        say_not_run(axes, BACKBONE_LABELS[backbone])
         return
     _limit(axes, np.concatenate(shown, axis=None))
     axes.set(xlim=(0, steps[-1]), ylabel="validation loss (nats)")
@@ -87,10 +88,8 @@ def _differences(axes: Axes, grid: Grid, backbone: str) -> str:
     shown = [differences[:, steps >= SHOWN_FROM * steps[-1]].ravel()]
     noise = noise_curve(grid, backbone)
     if noise is not None:
+        noise_band(axes, steps, noise.rms, noise.maximum)
         band = np.array(noise.maximum)
-        axes.fill_between(
-            steps, -band, band, color="0.87", linewidth=0, label="null pair (noise)", zorder=0
-        )
         late = band[steps >= SHOWN_FROM * steps[-1]]
         shown += [late, -late]
     axes.axhline(0, color="0.4", linewidth=0.7, zorder=1)

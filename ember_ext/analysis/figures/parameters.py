@@ -9,18 +9,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ember_ext.analysis.comparisons import best_loss, compare, measure_noise
+from ember_ext.analysis.comparisons import best_loss, compare, extra_parameters, measure_noise
 from ember_ext.analysis.figures.style import (
-    BACKBONES,
     DOUBLE_COLUMN,
     LOOKS,
     legend_below,
     new_figure,
+    noise_band,
     panel_title,
     say_not_run,
     styled,
 )
 from ember_ext.analysis.grid import BASELINE, NULL, Grid
+from ember_ext.analysis.labels import BACKBONE_LABELS
 
 APART = 0.16
 """Between variants that add equally many parameters, in powers of ten."""
@@ -43,7 +44,7 @@ def figure_7_parameters(grid: Grid) -> Figure:
     figure = new_figure(DOUBLE_COLUMN, 4.4)
     panels = figure.subplots(2, 2, height_ratios=[1.2, 1])
     for (loss, difference), letters, (backbone, label) in zip(
-        panels.T, ("ac", "bd"), BACKBONES.items(), strict=True
+        panels.T, ("ac", "bd"), BACKBONE_LABELS.items(), strict=True
     ):
         panel_title(loss, letters[0], label)
         panel_title(difference, letters[1], f"{label}, against Standard")
@@ -59,14 +60,6 @@ def figure_7_parameters(grid: Grid) -> Figure:
     figure.align_ylabels()
     legend_below(figure, panels.flat, ncols=4)
     return figure
-
-
-def extra_parameters(grid: Grid, backbone: str, variant: str) -> int | None:
-    """How many parameters a variant adds to Standard; None if one of them was not run."""
-    runs, base = grid.runs(backbone, variant), grid.runs(backbone, BASELINE)
-    if not runs or not base:
-        return None
-    return int(runs[0].summary["parameters"]) - int(base[0].summary["parameters"])
 
 
 def _places(grid: Grid, backbone: str) -> dict[str, Place]:
@@ -104,8 +97,9 @@ def _differences(axes: Axes, grid: Grid, backbone: str, places: dict[str, Place]
     base = np.mean([best_loss(run) for run in grid.runs(backbone, BASELINE)])
     noise = measure_noise(grid, backbone)
     if noise is not None:
-        band = 100 * noise.maximum / base
-        axes.axhspan(-band, band, color="0.87", linewidth=0, label="null pair (noise)", zorder=0)
+        rms, maximum = 100 * noise.rms / base, 100 * noise.maximum / base
+        everywhere = axes.get_yaxis_transform()
+        noise_band(axes, [0, 1], [rms] * 2, [maximum] * 2, transform=everywhere)
     axes.axhline(0, color="0.4", linewidth=0.7, zorder=1)
     for variant, place in places.items():
         comparison = compare(grid, backbone, variant)

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, ParamSpec
 
 import matplotlib.style
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 P = ParamSpec("P")
 Format = Literal["pdf", "png", "svg"]
@@ -53,9 +55,6 @@ LOOKS = {
 }
 """In the order of legends."""
 
-BACKBONES = {"transformer": "Transformer", "cfc": "CfC"}
-"""Labels, in the order of panels."""
-
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # part of matplotlib, so the same on every machine
     "font.size": 7.5,
@@ -93,7 +92,11 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     @functools.wraps(draw)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with matplotlib.style.context(["default", _STYLE]):
-            return draw(*args, **kwargs)
+            figure = draw(*args, **kwargs)
+            # Laid out once, so that files of every format look alike and are quick to write.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            return figure
 
     return wrapper
 
@@ -121,6 +124,15 @@ def panel_title(axes: Axes, letter: str, text: str) -> None:
     """Name a panel by a letter, for the caption, and a few words."""
     bold = rf"$\bf{{{letter}}}$"
     axes.set_title(f"{bold}  {text}", pad=5)
+
+
+def noise_band(axes: Axes, x: ArrayLike, rms: ArrayLike, maximum: ArrayLike, **where: Any) -> None:
+    """Draw how far null pairs part, to either side of 0: at most, and as a root mean square."""
+    for size, shade, label in (
+        (np.asarray(maximum), "0.91", "null pairs: largest"),
+        (np.asarray(rms), "0.78", "null pairs: RMS"),
+    ):
+        axes.fill_between(x, -size, size, color=shade, linewidth=0, label=label, zorder=0, **where)
 
 
 def legend_below(figure: Figure, panels: Iterable[Axes], ncols: int) -> None:

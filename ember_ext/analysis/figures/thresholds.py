@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ember_ext.analysis.figures.style import (
-    BACKBONES,
     DOUBLE_COLUMN,
     layer_colors,
     new_figure,
@@ -19,6 +18,7 @@ from ember_ext.analysis.figures.style import (
     styled,
 )
 from ember_ext.analysis.grid import Grid
+from ember_ext.analysis.labels import BACKBONE_LABELS
 from ember_ext.analysis.results import RunResult
 
 VARIANTS = ("lif", "lif-seed")
@@ -31,13 +31,13 @@ def figure_6_thresholds(grid: Grid) -> Figure:
     Thick lines are layer means over seeds. Thin ones are every head of every seed (Transformer),
     or the mean over a layer's neurons for every seed (CfC).
     """
-    runs = {(v, b): grid.runs(b, v) for v in VARIANTS for b in BACKBONES}
-    rows = [v for v in VARIANTS if v == "lif" or any(runs[v, b] for b in BACKBONES)]
+    runs = {(v, b): grid.runs(b, v) for v in VARIANTS for b in BACKBONE_LABELS}
+    rows = [v for v in VARIANTS if v == "lif" or any(runs[v, b] for b in BACKBONE_LABELS)]
     figure = new_figure(DOUBLE_COLUMN, 0.25 + 2.15 * len(rows))
     panels = figure.subplots(len(rows), 2, squeeze=False)
     letters = iter("abcd")
     for row, variant in zip(panels, rows, strict=True):
-        for axes, (backbone, label) in zip(row, BACKBONES.items(), strict=True):
+        for axes, (backbone, label) in zip(row, BACKBONE_LABELS.items(), strict=True):
             chosen = runs[variant, backbone]
             presets = sorted({str(run.config["gate_preset"]) for run in chosen})
             kind = f"{', '.join(presets)} preset" if presets else "seed preset"
