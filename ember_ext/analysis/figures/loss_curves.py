@@ -50,7 +50,7 @@ def figure_2_loss_curves(grid: Grid) -> Figure:
         ahead = _differences(difference, grid, backbone)
         panel_title(difference, letters[1], f"LIF minus Standard{ahead}")
     figure.align_ylabels()
-    legend_below(figure, panels[1], ncols=5)
+    legend_below(figure, panels[1], ncols=3)
     return figure
 
 
@@ -101,7 +101,7 @@ def _differences(axes: Axes, grid: Grid, backbone: str) -> str:
     ahead = _crossovers(axes, grid, backbone, steps, differences)
     _limit(axes, np.concatenate(shown, axis=None))
     axes.set(xlim=(0, steps[-1]), xlabel="step", ylabel="difference (nats)")
-    return f"; ahead at the end in {ahead} of {len(pairs)}"
+    return f"; ends ahead: {ahead} of {len(pairs)}"
 
 
 def _crossovers(
