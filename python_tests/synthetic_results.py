@@ -40,7 +40,7 @@ class Effect:
         entropy: attention entropy (Transformer) or own neuron entropy (CfC) of each layer at the
             end; None for a profile that is equal for all variants.
         virtual_entropy: neuron entropy of each layer through the virtual gate (CfC).
-        threshold: effective θ of each layer at the end, reached linearly from .001.
+        threshold: effective θ of each layer at the end, reached linearly from .001 after `since`.
     """
 
     loss: float = 0.0
@@ -78,6 +78,7 @@ def synthetic_run(
     for i, step in enumerate([*range(0, steps, eval_interval), steps]):
         shift = effect.loss if step >= effect.since else effect.early
         grown = step / steps
+        risen = max(0, step - effect.since) / max(1, steps - effect.since)
         loss = 1.6 + 2.57 * float(np.exp(-step / 300)) + grown * (deviation + shift + drift)
         evaluations.append(
             {
@@ -86,7 +87,7 @@ def synthetic_run(
                 "val_loss_estimate": loss + float(window_noise[i]),
                 "train_loss_estimate": loss - 0.1 * grown,
                 "seconds": 0.1 * step,
-                "gates": _gates(backbone, variant, effect, grown, n_layer, n_head, n_embd),
+                "gates": _gates(backbone, variant, effect, risen, n_layer, n_head, n_embd),
                 **_layers(backbone, variant, effect, run_noise, grown, n_layer, n_head, block_size),
             }
         )

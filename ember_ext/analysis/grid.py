@@ -11,6 +11,9 @@ from ember_ext.analysis.results import ResultError, RunResult, select
 BASELINE = "standard"
 """The variant that all others are compared with."""
 
+LIF = "lif"
+"""The learnable gate, which most claims are about."""
+
 NULL = "null"
 """The baseline again, with a relative noise of 1e-7 on its initial weights."""
 

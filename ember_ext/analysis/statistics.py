@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy import stats
@@ -59,8 +60,6 @@ class PairedComparison:
             it cannot fall below 2^(1-n), so 6 are needed for p < .05. None as above.
         dz: Cohen's d of the differences, mean / sd (ddof 1); None as t_p, and if all are equal.
         t_interval: 95 % interval of the mean difference by Student's t; None with fewer than 3.
-        bootstrap_interval: the same by the bootstrap, bias-corrected and accelerated (BCa). Over
-            few pairs it is too narrow: prefer `t_interval` below about 10.
         variance: the two samples' spread compared; None with fewer than 3 pairs.
     """
 
@@ -75,13 +74,32 @@ class PairedComparison:
     wilcoxon_p: float | None
     dz: float | None
     t_interval: Interval | None
-    bootstrap_interval: Interval | None
     variance: VarianceComparison | None
 
     @property
     def n(self) -> int:
         """Number of pairs."""
         return len(self.differences)
+
+    @cached_property
+    def bootstrap_interval(self) -> Interval | None:
+        """95 % interval of the mean difference by the bootstrap; None with fewer than 3 pairs.
+
+        Bias-corrected and accelerated (BCa). Over few pairs it is too narrow: prefer `t_interval`
+        below about 10.
+        """
+        if self.t_interval is None or self.t_interval[0] == self.t_interval[1]:
+            return self.t_interval
+        result = stats.bootstrap(
+            (np.array(self.differences),),
+            np.mean,
+            n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE,
+            method="BCa",
+            rng=np.random.default_rng(0),
+        )
+        low, high = result.confidence_interval
+        return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -149,8 +167,7 @@ def compare_paired(base: Sequence[float], other: Sequence[float]) -> PairedCompa
     difference = float(differences.mean())
     tested = len(differences) >= MIN_PAIRS
     spread = _varies(differences, scale=max(map(abs, [*base, *other])))
-    t_p = wilcoxon_p = dz = None
-    t_interval = bootstrap_interval = None
+    t_p = wilcoxon_p = dz = t_interval = None
     if tested and not differences.any():
         t_p = wilcoxon_p = 1.0
     elif tested:
@@ -160,10 +177,9 @@ def compare_paired(base: Sequence[float], other: Sequence[float]) -> PairedCompa
         t_p = float(test.pvalue)
         low, high = test.confidence_interval(CONFIDENCE)
         t_interval = (float(low), float(high))
-        bootstrap_interval = _bootstrap(differences)
         dz = difference / float(differences.std(ddof=1))
     elif tested:
-        t_interval = bootstrap_interval = (difference, difference)
+        t_interval = (difference, difference)
     return PairedComparison(
         differences=tuple(differences.tolist()),
         base=describe(base),
@@ -176,7 +192,6 @@ def compare_paired(base: Sequence[float], other: Sequence[float]) -> PairedCompa
         wilcoxon_p=wilcoxon_p,
         dz=dz,
         t_interval=t_interval,
-        bootstrap_interval=bootstrap_interval,
         variance=compare_variances(base, other) if tested else None,
     )
 
@@ -199,7 +214,7 @@ def compare_variances(base: Sequence[float], other: Sequence[float]) -> Variance
 
 
 def p_against_zero(values: Sequence[float]) -> float | None:
-    """Two-sided p of the t-test that the mean of some values is 0; None where it is undefined."""
+    """Two-sided p of the t-test that the mean of some values is 0; see `PairedComparison.t_p`."""
     return compare_paired([0.0] * len(values), values).t_p
 
 
@@ -224,16 +239,3 @@ def spearman(values: Sequence[float]) -> float | None:
 def _varies(values: np.ndarray, scale: float) -> bool:
     """Whether values differ by more than the rounding of their differences."""
     return bool(np.ptp(values) > 1e-12 * scale)
-
-
-def _bootstrap(differences: np.ndarray) -> Interval:
-    result = stats.bootstrap(
-        (differences,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="BCa",
-        rng=np.random.default_rng(0),
-    )
-    low, high = result.confidence_interval
-    return float(low), float(high)

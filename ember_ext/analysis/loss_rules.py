@@ -1,0 +1,187 @@
+"""Rules about losses: effects, spread, crossovers, the start of training, and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ember_ext.analysis import published
+from ember_ext.analysis.comparisons import (
+    compare,
+    extra_parameters,
+    final_loss,
+    measure_noise,
+)
+from ember_ext.analysis.crossover import find_crossovers
+from ember_ext.analysis.formatting import noise_text, p_value, signed
+from ember_ext.analysis.grid import BASELINE, LIF, NULL, Grid
+from ember_ext.analysis.judging import (
+    CRITICAL_WINDOW,
+    SIGNIFICANCE,
+    Finding,
+    NotTestableError,
+    Rule,
+    need_config,
+    need_resolution,
+    need_runs,
+)
+from ember_ext.analysis.statistics import MIN_PAIRS
+
+MAX_START_PERCENT = 0.1
+"""Percent of the baseline's loss within which a gate that is open leaves it before training."""
+
+PARAMETER_RATIO = 8000
+
+
+def wins_every_seed(backbone: str, variant: str) -> Rule:
+    """The rule that a variant's best loss is below the baseline's in every seed, beyond noise."""
+
+    def judge(grid: Grid) -> Finding:
+        need_runs(grid, backbone, BASELINE, variant)
+        comparison = compare(grid, backbone, variant)
+        assert comparison is not None
+        floor = measure_noise(grid, backbone)
+        listed = ", ".join(signed(difference) for difference in comparison.differences)
+        evidence = (
+            f"{backbone}: lower in {comparison.wins} of {comparison.n} seeds, differences "
+            f"{listed}; {noise_text(floor)}"
+        )
+        if comparison.wins < comparison.n:
+            return Finding(False, evidence)
+        if floor is None or floor.n < MIN_PAIRS:
+            raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
+        return Finding(max(comparison.differences) < -floor.rms, evidence)
+
+    return judge
+
+
+def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
+    """The rule that a variant's losses vary least over seeds, and less than the baseline's.
+
+    It holds if its sd is the smallest of all, the Pitman-Morgan test against the baseline gives
+    p < .05, and the two sds differ by more than those of the null runs and the baseline.
+    """
+
+    def judge(grid: Grid) -> Finding:
+        need_runs(grid, backbone, BASELINE, variant)
+        comparison = compare(grid, backbone, variant)
+        assert comparison is not None
+        assert comparison.variance is not None
+        assert comparison.base.sd is not None
+        assert comparison.other.sd is not None
+        p = comparison.variance.pitman_morgan_p
+        sds = {BASELINE: comparison.base.sd, variant: comparison.other.sd}
+        missing = []
+        for other in others:
+            against = compare(grid, backbone, other, base=variant)
+            if against is None or against.other.sd is None:
+                missing.append(other)
+            else:
+                sds[other] = against.other.sd
+        listed = ", ".join(f"{name} {sd:.4f}" for name, sd in sds.items())
+        evidence = (
+            f"{backbone}, sd of the best val loss: {listed}; {variant} against {BASELINE}, "
+            f"{comparison.n} seeds: Pitman-Morgan p = {p_value(p)}"
+        )
+        if sds[variant] > min(sds.values()) or (p is not None and p >= SIGNIFICANCE):
+            return Finding(False, evidence)
+        if missing:
+            raise NotTestableError(f"no run of {backbone} {', '.join(missing)}; {evidence}")
+        if p is None:
+            raise NotTestableError(f"the variances cannot be compared; {evidence}")
+        null = compare(grid, backbone, NULL)
+        if null is None or null.n < MIN_PAIRS or null.other.sd is None or null.base.sd is None:
+            raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
+        noise = abs(null.other.sd - null.base.sd)
+        evidence += f"; sds of {NULL} and {BASELINE} differ by {noise:.4f}"
+        return Finding(sds[BASELINE] - sds[variant] > noise, evidence)
+
+    return judge
+
+
+def critical_period(backbone: str) -> Rule:
+    """The rule that LIF falls below the baseline at step 1600 ± 200 in every seed, and stays there.
+
+    On average the final difference has to exceed the noise floor besides.
+    """
+
+    def judge(grid: Grid) -> Finding:
+        need_resolution(grid, backbone)
+        need_runs(grid, backbone, BASELINE, LIF)
+        crossovers = find_crossovers(grid.pairs(backbone, LIF)).crossovers
+        null = find_crossovers(grid.pairs(backbone, NULL)).crossovers
+        steps = [c.persistent for c in crossovers]
+        target = published.CRITICAL_STEP
+        inside = [s is not None and abs(s - target) <= CRITICAL_WINDOW for s in steps]
+        comparison = compare(grid, backbone, LIF, final_loss)
+        assert comparison is not None
+        floor = measure_noise(grid, backbone, final_loss)
+        evidence = (
+            f"{backbone}, persistent crossover by seed: {_steps(steps)}; first below: "
+            f"{_steps([c.first for c in crossovers])}; null pairs, persistent: "
+            f"{_steps([c.persistent for c in null])}; final difference "
+            f"{signed(comparison.difference)}, {noise_text(floor)}"
+        )
+        if not all(inside):
+            return Finding(False, evidence)
+        if floor is None or floor.n < MIN_PAIRS:
+            raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
+        return Finding(comparison.difference < -floor.rms, evidence)
+
+    return judge
+
+
+def _steps(steps: Sequence[int | None]) -> str:
+    return ", ".join("none" if step is None else str(step) for step in steps) or "not run"
+
+
+def starts_open(backbone: str) -> Rule:
+    """The rule that a gate leaves the loss as it is before training."""
+
+    def judge(grid: Grid) -> Finding:
+        need_runs(grid, backbone, BASELINE, LIF)
+        changes = []
+        for pair in grid.pairs(backbone, LIF):
+            before, after = (run.evaluations[0] for run in pair)
+            if before["step"] or after["step"]:
+                raise NotTestableError(f"{backbone}: no evaluation before the first step")
+            changes.append(100 * (after["val_loss"] / before["val_loss"] - 1))
+        listed = ", ".join(f"{change:+.3f}%" for change in changes)
+        evidence = f"{backbone}, loss of {LIF} against {BASELINE} before training: {listed}"
+        return Finding(max(map(abs, changes)) <= MAX_START_PERCENT, evidence)
+
+    return judge
+
+
+def _at_paper_scale(grid: Grid, backbone: str) -> None:
+    config = need_config(grid, backbone)
+    if published.scale_of(config) != "paper":
+        raise NotTestableError(
+            f"{backbone}: {config['n_layer']} layers of {config['n_embd']}, not the paper's sizes"
+        )
+
+
+def _extra(grid: Grid, backbone: str, variant: str) -> int:
+    extra = extra_parameters(grid, backbone, variant)
+    if extra is None:
+        raise NotTestableError(f"no run of {backbone} {BASELINE} or {variant}")
+    return extra
+
+
+def has_parameters(backbone: str, variant: str, expected: int) -> Rule:
+    """The rule that a variant of the paper's sizes adds some number of parameters."""
+
+    def judge(grid: Grid) -> Finding:
+        _at_paper_scale(grid, backbone)
+        extra = _extra(grid, backbone, variant)
+        return Finding(extra == expected, f"{backbone} {variant}: {extra:,} extra parameters")
+
+    return judge
+
+
+def parameter_ratio(grid: Grid) -> Finding:
+    """Whether Qwen's gate adds 8,000 times the parameters of LIF at the paper's sizes."""
+    gate, lif = _extra(grid, "transformer", "qwen-gate"), _extra(grid, "transformer", LIF)
+    evidence = f"{gate:,} parameters against {lif:,}: {gate / lif:,.0f} times"
+    if published.scale_of(need_config(grid, "transformer")) != "paper":
+        raise NotTestableError(f"not the paper's sizes, which set the ratio; {evidence}")
+    return Finding(gate / lif >= PARAMETER_RATIO, evidence)

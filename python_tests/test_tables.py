@@ -1,0 +1,229 @@
+"""Tables against numbers worked out by hand from made-up runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+from synthetic_results import SEEDS, Effect, synthetic_results
+
+from ember_ext.analysis import published
+from ember_ext.analysis.formatting import DASH, p_value, percent, signed
+from ember_ext.analysis.results import RunResult
+from ember_ext.analysis.tables import Table, tables
+from ember_ext.data.sources import TINY_SHA256
+
+NUMBERS = ["3.1", "3.2", "3.3a", "3.3b", "3.4", "3.5", "3.6", "4.2", "S1", "S2"]
+
+BOTH = synthetic_results() + synthetic_results(backbone="cfc")
+
+
+def by_number(results: Sequence[RunResult]) -> dict[str, Table]:
+    return {table.number: table for table in tables(results)}
+
+
+def row(table: Table, *starts_with: str) -> dict[str, str]:
+    """The only row that starts with some cells, by column."""
+    found = [r for r in table.rows if r[: len(starts_with)] == starts_with]
+    assert len(found) == 1, table.rows
+    return dict(zip(table.columns, found[0], strict=True))
+
+
+def set_losses(results: Sequence[RunResult], variant: str, losses: Sequence[float]) -> None:
+    """Give the runs of a variant, one a seed, constant losses; on the whole text 0.1 more."""
+    runs = [run for run in results if run.variant == variant]
+    for run, loss in zip(runs, losses, strict=True):
+        for record in run.evaluations:
+            record["val_loss_estimate"], record["val_loss"] = loss, loss + 0.1
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [],
+        BOTH,
+        BOTH[:1],
+        synthetic_results(variants=("lif",)),
+        synthetic_results(backbone="cfc", variants=("null",), seeds=(1,)),
+        synthetic_results(n_layer=6, n_head=6, n_embd=384, block_size=256),
+    ],
+)
+def test_every_table_is_there_and_whole(results: list[RunResult]) -> None:
+    found = tables(results)
+    assert [table.number for table in found] == NUMBERS
+    for table in found:
+        assert table.notes
+        assert len(set(table.columns)) == len(table.columns)
+        for cells in table.rows:
+            assert len(cells) == len(table.columns)
+            assert all(cell and "nan" not in cell and "None" not in cell for cell in cells)
+
+
+def test_dashes_where_nothing_was_run() -> None:
+    table = by_number([])["3.1"]
+    cells = row(table, "LIF-learnable", "released")
+    assert cells["Published"] == "1.4673"
+    assert {cells[c] for c in ("Seeds", "Val loss", "sd", "vs Standard")} == {DASH}
+    assert row(table, "Standard")["vs Standard"] == DASH
+    assert "Nothing was run." in table.notes
+
+
+def test_performance_of_the_published_seeds() -> None:
+    """The published losses in, the published table out."""
+    results = synthetic_results(
+        n_layer=6, n_head=6, n_embd=384, block_size=256, steps=2000, eval_interval=500
+    )
+    for variant, printed in published.LOSSES["transformer"].items():
+        set_losses(results, variant, printed.per_seed)
+    table = by_number(results)["3.1"]
+    assert "Authors' xs" not in table.columns
+    for variant in ("LIF-fixed", "LIF-learnable", "LIF-refractory"):
+        cells = row(table, variant, "released")
+        assert cells["Seeds"] == "3"
+        assert cells["Val loss"] == cells["Published"]
+        assert cells["sd (ddof 0)"] == cells["Published sd (ddof 0)"]
+        assert cells["vs Standard"] == cells["Published vs Standard"]
+    standard = row(table, "Standard")
+    assert (standard["sd"], standard["vs Standard"]) == ("0.0128", "baseline")
+    assert standard["Final, whole text"] == "1.5784 ± 0.0128"
+    assert row(table, "Qwen-gate", DASH)["vs Standard"] == "+0.88%"
+    seed_gate = row(table, "LIF-learnable", "seed")
+    assert seed_gate["Published"] == DASH
+    assert seed_gate["Val loss"] != DASH
+
+
+def test_authors_small_runs_stand_beside_small_runs_only() -> None:
+    small = by_number(BOTH)
+    assert row(small["3.1"], "LIF-learnable", "released")["Authors' xs"] == (
+        "1.6156 ± 0.0068 (n = 8)"
+    )
+    assert row(small["3.1"], "Standard")["Authors' xs"].startswith("1.6167")
+    assert row(small["3.2"], "CfC+LIF", "released")["Authors' xs"] == "1.6392 (n = 3)"
+    assert any("authors' xs" in note for note in small["3.1"].notes)
+    other = by_number(synthetic_results(steps=1000))["3.1"]
+    assert "Authors' xs" not in other.columns
+    assert any("do not compare" in note for note in other.notes)
+
+
+def test_another_corpus_is_told() -> None:
+    def tells(results: list[RunResult]) -> bool:
+        return any("not Tiny Shakespeare" in note for note in by_number(results)["3.1"].notes)
+
+    corpus = {"name": "tinyshakespeare", "sha256": TINY_SHA256}
+    assert tells(BOTH)
+    assert not tells([dataclasses.replace(run, corpus=corpus) for run in BOTH])
+
+
+def test_differences_are_over_common_seeds() -> None:
+    results = synthetic_results(variants=("standard",), seeds=(1, 2, 3, 4))
+    results += synthetic_results(variants=("lif",), seeds=(3, 4, 5))
+    set_losses(results, "standard", [9.0, 9.0, 2.0, 2.0])
+    set_losses(results, "lif", [1.9, 1.9, 7.0])
+    table = by_number(results)["3.1"]
+    assert row(table, "LIF-learnable", "released")["vs Standard"] == "-5.00%"
+    assert row(table, "Standard")["Val loss"] == "5.5000"
+    assert any("over the 2 seeds that it shares" in note for note in table.notes)
+
+
+def test_head_roles() -> None:
+    results = synthetic_results(variants=("standard", "lif"))
+    for i, run in enumerate(results):
+        run.evaluations[-1]["attention_entropy"] = [[0.01, 0.5, 2.0, 3.5], [2.0] * 4]
+        if i < 2:
+            run.evaluations[-1]["attention_entropy"][1][0] = 0.02
+    table = by_number(results)["3.3a"]
+    first = row(table, "LIF-learnable", "released", "3", "L0")
+    assert [first[c] for c in ("Pointers", "Focusers", "Mixed", "Gatherers")] == ["1.0"] * 4
+    last = row(table, "Standard", DASH, "3", "L1")
+    assert (last["Pointers"], last["Mixed"]) == ("0.3", "3.7")
+    assert row(table, "Standard", DASH, "3", "all")["Pointers"] == "1.3"
+    assert last["Deviating heads"] == DASH
+    assert first["Selective/mild/moderate/pass-through"] == "0/0/0/12"
+    assert first["Largest contrast"] == "1.050"
+    assert "gatherer H > 2.98" in table.notes[0]
+
+
+def test_depth_and_its_published_numbers() -> None:
+    lif = Effect(entropy=(0.067, 0.1, 0.12, 0.161))
+    table = by_number(synthetic_results({"lif": lif}, backbone="cfc", n_layer=4))["3.4"]
+    cells = row(table, "CfC", "CfC+LIF", "released", "3", "own gate")
+    assert (cells["Published first"], cells["Published last"]) == ("0.067", "0.161")
+    assert cells["Spearman"] == "+1.00"
+    assert cells["Rise"].startswith("+0.09") or cells["Rise"].startswith("0.09")
+    assert row(table, "CfC", "CfC+LIF", "released", "3", "virtual gate")["Published last"] == DASH
+    assert row(table, "CfC", "CfC-only (base)")["Measured through"] == "virtual gate"
+    assert row(table, "Transformer", "Standard")["Published last"] == "1.690"
+
+
+def test_crossovers() -> None:
+    effect = Effect(loss=-0.02, early=0.02, since=1600, noise=1e-4)
+    table = by_number(synthetic_results({"lif": effect}))["3.5"]
+    cells = row(table, "Transformer", "LIF-learnable", "released", "3", "persistent")
+    assert cells["Step by seed"] == "42: 1600, 668: 1600, 1337: 1600"
+    assert (cells["With a crossover"], cells["Range"]) == ("3", "1600-1600")
+    assert row(table, "CfC", "CfC+LIF", "released", DASH, "first")["Published"] == "1600"
+
+
+def test_parameters() -> None:
+    table = by_number(BOTH)["3.6"]
+    cells = row(table, "Transformer", "LIF-learnable", "released")
+    assert (cells["Extra parameters"], cells["Published extra parameters"]) == ("24", "108")
+    assert row(table, "Transformer", "Qwen-gate")["Published extra parameters"] == "884,736"
+    assert row(table, "CfC", "CfC+LIF", "released")["Extra parameters"] == "768"
+
+
+def test_thresholds() -> None:
+    lif = Effect(threshold=(0.001, 0.001, 0.002, 0.004))
+    table = by_number(synthetic_results({"lif": lif}, backbone="cfc", n_layer=4))["4.2"]
+    cells = row(table, "CfC", "CfC+LIF", "released", "3", "L3")
+    assert cells["Ratio to L0"] == "4.00"
+    assert cells["Published θ"] == "0.00210"
+
+
+def test_statistics_and_noise() -> None:
+    results = synthetic_results(variants=("standard", "lif", "null"))
+    set_losses(results, "standard", [1.0, 2.0, 3.0])
+    set_losses(results, "lif", [0.9, 1.7, 2.8])
+    set_losses(results, "null", [1.1, 2.0, 3.0])
+    found = by_number(results)
+    cells = row(found["S1"], "Transformer", "LIF-learnable", "released", "3", "best, estimate")
+    assert (cells["Difference"], cells["%"], cells["Lower in"]) == ("-0.20000", "-10.00%", "3/3")
+    # t = -.2 / (.1/√3) with two degrees of freedom.
+    assert (cells["t p"], cells["Wilcoxon p"], cells["dz"]) == (".074", ".250", "-2.00")
+    assert cells["95% interval (t)"] == "[-0.4484, +0.0484]"
+    assert (cells["Noise floor (RMS)"], cells["Beyond noise"]) == ("0.05774", "yes")
+    null = row(found["S1"], "Transformer", "Null (Standard again)", DASH, "3", "best, estimate")
+    assert null["Beyond noise"] == DASH
+    noise = row(found["S2"], "Transformer", "best, estimate")
+    assert (noise["Null pairs"], noise["RMS"], noise["Largest"]) == ("3", "0.05774", "0.10000")
+    steps = [r[1] for r in found["S2"].rows]
+    assert steps[-1] == "estimate at 3000"
+
+
+def test_one_seed_has_means_and_no_tests() -> None:
+    table = by_number(synthetic_results(seeds=SEEDS[:1]))["S1"]
+    for cells in (dict(zip(table.columns, r, strict=True)) for r in table.rows):
+        assert cells["Seeds"] == "1"
+        assert cells["Difference"] != DASH
+        columns = ("t p", "Wilcoxon p", "dz", "95% interval (t)", "95% interval (BCa)", "sd ratio")
+        assert {cells[column] for column in columns} == {DASH}
+
+
+def test_formats() -> None:
+    assert [p_value(p) for p in (None, 0.0004, 0.0426, 1.0)] == [DASH, "<.001", ".043", "1.000"]
+    assert [percent(v) for v in (None, -0.754, 0.0)] == [DASH, "-0.75%", "+0.00%"]
+    assert [signed(v, 3) for v in (None, -0.0024, 0.5)] == [DASH, "-0.002", "+0.500"]
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"backbone": "transformer", "n_layer": 6, "n_head": 6, "n_embd": 384}, "other"),
+        (BOTH[0].config, "xs"),
+        ({**BOTH[0].config, "steps": 2999}, "other"),
+        (BOTH[-1].config, "xs"),
+    ],
+)
+def test_scale(config: dict[str, object], scale: str) -> None:
+    assert published.scale_of(config) == scale
