@@ -4,7 +4,7 @@
 
     report.html    everything, pictures included: it needs no other file and no network
     report.md      the same, with the figures as files
-    numbers.json   tables, claims and statistics as data; equal runs give equal bytes
+    numbers.json   all of its numbers as data, without times: equal runs give equal bytes
     figures/       each figure as PDF and PNG
 """
 
@@ -19,22 +19,32 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+try:
+    import scipy  # noqa: F401  (of the statistics below)
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"the report needs {error.name}, which is not installed: "
+        'pip install "ember-ext[paper]", or pip install ".[paper]" in a clone',
+        name=error.name,
+    ) from None
+
+from ember_ext.analysis.claims import Claim, Verdict, claims
+from ember_ext.analysis.comparisons import LOSS_MEASURES, compare, measure_noise, noise_curve
+from ember_ext.analysis.crossover import find_crossovers
+from ember_ext.analysis.depth import PROFILE_MEASURES, depth_profiles
+from ember_ext.analysis.figures import Drawing, draw_figures, write_figures
+from ember_ext.analysis.figures.style import rendered
+from ember_ext.analysis.grid import BASELINE, Grid
+from ember_ext.analysis.labels import BACKBONE_LABELS, VARIANT_LABELS, variant_label
 from ember_ext.analysis.results import ResultError, RunResult
+from ember_ext.analysis.table import Table, gate_label
+from ember_ext.analysis.tables import tables
 from ember_ext.files import write_atomically
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-    from ember_ext.analysis.figures import Drawing
-    from ember_ext.analysis.grid import Grid
-
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-class MissingExtraError(ImportError):
-    """A package of the extra `paper` is not installed; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -68,46 +78,37 @@ def write_report(
         The path of report.html.
 
     Raises:
-        MissingExtraError: jinja2 or scipy is not installed.
         ResultError: see `Grid`.
         OSError: a file cannot be written.
     """
-    _need_extra()
-    from ember_ext.analysis.figures import draw_figures, write_figures
-    from ember_ext.analysis.grid import Grid
-
-    grid = Grid(results)
-    drawings = draw_figures(grid)
-    content = _content(grid, context)
+    findings = _Findings.of(results)
+    drawings = draw_figures(findings.grid)
+    content = _content(findings, context)
     folder = Path(folder)
     write_figures(folder / "figures", drawings)
-    write_atomically(folder / "numbers.json", _json(numbers(results, context)))
-    markdown = _markdown(content, drawings)
-    write_atomically(folder / "report.md", markdown.encode())
+    write_atomically(folder / "numbers.json", _json(_numbers(findings, context)))
+    write_atomically(folder / "report.md", _markdown(content, drawings).encode())
     page = folder / "report.html"
     write_atomically(page, _html(content, drawings).encode())
     return page
 
 
-def numbers(results: Sequence[RunResult], context: ReportContext) -> dict[str, Any]:
-    """Everything that the report says in numbers, as plain data, without times.
+@dataclass(frozen=True)
+class _Findings:
+    """What is computed from the results, once for all files."""
 
-    Returns:
-        suite; planned; runs: losses and sizes of each; tables and claims; statistics: for each
-        backbone and variant and each measure of loss the paired comparison with the baseline, the
-        noise floor, crossovers, and depth profiles.
+    grid: Grid
+    claims: list[Claim]
+    tables: list[Table]
 
-    Raises:
-        MissingExtraError: scipy is not installed.
-        ResultError: see `Grid`.
-    """
-    _need_extra()
-    from ember_ext.analysis.claims import claims
-    from ember_ext.analysis.comparisons import LOSS_MEASURES
-    from ember_ext.analysis.grid import Grid
-    from ember_ext.analysis.tables import tables
+    @classmethod
+    def of(cls, results: Sequence[RunResult]) -> _Findings:
+        return cls(Grid(results), claims(results), tables(results))
 
-    grid = Grid(results)
+
+def _numbers(findings: _Findings, context: ReportContext) -> dict[str, Any]:
+    """Everything that the report says in numbers, as plain data, without times."""
+    grid = findings.grid
     runs = [
         {
             "name": run.name,
@@ -124,18 +125,13 @@ def numbers(results: Sequence[RunResult], context: ReportContext) -> dict[str, A
         "suite": context.suite,
         "planned": list(context.planned),
         "runs": runs,
-        "claims": [dataclasses.asdict(claim) for claim in claims(results)],
-        "tables": [dataclasses.asdict(table) for table in tables(results)],
+        "claims": [dataclasses.asdict(claim) for claim in findings.claims],
+        "tables": [dataclasses.asdict(table) for table in findings.tables],
         "statistics": {backbone: _statistics(grid, backbone) for backbone in grid.backbones},
     }
 
 
 def _statistics(grid: Grid, backbone: str) -> dict[str, Any]:
-    from ember_ext.analysis.comparisons import LOSS_MEASURES, compare, measure_noise, noise_curve
-    from ember_ext.analysis.crossover import find_crossovers
-    from ember_ext.analysis.depth import PROFILE_MEASURES, depth_profiles
-    from ember_ext.analysis.grid import BASELINE
-
     def data(value: Any) -> Any:
         return None if value is None else dataclasses.asdict(value)
 
@@ -163,9 +159,6 @@ def _statistics(grid: Grid, backbone: str) -> dict[str, Any]:
     }
 
 
-# What both templates are filled with.
-
-
 @dataclass(frozen=True)
 class _GridRow:
     """The runs of one variant: the state of each seed's, in the order of the columns."""
@@ -177,30 +170,27 @@ class _GridRow:
     states: tuple[str, ...]
 
 
-def _content(grid: Grid, context: ReportContext) -> dict[str, Any]:
-    from ember_ext.analysis.claims import Verdict, claims
-    from ember_ext.analysis.tables import tables
-
-    judged = claims(grid.results)
-    counts = Counter(claim.verdict for claim in judged)
+def _content(findings: _Findings, context: ReportContext) -> dict[str, Any]:
+    """What both templates are filled with."""
+    grid = findings.grid
+    counts = Counter(claim.verdict for claim in findings.claims)
     planned = _planned_and_run(grid, context)
     done = {run.name for run in grid.results}
     seeds = sorted({_parts(name)[2] for name in planned})
-    every_table = tables(grid.results)
     return {
         "suite": context.suite,
         "command": context.command,
         "planned": len(planned),
         "finished": len(done),
         "failed": sorted(context.failed.items()),
-        "claims": judged,
+        "claims": findings.claims,
         "verdicts": [(verdict, counts[verdict]) for verdict in get_args(Verdict)],
         "facts": _facts(grid, context),
         "seeds": seeds,
         "grid": _grid_rows(grid, planned, seeds, done, context.failed),
         # Those that the paper has, and those that it lacks.
-        "tables": [table for table in every_table if not table.number.startswith("S")],
-        "statistics": [table for table in every_table if table.number.startswith("S")],
+        "tables": [table for table in findings.tables if not table.number.startswith("S")],
+        "statistics": [table for table in findings.tables if table.number.startswith("S")],
     }
 
 
@@ -216,7 +206,7 @@ def _parts(name: str) -> tuple[str, str, int]:
     Raises:
         ResultError: it is not one.
     """
-    match = re.fullmatch(r"([^-]+)-(.+)-seed(-?\d+)", name)
+    match = re.fullmatch(rf"({'|'.join(BACKBONE_LABELS)})-(.+)-seed(-?\d+)", name)
     if match is None:
         raise ResultError(f"{name!r} is not the name of a run: <backbone>-<variant>-seed<number>")
     return match[1], match[2], int(match[3])
@@ -229,9 +219,6 @@ def _grid_rows(
     done: set[str],
     failed: Mapping[str, str],
 ) -> list[_GridRow]:
-    from ember_ext.analysis.labels import BACKBONE_LABELS, VARIANT_LABELS, variant_label
-    from ember_ext.analysis.tables import gate_label
-
     def state(name: str) -> str:
         if name in done:
             return "done"
@@ -239,12 +226,11 @@ def _grid_rows(
             return "failed"
         return "missing" if name in planned else "not planned"
 
-    def place(pair: tuple[str, str]) -> tuple[int, int]:
+    def place(pair: tuple[str, str]) -> tuple[int, int, str]:
         backbone, variant = pair
         known = list(VARIANT_LABELS[backbone])
-        return list(BACKBONE_LABELS).index(backbone), (
-            known.index(variant) if variant in known else len(known)
-        )
+        rank = known.index(variant) if variant in known else len(known)
+        return list(BACKBONE_LABELS).index(backbone), rank, variant
 
     rows = []
     for backbone, variant in sorted({_parts(name)[:2] for name in planned}, key=place):
@@ -300,8 +286,6 @@ def _corpus(run: RunResult) -> str:
 
 
 def _model(run: RunResult) -> str:
-    from ember_ext.analysis.labels import BACKBONE_LABELS
-
     c = run.config
     units = f"{c['n_head']} heads" if run.backbone == "transformer" else f"{c['cfc_units']} neurons"
     return (
@@ -312,8 +296,6 @@ def _model(run: RunResult) -> str:
 
 def _gate_facts(grid: Grid) -> list[str]:
     """Which variants have which preset of the gate."""
-    from ember_ext.analysis.labels import BACKBONE_LABELS, variant_label
-
     by_preset: dict[str, list[str]] = {}
     for run in _ordered(grid):
         if run.evaluations[-1]["gates"]:
@@ -327,22 +309,13 @@ def _gate_facts(grid: Grid) -> list[str]:
 
 
 def _machine(run: RunResult) -> str:
-    s = run.summary
-    parts = [
-        s.get("machine"),
-        f"device {s['device']}" if "device" in s else None,
-        f"{s['threads']} threads" if "threads" in s else None,
-        f"{s['processes']} processes" if s.get("processes", 1) != 1 else None,
-        f"torch {s['torch']}" if "torch" in s else None,
-        f"ember_ext {s['ember_ext']}" if "ember_ext" in s else None,
-    ]
-    return ", ".join(str(part) for part in parts if part) or "not recorded"
+    processes = run.summary.get("processes", 1)
+    several = f", {processes} processes" if processes != 1 else ""
+    return f"{run.summary.get('machine', 'not recorded')}{several}"
 
 
 def _times(runs: Sequence[RunResult]) -> list[str]:
     """Time spent in training and evaluation, for each backbone and in all."""
-    from ember_ext.analysis.labels import BACKBONE_LABELS
-
     lines, total = [], 0.0
     for backbone, label in BACKBONE_LABELS.items():
         seconds = [float(r.summary.get("seconds", 0)) for r in runs if r.backbone == backbone]
@@ -363,8 +336,6 @@ def duration(seconds: float) -> str:
 
 
 def _html(content: dict[str, Any], drawings: Sequence[Drawing]) -> str:
-    from ember_ext.analysis.figures.style import rendered
-
     pictures = [
         {
             "drawing": drawing,
@@ -388,8 +359,6 @@ def escape_markdown(text: object) -> str:
 
 
 def _environment(autoescape: bool) -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=autoescape,
@@ -398,17 +367,6 @@ def _environment(autoescape: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-
-
-def _need_extra() -> None:
-    for package in ("jinja2", "scipy"):
-        try:
-            __import__(package)
-        except ImportError:
-            raise MissingExtraError(
-                f"the report needs {package}, which is not installed: "
-                'pip install "ember-ext[paper]", or pip install ".[paper]" in a clone'
-            ) from None
 
 
 def _json(value: Any) -> bytes:
