@@ -53,7 +53,7 @@ def figure_3_entropy(grid: Grid) -> Figure:
         if i // (2 * pairs) == rows - 1 and run is not None:
             axes.set_xlabel("head")
     bar = figure.colorbar(scale, ax=panels, fraction=0.025, pad=0.01, aspect=12 * rows)
-    bar.set_label("entropy (nats); top: uniform attention")
+    bar.set_label("entropy (nats)")
     bar.outline.set_linewidth(0.6)
     return figure
 

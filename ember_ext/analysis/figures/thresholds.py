@@ -80,7 +80,8 @@ def _trajectories(axes: Axes, runs: Sequence[RunResult], each_unit: bool) -> Non
     axes.set_xlim(0, steps[-1])
     # Room for the legend, which no line then crosses.
     low, high = axes.dataLim.intervaly
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.32 * (high - low))
+    size = high - low or max(abs(high), 1e-3)
+    axes.set_ylim(low - 0.05 * size, high + 0.32 * size)
     axes.legend(
         [Line2D([], [], color=color, linewidth=1.6) for color in colors],
         [f"layer {layer}" for layer in range(len(colors))],
