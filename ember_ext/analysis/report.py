@@ -40,7 +40,7 @@ from ember_ext.analysis.figures.style import rendered
 from ember_ext.analysis.grid import BASELINE, Grid
 from ember_ext.analysis.labels import BACKBONE_LABELS, VARIANT_LABELS, variant_label
 from ember_ext.analysis.results import ResultError, RunResult
-from ember_ext.analysis.table import Table, gate_label
+from ember_ext.analysis.table import Table, gate_label, variants_in_order
 from ember_ext.analysis.tables import tables
 from ember_ext.files import write_atomically
 
@@ -270,7 +270,7 @@ def _ordered(grid: Grid) -> list[RunResult]:
     return [
         run
         for backbone in grid.backbones
-        for variant in grid.variants(backbone)
+        for variant in variants_in_order(grid, backbone)
         for run in grid.runs(backbone, variant)
     ]
 
