@@ -18,10 +18,8 @@ from numpy.typing import ArrayLike
 P = ParamSpec("P")
 Format = Literal["pdf", "png", "svg"]
 
-SINGLE_COLUMN = 3.3
-"""Inches."""
 DOUBLE_COLUMN = 6.8
-"""Inches."""
+"""Width in inches of a figure over both columns of a page; fonts are set for it."""
 
 PNG_DPI = 300
 
@@ -78,7 +76,7 @@ _STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "legend.handlelength": 1.6,
     "legend.borderaxespad": 0.3,
-    "pdf.fonttype": 42,  # fonts are embedded whole in meaning: text stays text
+    "pdf.fonttype": 42,  # TrueType, embedded: text can be searched, and publishers take it
     "svg.fonttype": "path",
     "svg.hashsalt": "ember-ext",
     "figure.facecolor": "white",
