@@ -103,12 +103,12 @@ def test_a_sure_effect_within_the_noise_is_not_supported() -> None:
         "lif": Effect(loss=-5e-4, noise=2e-5),
         "null": Effect(noise=2e-3),
     }
+    keys = "loss-transformer", "wins-every-seed-transformer"
     results = synthetic_results(effects)
-    claim = judged(results)["loss-transformer"]
-    assert claim.verdict == REFUTED
-    assert "lower in 3 of 3" in claim.evidence
+    assert verdicts(results, *keys) == [REFUTED, REFUTED]
+    assert "lower in 3 of 3" in judged(results)["loss-transformer"].evidence
     effects["null"] = QUIET
-    assert verdicts(synthetic_results(effects), "loss-transformer") == [SUPPORTED]
+    assert verdicts(synthetic_results(effects), *keys) == [SUPPORTED, SUPPORTED]
 
 
 def test_equal_runs_are_no_gain() -> None:
@@ -173,6 +173,8 @@ def test_seed_stability() -> None:
     assert verdicts(synthetic_results(effects, seeds=seeds), "seed-stability") == [REFUTED]
     wild = {**effects, "lif": Effect(spread=3, noise=1e-4)}
     assert verdicts(synthetic_results(wild, seeds=seeds), "seed-stability") == [REFUTED]
+    noisy = {**calm, "null": Effect(spread=3, noise=1e-4)}
+    assert verdicts(synthetic_results(noisy, seeds=seeds), "seed-stability") == [REFUTED]
     calmer_yet = {**calm, "qwen-gate": Effect(spread=0.05, noise=1e-5)}
     assert verdicts(synthetic_results(calmer_yet, seeds=seeds), "seed-stability") == [REFUTED]
     some = synthetic_results(calm, seeds=seeds, variants=("standard", "lif", "null"))
@@ -217,6 +219,13 @@ def test_a_hierarchy_that_the_baseline_has_too() -> None:
     both = {"standard": rising, "lif": rising, "null": rising}
     expected = [SUPPORTED, SUPPORTED, REFUTED, REFUTED, REFUTED]
     assert verdicts(hierarchy(both, both), *HIERARCHY_KEYS) == expected
+
+
+def test_a_hierarchy_that_the_baseline_has_more_weakly() -> None:
+    weak = Effect(entropy=(1.0, 1.1, 1.2, 1.3), virtual_entropy=(1.0, 1.1, 1.2, 1.3))
+    effects = {"standard": weak, "null": weak, "lif": Effect(entropy=RISING)}
+    expected = [SUPPORTED, SUPPORTED, REFUTED, REFUTED, REFUTED]
+    assert verdicts(hierarchy(effects, effects), *HIERARCHY_KEYS) == expected
 
 
 def test_no_hierarchy_at_all() -> None:
@@ -294,6 +303,11 @@ def test_critical_period(since: int, loss: float, expected: list[str]) -> None:
     effect = Effect(loss=loss, early=0.01, since=since, threshold=(0.1, 0.2))
     results = synthetic_results({"lif": effect})
     assert verdicts(results, *CRITICAL_KEYS) == expected
+
+
+def test_thresholds_that_never_wake() -> None:
+    results = synthetic_results({"lif": Effect(threshold=(0.001, 0.002))})
+    assert verdicts(results, "thresholds-wake-transformer") == [REFUTED]
 
 
 def test_a_crossover_of_noise_is_no_critical_period() -> None:

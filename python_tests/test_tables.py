@@ -123,7 +123,14 @@ def test_differences_are_over_common_seeds() -> None:
     table = by_number(results)["3.1"]
     assert row(table, "LIF-learnable", "released")["vs Standard"] == "-5.00%"
     assert row(table, "Standard")["Val loss"] == "5.5000"
-    assert any("over the 2 seeds that it shares" in note for note in table.notes)
+    assert table.notes[0] == (
+        "LIF-learnable (released) and Standard are compared over the seeds of both (n = 2): "
+        "1.9000 ± 0.0000 and 2.0000 ± 0.0000."
+    )
+    # A row that lacks seeds of the baseline's says so as well.
+    fewer = synthetic_results(variants=("standard",), seeds=(1, 2))
+    fewer += synthetic_results(variants=("qwen-gate",), seeds=(1,))
+    assert "(n = 1)" in by_number(fewer)["3.1"].notes[0]
 
 
 def test_head_roles() -> None:

@@ -30,9 +30,9 @@ def p_value(value: float | None) -> str:
     return "<.001" if value < 0.001 else f"{value:.3f}".replace("0.", ".", 1)
 
 
-def interval(value: Interval | None) -> str:
+def interval(value: Interval | None, digits: int = 4) -> str:
     """A confidence interval of a difference."""
-    return DASH if value is None else f"[{value[0]:+.4f}, {value[1]:+.4f}]"
+    return DASH if value is None else f"[{value[0]:+.{digits}f}, {value[1]:+.{digits}f}]"
 
 
 def mean_sd(sample: Sample | None, digits: int = 4) -> str:
@@ -43,17 +43,17 @@ def mean_sd(sample: Sample | None, digits: int = 4) -> str:
     return f"{sample.mean:.{digits}f}{spread}"
 
 
-def comparison_text(
-    comparison: PairedComparison, other: str, base: str, digits: int = 4, unit: str = "%"
-) -> str:
-    """A comparison in one sentence, as evidence."""
+def comparison_text(comparison: PairedComparison, other: str, base: str, digits: int = 4) -> str:
+    """A comparison in one sentence, as evidence; `digits` are those of the means."""
     c = comparison
-    change = f" ({percent(c.percent)})" if unit == "%" else ""
+    change = "" if c.percent is None else f" ({percent(c.percent)})"
     text = (
         f"{other} {mean_sd(c.other, digits)}, {base} {mean_sd(c.base, digits)}: "
-        f"{signed(c.difference, digits)}{change}, lower in {c.wins} of {c.n}"
+        f"{signed(c.difference, digits + 1)}{change}, lower in {c.wins} of {c.n}"
     )
-    return text if c.t_p is None else f"{text}, paired t p = {p_value(c.t_p)}"
+    if c.t_p is None:
+        return text
+    return f"{text}, paired t p = {p_value(c.t_p)}, 95% interval {interval(c.t_interval, digits)}"
 
 
 def noise_text(floor: NoiseFloor | None, digits: int = 4) -> str:
@@ -62,6 +62,6 @@ def noise_text(floor: NoiseFloor | None, digits: int = 4) -> str:
         return "no null pairs"
     pairs = "pair" if floor.n == 1 else "pairs"
     return (
-        f"noise floor {floor.rms:.{digits}f} (RMS of {floor.n} null {pairs}; largest "
-        f"{floor.maximum:.{digits}f})"
+        f"noise floor {floor.rms:.{digits + 1}f} (RMS of {floor.n} null {pairs}; largest "
+        f"{floor.maximum:.{digits + 1}f})"
     )

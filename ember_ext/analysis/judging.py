@@ -1,8 +1,8 @@
 """The rules by which claims are judged: each looks at runs and says whether a claim holds there.
 
 A rule returns a `Finding`, or raises `NotTestableError` where the runs cannot answer. What can
-already be refuted is refuted: a rule of several parts fails with its first part that fails, even if
-another part is not testable.
+already be refuted is refuted: a rule of several parts fails if one part fails, even where another
+is not testable.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def wins_every_seed(backbone: str, variant: str) -> Rule:
         comparison = compare(grid, backbone, variant)
         assert comparison is not None
         floor = measure_noise(grid, backbone)
-        listed = ", ".join(signed(difference) for difference in comparison.differences)
+        listed = ", ".join(signed(difference, 5) for difference in comparison.differences)
         evidence = (
             f"{backbone}: lower in {comparison.wins} of {comparison.n} seeds, differences "
             f"{listed}; {noise_text(floor)}"
@@ -119,7 +119,7 @@ def critical_period(backbone: str) -> Rule:
             f"{backbone}, persistent crossover by seed: {_steps(steps)}; first below: "
             f"{_steps([c.first for c in crossovers])}; null pairs, persistent: "
             f"{_steps([c.persistent for c in null])}; final difference "
-            f"{signed(comparison.difference)}, {noise_text(floor)}"
+            f"{signed(comparison.difference, 5)}, {noise_text(floor)}"
         )
         if not all(inside):
             return Finding(False, evidence)

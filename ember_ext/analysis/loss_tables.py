@@ -54,10 +54,10 @@ def performance_table(grid: Grid, backbone: str, section: str) -> Table:
         head = row_head(grid, backbone, variant)
         sample = sample_of(map(best_loss, runs))
         comparison = compare(grid, backbone, variant)
-        if comparison and comparison.n < len(runs):
+        if comparison and comparison.n < max(len(runs), len(grid.runs(backbone, BASELINE))):
             notes.append(
-                f"{head[0]} ({head[1]}): compared over the {comparison.n} seeds that it shares "
-                f"with {base}."
+                f"{head[0]} ({head[1]}) and {base} are compared over the seeds of both "
+                f"(n = {comparison.n}): {mean_sd(comparison.other)} and {mean_sd(comparison.base)}."
             )
         row = [
             *head,
