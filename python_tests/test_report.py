@@ -211,6 +211,8 @@ def test_facts_say_how_long_and_where() -> None:
     assert facts["Machine"] == ["A", "B"]
     assert facts["Runs"] == ["2 finished of 2 planned"]
     assert facts["Gates"] == ["preset released: Transformer LIF-learnable"]
+    ungated = report._Findings.of([first]).grid
+    assert dict(report._facts(ungated, CONTEXT))["Gates"] == ["none"]
     assert [duration(s) for s in (59.6, 61, 3599.6)] == ["1 min 0 s", "1 min 1 s", "1 h 0 min"]
 
 

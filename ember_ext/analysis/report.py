@@ -259,7 +259,7 @@ def _facts(grid: Grid, context: ReportContext) -> list[tuple[str, list[str]]]:
     facts += [
         ("Corpus", _distinct(runs, _corpus)),
         ("Models", _distinct(runs, _model)),
-        ("Gates", _gate_facts(grid)),
+        ("Gates", _gate_facts(grid) or ["none"]),
         ("Time", _times(runs)),
         ("Machine", _distinct(runs, _machine)),
     ]
