@@ -1,0 +1,166 @@
+"""How every figure looks: sizes, fonts, colours, markers, and files that are the same each time."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, ParamSpec
+
+import matplotlib.style
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+P = ParamSpec("P")
+Format = Literal["pdf", "png", "svg"]
+
+DOUBLE_COLUMN = 6.8
+"""Width in inches of a figure over both columns of a page; fonts are set for it."""
+
+PNG_DPI = 300
+
+# Okabe and Ito's palette, which the common kinds of colour blindness keep apart.
+BLACK = "#000000"
+ORANGE = "#E69F00"
+SKY = "#56B4E9"
+GREEN = "#009E73"
+BLUE = "#0072B2"
+VERMILLION = "#D55E00"
+PURPLE = "#CC79A7"
+GREY = "#8C8C8C"
+
+
+class Look(NamedTuple):
+    """How one variant is drawn; marker and colour each tell it from the others."""
+
+    label: str
+    color: str
+    marker: str
+
+
+LOOKS = {
+    "standard": Look("Standard", BLACK, "o"),
+    "lif": Look("LIF", VERMILLION, "s"),
+    "lif-fixed": Look("LIF-fixed", ORANGE, "D"),
+    "lif-refractory": Look("LIF-refractory", PURPLE, "^"),
+    "qwen-gate": Look("Qwen-gate", BLUE, "v"),
+    "lif-seed": Look("LIF, seed preset", GREEN, "p"),
+    "null": Look("Standard again", GREY, "X"),
+}
+"""In the order of legends."""
+
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # part of matplotlib, so the same on every machine
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "figure.titlesize": 8,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "legend.borderaxespad": 0.3,
+    "pdf.fonttype": 42,  # TrueType, embedded: text can be searched, and publishers take it
+    "svg.fonttype": "path",
+    "svg.hashsalt": "ember-ext",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw a figure in the common style, whatever the user's own settings of matplotlib are."""
+
+    @functools.wraps(draw)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.style.context(["default", _STYLE]):
+            figure = draw(*args, **kwargs)
+            # Laid out once, so that files of every format look alike and are quick to write.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            return figure
+
+    return wrapper
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that keeps labels from overlapping.
+
+    It is made without pyplot, which would look for a display and keep global state.
+    """
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04)  # type: ignore[union-attr,call-arg]
+    return figure
+
+
+def rendered(figure: Figure, file_format: Format) -> bytes:
+    """The figure as a file, without its date: equal figures give equal bytes."""
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
+    file = io.BytesIO()
+    with matplotlib.style.context(["default", _STYLE]):
+        figure.savefig(file, format=file_format, dpi=PNG_DPI, metadata=undated[file_format])
+    return file.getvalue()
+
+
+def panel_title(axes: Axes, letter: str, text: str) -> None:
+    """Name a panel by a letter, for the caption, and a few words."""
+    bold = rf"$\bf{{{letter}}}$"
+    axes.set_title(f"{bold}  {text}", pad=5)
+
+
+def noise_band(axes: Axes, x: ArrayLike, rms: ArrayLike, maximum: ArrayLike, **where: Any) -> None:
+    """Draw how far null pairs part, to either side of 0: at most, and as a root mean square."""
+    for size, shade, label in (
+        (np.asarray(maximum), "0.91", "null pairs: largest"),
+        (np.asarray(rms), "0.78", "null pairs: RMS"),
+    ):
+        axes.fill_between(x, -size, size, color=shade, linewidth=0, label=label, zorder=0, **where)
+
+
+def legend_below(figure: Figure, panels: Iterable[Axes], ncols: int) -> None:
+    """One legend for several panels, each label once, under the figure."""
+    handles: dict[str, Artist] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside lower center", ncols=ncols
+        )
+
+
+def say_not_run(axes: Axes, what: str) -> None:
+    """Say in an empty panel what is missing."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(True)
+    axes.spines[:].set(color="0.8", linestyle=(0, (4, 3)))
+    axes.text(
+        0.5,
+        0.5,
+        f"{what}: not run",
+        transform=axes.transAxes,
+        ha="center",
+        va="center",
+        color="0.4",
+    )
+
+
+def layer_colors(layers: int) -> list[Any]:
+    """One colour a layer, from dark (the first) to light, of equal steps in lightness."""
+    return [colormaps["viridis"](0.85 * i / max(1, layers - 1)) for i in range(layers)]

@@ -1,0 +1,90 @@
+"""Figure 6: thresholds over the course of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ember_ext.analysis.figures.style import (
+    DOUBLE_COLUMN,
+    layer_colors,
+    new_figure,
+    panel_title,
+    say_not_run,
+    styled,
+)
+from ember_ext.analysis.grid import Grid
+from ember_ext.analysis.labels import BACKBONE_LABELS
+from ember_ext.analysis.results import RunResult
+
+VARIANTS = ("lif", "lif-seed")
+
+
+@styled
+def figure_6_thresholds(grid: Grid) -> Figure:
+    """Draw θ at every evaluation: a row for each preset of the gate, a column for each backbone.
+
+    Thick lines are layer means over seeds. Thin ones are every head of every seed (Transformer),
+    or the mean over a layer's neurons for every seed (CfC).
+    """
+    runs = {(v, b): grid.runs(b, v) for v in VARIANTS for b in BACKBONE_LABELS}
+    rows = [v for v in VARIANTS if v == "lif" or any(runs[v, b] for b in BACKBONE_LABELS)]
+    figure = new_figure(DOUBLE_COLUMN, 0.25 + 2.15 * len(rows))
+    panels = figure.subplots(len(rows), 2, squeeze=False)
+    letters = iter("abcd")
+    for row, variant in zip(panels, rows, strict=True):
+        for axes, (backbone, label) in zip(row, BACKBONE_LABELS.items(), strict=True):
+            chosen = runs[variant, backbone]
+            presets = sorted({str(run.config["gate_preset"]) for run in chosen})
+            kind = f"{', '.join(presets)} preset" if presets else "seed preset"
+            named = variant == "lif-seed" or presets
+            panel_title(axes, next(letters), f"{label}, {kind}" if named else label)
+            if not chosen:
+                say_not_run(axes, f"{label} with LIF")
+                continue
+            _trajectories(axes, chosen, each_unit=backbone == "transformer")
+            axes.set_ylabel(r"threshold $\theta$" if backbone == "transformer"
+                            else r"mean threshold $\theta$")  # fmt: skip
+            if variant == rows[-1]:
+                axes.set_xlabel("step")
+    return figure
+
+
+def thresholds(run: RunResult) -> tuple[list[int], np.ndarray]:
+    """Steps [E], and θ of every gate, [E, layers, units]."""
+    values = [
+        [gate["threshold"] for gate in record["gates"].values()] for record in run.evaluations
+    ]
+    return [int(record["step"]) for record in run.evaluations], np.array(values)
+
+
+def _trajectories(axes: Axes, runs: Sequence[RunResult], each_unit: bool) -> None:
+    layer_means = []
+    for run in runs:
+        steps, theta = thresholds(run)
+        means = theta.mean(2)
+        layer_means.append(means)
+        for layer, color in enumerate(layer_colors(theta.shape[1])):
+            thin = theta[:, layer] if each_unit else means[:, layer]
+            axes.plot(steps, thin, color=color, linewidth=0.5, alpha=0.5)
+    mean = np.mean(layer_means, axis=0)
+    colors = layer_colors(mean.shape[1])
+    for layer, color in enumerate(colors):
+        axes.plot(steps, mean[:, layer], color="white", linewidth=2.2)
+        axes.plot(steps, mean[:, layer], color=color, linewidth=1.6)
+    axes.axhline(mean[0, 0], color="0.5", linewidth=0.7, linestyle=(0, (3, 3)), zorder=0)
+    axes.set_xlim(0, steps[-1])
+    # Room for the legend, which no line then crosses.
+    low, high = axes.dataLim.intervaly
+    size = high - low or max(abs(high), 1e-3)
+    axes.set_ylim(low - 0.05 * size, high + 0.32 * size)
+    axes.legend(
+        [Line2D([], [], color=color, linewidth=1.6) for color in colors],
+        [f"layer {layer}" for layer in range(len(colors))],
+        loc="upper left",
+        ncols=3,
+    )

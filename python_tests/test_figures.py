@@ -1,0 +1,254 @@
+"""The seven figures on made-up runs: what they show, that all of it is on the page, equal bytes."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from synthetic_results import Effect, synthetic_results
+
+from ember_ext.analysis.comparisons import MAIN_LOSS, best_loss, compare
+from ember_ext.analysis.figures import (
+    Drawing,
+    draw_figures,
+    figure_2_loss_curves,
+    figure_3_entropy,
+    figure_4_roles,
+    figure_5_depth,
+    figure_6_thresholds,
+    figure_7_parameters,
+    write_figures,
+)
+from ember_ext.analysis.figures.style import LOOKS, rendered
+from ember_ext.analysis.grid import Grid
+from ember_ext.analysis.results import RunResult
+
+EFFECTS = {
+    "lif": Effect(loss=-0.01, since=1600, early=0.01, entropy=(1.0, 2.5), threshold=(0.02, 0.05))
+}
+
+
+def both(**options: Any) -> list[RunResult]:
+    return synthetic_results(EFFECTS, **options) + synthetic_results(
+        EFFECTS, backbone="cfc", **options
+    )
+
+
+SHAPES: dict[str, list[RunResult]] = {
+    "three seeds": both(),
+    "one seed": both(seeds=[42]),
+    "six layers": synthetic_results(
+        EFFECTS | {"lif": Effect(entropy=(0.03, 0.3, 3.5, 3.6, 2.0, 0.9))},
+        variants=["standard", "lif"],
+        seeds=range(4),
+        n_layer=6,
+        n_head=6,
+    ),
+    "no Transformer": synthetic_results(backbone="cfc", variants=["standard", "lif"], seeds=[42]),
+    "no LIF": synthetic_results(variants=["standard", "qwen-gate"], seeds=[42, 668]),
+    "no Standard": synthetic_results(variants=["lif"], seeds=[1], steps=20, eval_interval=10),
+    "nothing": [],
+}
+
+
+@functools.cache
+def drawings_of(shape: str) -> list[Drawing]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return draw_figures(Grid(SHAPES[shape]))
+
+
+@pytest.fixture(scope="module")
+def grid() -> Grid:
+    return Grid(SHAPES["three seeds"])
+
+
+def texts(figure: Figure) -> Iterator[Text]:
+    """Every text that is seen."""
+    # An axis also keeps ticks that lie outside its limits.
+    unseen: set[Text] = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            room = 1e-9 * (high - low)
+            for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+                if not low - room <= tick.get_loc() <= high + room:
+                    unseen |= {tick.label1, tick.label2}
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if text.get_visible() and text.get_text() and text not in unseen:
+            yield text
+
+
+def words(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in texts(figure))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_everything_is_on_the_page_and_apart(shape: str) -> None:
+    drawings = drawings_of(shape)
+    assert [drawing.number for drawing in drawings] == [1, 2, 3, 4, 5, 6, 7]
+    for drawing in drawings:
+        seen = list(texts(drawing.figure))
+        boxes = np.array([text.get_window_extent().extents for text in seen])
+        low, high = boxes[:, :2], boxes[:, 2:]
+        width, height = drawing.figure.bbox.size
+        outside = (low < -1).any(1) | (high > [width + 1, height + 1]).any(1)
+        assert not outside.any(), (drawing.stem, [str(seen[i]) for i in outside.nonzero()[0]])
+        # Boxes that share more than a pixel's width and height lie on each other.
+        shared = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)
+        pairs = np.argwhere(np.triu((shared > 2).all(2), k=1))
+        assert not pairs.size, (drawing.stem, [(str(seen[i]), str(seen[j])) for i, j in pairs])
+
+
+@pytest.mark.parametrize(
+    ("shape", "missing"),
+    [
+        ("three seeds", {}),
+        ("one seed", {}),
+        ("no Transformer", {2: 2, 3: 2, 4: 4, 5: 1, 6: 1, 7: 2}),
+        ("no LIF", {2: 3, 3: 2, 4: 2, 5: 1, 6: 2, 7: 2}),
+        ("no Standard", {2: 3, 3: 1, 4: 2, 5: 1, 6: 1, 7: 4}),
+        ("nothing", {2: 4, 3: 2, 4: 4, 5: 2, 6: 2, 7: 4}),
+    ],
+)
+def test_panels_say_what_was_not_run(shape: str, missing: dict[int, int]) -> None:
+    counts = {d.number: words(d.figure).count("not run") for d in drawings_of(shape)}
+    assert {number: count for number, count in counts.items() if count} == missing
+
+
+def test_captions_name_the_runs() -> None:
+    captions = {drawing.number: drawing.caption for drawing in drawings_of("three seeds")}
+    assert captions[3].endswith("Runs: Transformer Standard × 3, LIF × 3.")
+    assert "CfC Standard × 3, LIF × 3, Standard again × 3." in captions[2]
+    assert "Transformer not run" in drawings_of("no Transformer")[2].caption
+
+
+def test_loss_curves_and_crossovers(grid: Grid) -> None:
+    figure = figure_2_loss_curves(grid)
+    for column, backbone in enumerate(("transformer", "cfc")):
+        losses, differences = figure.axes[column], figure.axes[2 + column]
+        for variant in ("standard", "lif"):
+            curves = [run.curve(MAIN_LOSS)[1] for run in grid.runs(backbone, variant)]
+            color = LOOKS[variant].color
+            drawn = [line.get_ydata() for line in losses.lines if line.get_color() == color]
+            np.testing.assert_allclose(drawn, [*curves, np.mean(curves, axis=0)])
+        lasting = next(
+            line for line in differences.lines if line.get_label() == "ahead from here on"
+        )
+        assert list(lasting.get_xdata()) == [1600] * 3
+        assert "ends ahead: 3 of 3" in words(figure)
+        assert {c.get_label() for c in differences.collections} == {
+            "null pairs: largest",
+            "null pairs: RMS",
+        }
+
+
+def test_a_lost_lead_is_no_crossover() -> None:
+    effects = {"lif": Effect(loss=0.01, since=1600, early=-0.01)}
+    figure = figure_2_loss_curves(Grid(synthetic_results(effects, seeds=[42])))
+    labels = [str(line.get_label()) for line in figure.axes[2].lines]
+    assert "first lead, lost again" in labels
+    assert "ahead from here on" not in labels
+    assert "ends ahead: 0 of 1" in words(figure)
+
+
+def test_entropy_panels_hold_each_head_on_one_scale(grid: Grid) -> None:
+    figure = figure_3_entropy(grid)
+    runs = [
+        run
+        for pair in zip(*(grid.runs("transformer", v) for v in ("standard", "lif")), strict=True)
+        for run in pair
+    ]
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    for run, image in zip(runs, images, strict=True):
+        expected = run.evaluations[-1]["attention_entropy"]
+        np.testing.assert_array_equal(np.asarray(image.get_array()), expected)
+        assert image.get_clim() == (0, pytest.approx(3.878, abs=1e-3))
+
+
+def test_role_bars_hold_every_head(grid: Grid) -> None:
+    figure = figure_4_roles(grid)
+    for bars in figure.axes[2:4]:
+        for layer in range(2):
+            widths = [bar.get_width() for bar in bars.patches if round(bar.get_y() + 0.36) == layer]
+            assert sum(widths) == pytest.approx(4)
+    for scatter in figure.axes[:2]:
+        points = [line for line in scatter.lines if line.get_marker() in "vDos"]
+        assert sum(len(np.atleast_1d(line.get_xdata())) for line in points) == 3 * 2 * 4
+
+
+def test_depth_compares_through_one_virtual_gate(grid: Grid) -> None:
+    transformer, cfc = figure_5_depth(grid).axes
+    labels = [text.get_text() for text in cfc.get_legend().get_texts()]
+    assert labels == ["Standard, virtual gate", "LIF, own gate", "LIF, virtual gate"]
+    lif = next(line for line in transformer.lines if line.get_label() == "LIF")
+    expected = [
+        np.mean(
+            [run.evaluations[-1]["attention_entropy"][i] for run in grid.runs("transformer", "lif")]
+        )
+        for i in range(2)
+    ]
+    np.testing.assert_allclose(lif.get_ydata(), expected)
+    assert cfc.get_ylim()[0] == 0
+
+
+def test_thresholds_keep_presets_apart(grid: Grid) -> None:
+    figure = figure_6_thresholds(grid)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert [title.split("  ")[1] for title in titles] == [
+        "Transformer, released preset",
+        "CfC, released preset",
+        "Transformer, seed preset",
+        "CfC, seed preset",
+    ]
+    ends = {round(float(np.ravel(line.get_ydata())[-1]), 6) for line in figure.axes[0].lines}
+    assert ends == {0.001, 0.02, 0.05}  # the start (dashed), and both layers
+
+
+def test_losses_stand_at_their_parameters(grid: Grid) -> None:
+    figure = figure_7_parameters(grid)
+    losses, differences = figure.axes[0], figure.axes[2]
+    places = {}
+    for line in losses.lines:
+        if str(line.get_label()) in {look.label for look in LOOKS.values()}:
+            places[line.get_label()] = (float(line.get_xdata()[0]), float(line.get_ydata()[0]))
+    assert places["LIF-refractory"][0] == pytest.approx(np.log10(40))
+    assert places["Qwen-gate"][0] == pytest.approx(np.log10(2 * 128**2))
+    assert places["Standard"][0] < places["LIF-fixed"][0] < 1 < places["LIF"][0]
+    mean = np.mean([best_loss(run) for run in grid.runs("transformer", "lif")])
+    assert places["LIF"][1] == pytest.approx(mean)
+    comparison = compare(grid, "transformer", "lif")
+    assert comparison is not None
+    assert comparison.t_interval is not None
+    intervals = [line.get_ydata() for line in differences.lines if len(line.get_xdata()) == 2]
+    expected = 100 * np.array(comparison.t_interval) / comparison.base.mean
+    assert any(np.allclose(interval, expected) for interval in intervals)
+
+
+def test_files_are_equal_for_equal_runs(tmp_path: Path) -> None:
+    def write(folder: Path) -> list[Path]:
+        drawing = Drawing(5, "depth", "", "", figure_5_depth(Grid(SHAPES["no Transformer"])))
+        (folder / "depth.svg").write_bytes(rendered(drawing.figure, "svg"))
+        return [*write_figures(folder, [drawing]), folder / "depth.svg"]
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first = write(tmp_path / "a")
+    with matplotlib.rc_context({"font.size": 30, "pdf.fonttype": 3}):
+        second = write(tmp_path / "b")
+    assert [path.name for path in first] == ["depth.pdf", "depth.png", "depth.svg"]
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+    pdf = first[0].read_bytes()
+    assert b"/FontFile2" in pdf
+    assert b"CreationDate" not in pdf
+    assert b"<dc:date>" not in first[2].read_bytes()
