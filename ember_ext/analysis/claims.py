@@ -135,7 +135,7 @@ def _per_backbone(
     key: str, statement: str, source: str, criterion: str, rules: dict[str, Rule]
 ) -> list[_Spec]:
     """One claim a backbone, of equal statement and criterion."""
-    through = {"transformer": "", "cfc": ", measured through a gate at its initial values,"}
+    through = {"transformer": "", "cfc": " (measured through a gate at its initial values)"}
     return [
         _Spec(
             f"{key}-{backbone}",
