@@ -25,7 +25,9 @@ def processor(device: torch.device) -> str:
 
 def machine(device: torch.device) -> str:
     """One line that names the machine and the software that something ran on."""
+    threads = torch.get_num_threads()
     return (
-        f"{processor(device)}, {torch.get_num_threads()} threads, {_native.isa or 'no kernels'}, "
+        f"{processor(device)}, {threads} thread{'s' * (threads > 1)}, "
+        f"{_native.isa or 'no kernels'}, "
         f"torch {torch.__version__}, ember-ext {ember_ext.__version__}"
     )
