@@ -41,26 +41,36 @@ struct Unit {
         heads(p.heads / p.groups) {}
 };
 
-// Where a unit's heads add rows over the keys: row r of a strip at rows + r * stride. Null if the
-// sum is not wanted. The first head to come writes instead of adding, zeros beyond what is visible.
+// Where a unit's heads add rows over the keys: to one row for all queries, or row r of a strip to
+// rows + r * stride, where the first head to come writes instead, with zeros for invisible keys.
+// Both null if the sum is not wanted.
 template <typename C>
 struct Share {
+  double* one_row;
   C* rows;
   int64_t stride;
   bool first;
 };
 
+// sums += row * factor.
+template <typename C, typename Sum>
+void add_row(int64_t n, Sum factor, const C* row, Sum* sums) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) sums[j] += row[j] * factor;
+}
+
 template <typename C>
 void add_to_share(int64_t n, int64_t keys, const C* values, C factor, const Share<C>& share,
                   int64_t row) {
+  if (share.one_row) return add_row(n, double(factor), values, share.one_row);
+  if (!share.rows) return;
   C* const to = share.rows + row * share.stride;
   if (share.first) {
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) to[j] = values[j] * factor;
     memset(to + n, 0, size_t(keys - n) * sizeof(C));
   } else {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) to[j] += values[j] * factor;
+    add_row(n, factor, values, to);
   }
 }
 
@@ -84,18 +94,22 @@ C* block_loads(const Params& p, int64_t b, int64_t h, int64_t first) {
   return static_cast<C*>(p.block_loads) + ((b * p.heads + h) * blocks + block) * p.keys;
 }
 
-template <typename C>
-void copy_row(const C* from, int64_t n, C* to) {
-  memcpy(to, from, size_t(n) * sizeof(C));
+template <typename From, typename To>
+void copy_row(const From* from, int64_t n, To* to) {
+  for (int64_t j = 0; j < n; ++j) to[j] = To(from[j]);
 }
 
-// `to` = `from`, or zeros if that is null.
+void clear_row(int64_t n, double* row) {
+  memset(row, 0, size_t(n) * sizeof(double));
+}
+
+// Sums that start from elements `offset` ... of a tensor of C, or from zero if that is null.
 template <typename C>
-void start_row(const void* from, int64_t offset, int64_t n, C* to) {
+void start_sums(const void* from, int64_t offset, int64_t n, double* sums) {
   if (from) {
-    copy_row(static_cast<const C*>(from) + offset, n, to);
+    copy_row(static_cast<const C*>(from) + offset, n, sums);
   } else {
-    memset(to, 0, size_t(n) * sizeof(C));
+    clear_row(n, sums);
   }
 }
 
@@ -105,29 +119,23 @@ RefractoryWorkspace<C> workspace(const Params& p, const RefractoryScratch<C>& sc
   return {p, backward, scratch.workspaces + index * scratch.workspace_bytes};
 }
 
-template <typename C>
-void add_row(int64_t n, C factor, const C* row, C* sums) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) sums[j] += row[j] * factor;
-}
-
 // Replaces n values, which times `factor` are probabilities, by weights before their division, and
 // returns the weights' sum. Adds the probabilities to `sums` first, unless these look ahead.
 template <bool look_ahead, typename C>
 C gate_loaded_row(int64_t n, C factor, C per_query, const RefractoryGate<C>& gate,
-                  const C* previous, C* sums, C* row) {
+                  const C* previous, double* sums, C* row) {
   const C threshold = gate.threshold, leak = gate.leak, steepness = gate.steepness;
   const C within = gate.within * per_query, across = gate.across;
   C total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t j = 0; j < n; ++j) {
     const C prob = row[j] * factor;
-    C sum = sums[j];
+    double sum = sums[j];
     if (!look_ahead) {
-      sum += prob;
+      sum += double(prob);
       sums[j] = sum;
     }
-    const C odds = gate_odds(prob, threshold + within * sum + across * previous[j], steepness);
+    const C odds = gate_odds(prob, threshold + within * C(sum) + across * previous[j], steepness);
     const C fire = C(1) / (C(1) + odds), w = prob * gate_value(fire, odds * fire, leak);
     row[j] = w;
     total += w;
@@ -138,7 +146,7 @@ C gate_loaded_row(int64_t n, C factor, C per_query, const RefractoryGate<C>& gat
 // The weights of a strip of head h from its scores (look_ahead: its probabilities), in place.
 template <bool look_ahead, typename C>
 void forward_rows(const Params& p, const Unit& unit, int64_t h, const Strip& strip,
-                  const RefractoryWorkspace<C>& s, C* scores, C* sums, const Share<C>& share) {
+                  const RefractoryWorkspace<C>& s, C* scores, double* sums, const Share<C>& share) {
   const RefractoryGate<C> gate(p, h);
   for (int64_t r = 0; r < strip.rows; ++r) {
     const int64_t query = strip.first + r, n = strip.visible(r);
@@ -195,10 +203,10 @@ void begin_causal_forward(const Params& p, const Unit& unit, const RefractoryWor
   begin_unit<T>(p, unit, false, s);
   const int64_t earlier = p.keys - p.queries;
   for (int64_t head = 0; head < unit.heads; ++head) {
-    C* const sums = s.load_sums + head * s.stride;
-    start_row(p.past_probabilities, (unit.b * p.heads + unit.first_head + head) * earlier, earlier,
-              sums);
-    memset(sums + earlier, 0, size_t(p.queries) * sizeof(C));
+    double* const sums = s.load_sums + head * s.stride;
+    start_sums<C>(p.past_probabilities, (unit.b * p.heads + unit.first_head + head) * earlier,
+                  earlier, sums);
+    clear_row(p.queries, sums + earlier);
   }
 }
 
@@ -207,7 +215,7 @@ void causal_forward_strip(const Params& p, const Unit& unit, const Strip& strip,
                           const RefractoryWorkspace<C>& s, Share<C> share) {
   for (int64_t head = 0; head < unit.heads; ++head) {
     const int64_t h = unit.first_head + head;
-    C* const sums = s.load_sums + head * s.stride;
+    double* const sums = s.load_sums + head * s.stride;
     copy_row(sums, p.keys, block_loads<C>(p, unit.b, h, strip.first));
     multiply_scores<T>(p, unit, h, strip, false, s, s.scores);
     forward_rows<false>(p, unit, h, strip, s, s.scores, sums, share);
@@ -220,27 +228,32 @@ void causal_forward_strip(const Params& p, const Unit& unit, const Strip& strip,
 }
 
 template <typename C>
-void begin_weights(const Params& p, int64_t b) {
+void begin_weights(const Params& p, int64_t b, const RefractoryScratch<C>& scratch) {
   const int64_t earlier = p.keys - p.queries;
-  C* const sums = static_cast<C*>(p.weights) + b * p.keys;
-  start_row(p.past_weights, b * earlier, earlier, sums);
-  memset(sums + earlier, 0, size_t(p.queries) * sizeof(C));
+  double* const sums = scratch.weight_sums + b * p.keys;
+  start_sums<C>(p.past_weights, b * earlier, earlier, sums);
+  clear_row(p.queries, sums + earlier);
 }
 
 // Turns rows of next_load from each query's weights into means over the queries so far, with the
-// running sums in `weights`; keys [begin, end) only.
+// running sums in `weight_sums`; keys [begin, end) only.
 template <typename C>
-void average_weights(const Params& p, int64_t b, const Strip& strip, int64_t begin, int64_t end) {
-  C* const sums = static_cast<C*>(p.weights) + b * p.keys;
+void average_weights(const Params& p, const RefractoryScratch<C>& scratch, int64_t b,
+                     const Strip& strip, int64_t begin, int64_t end) {
+  double* const sums = scratch.weight_sums + b * p.keys;
   for (int64_t r = 0; r < strip.rows; ++r) {
     const int64_t query = strip.first + r, n = smaller(strip.visible(r), end);
     C* const row = static_cast<C*>(p.next_load) + (b * p.queries + query) * p.keys;
     const C factor = inverse_count<C>(p, query);
 #pragma omp simd
     for (int64_t j = begin; j < n; ++j) {
-      sums[j] += row[j];
-      row[j] = sums[j] * factor;
+      const double sum = sums[j] + double(row[j]);
+      sums[j] = sum;
+      row[j] = C(sum) * factor;
     }
+  }
+  if (strip.first + strip.rows == p.queries) {
+    copy_row(sums + begin, end - begin, static_cast<C*>(p.weights) + b * p.keys + begin);
   }
 }
 
@@ -285,7 +298,7 @@ void causal_forward_in_step(const Params& p, const ThreadPool& pool,
                             const RefractoryScratch<compute_t<T>>& scratch) {
   using C = compute_t<T>;
   const int64_t rows = refractory_strip_rows(p);
-  for (int64_t b = 0; b < p.batch; ++b) begin_weights<C>(p, b);
+  for (int64_t b = 0; b < p.batch; ++b) begin_weights(p, b, scratch);
   for (int64_t first = 0; first < p.queries; first += rows) {
     const Strip strip(p, first, smaller(rows, p.queries - first));
     parallel_for(pool, refractory_units(p), grain_for(unit_cost(p, rows)),
@@ -294,12 +307,12 @@ void causal_forward_in_step(const Params& p, const ThreadPool& pool,
                      const Unit unit(p, i);
                      const RefractoryWorkspace<C> s = workspace(p, scratch, i, false);
                      if (first == 0) begin_causal_forward<T>(p, unit, s);
-                     causal_forward_strip<T>(p, unit, strip, s, {s.share, s.stride, true});
+                     causal_forward_strip<T>(p, unit, strip, s, {nullptr, s.share, s.stride, true});
                    }
                  });
     for_columns(p, pool, strip.rows, [&](int64_t b, int64_t begin, int64_t end) {
       add_shares(p, scratch, false, b, strip, begin, end, p.next_load);
-      average_weights<C>(p, b, strip, begin, end);
+      average_weights(p, scratch, b, strip, begin, end);
     });
   }
 }
@@ -307,12 +320,14 @@ void causal_forward_in_step(const Params& p, const ThreadPool& pool,
 // All rows [B, Q, K] of a strip, shared by the units of one batch entry.
 template <typename C>
 Share<C> shared_rows(const Params& p, const Unit& unit, const Strip& strip, void* rows) {
-  return {static_cast<C*>(rows) + (unit.b * p.queries + strip.first) * p.keys, p.keys,
+  return {nullptr, static_cast<C*>(rows) + (unit.b * p.queries + strip.first) * p.keys, p.keys,
           unit.group == 0};
 }
 
 template <typename T>
-void causal_forward_entry(const Params& p, int64_t b, const RefractoryWorkspace<compute_t<T>>& s) {
+void causal_forward_entry(const Params& p, int64_t b,
+                          const RefractoryScratch<compute_t<T>>& scratch,
+                          const RefractoryWorkspace<compute_t<T>>& s) {
   using C = compute_t<T>;
   const int64_t rows = refractory_strip_rows(p);
   for (int64_t group = 0; group < p.groups; ++group) {
@@ -323,8 +338,8 @@ void causal_forward_entry(const Params& p, int64_t b, const RefractoryWorkspace<
       causal_forward_strip<T>(p, unit, strip, s, shared_rows<C>(p, unit, strip, p.next_load));
     }
   }
-  begin_weights<C>(p, b);
-  average_weights<C>(p, b, Strip(p, 0, p.queries), 0, p.keys);
+  begin_weights(p, b, scratch);
+  average_weights(p, scratch, b, Strip(p, 0, p.queries), 0, p.keys);
 }
 
 // Causal, backward.
@@ -338,13 +353,13 @@ const C* weight_gradient_rows(const Params& p, int64_t b, const Strip& strip,
   for (int64_t r = strip.rows - 1; r >= 0; --r) {
     const int64_t query = strip.first + r, n = strip.visible(r);
     if (p.grad_next_load) {
-      add_row(n, inverse_count<C>(p, query),
+      add_row(n, double(inverse_count<C>(p, query)),
               static_cast<const C*>(p.grad_next_load) + (b * p.queries + query) * p.keys,
               s.weight_grads);
     }
     C* const row = s.extra + r * s.stride;
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) row[j] = s.weight_grads[j] * per_head;
+    for (int64_t j = 0; j < n; ++j) row[j] = C(s.weight_grads[j]) * per_head;
   }
   return s.extra;
 }
@@ -358,8 +373,8 @@ const C* weight_gradient_rows(const Params& p, int64_t b, const Strip& strip,
 template <bool look_ahead, typename C>
 void backward_row(const Params& p, const Unit& unit, int64_t h, int64_t query, int64_t n,
                   const RefractoryGate<C>& gate, const C* loads, const C* extra,
-                  const RefractoryWorkspace<C>& s, C* load_grads, C* scores, C* grads, C* weights,
-                  double* gates) {
+                  const RefractoryWorkspace<C>& s, double* load_grads, C* scores, C* grads,
+                  C* weights, double* gates) {
   const C inverse_weight = *RowStats<C>(p, unit.b, h, query).inverse_weight;
   const C* const previous = previous_row(p, unit.b, query, s.zeros);
   if (p.seed) {
@@ -390,11 +405,11 @@ void backward_row(const Params& p, const Unit& unit, int64_t h, int64_t query, i
     const C dw = (grads[j] - delta) * inverse_weight, slope = gate_slope(fire, smoulder, leak);
     const C value = gate_value(fire, smoulder, leak);
     const C tau = gate_dy_dthreshold(prob, steepness, slope) * dw;
-    const C load_grad = load_grads[j] + load_factor * tau;
+    const double load_grad = load_grads[j] + double(load_factor * tau);
     load_grads[j] = load_grad;
     C dp = gate_dy_dx(prob, steepness, value, slope) * dw;
     if (!look_ahead) {
-      dp = prob * (dp + load_grad);
+      dp = prob * (dp + C(load_grad));
       expected += dp;
     }
     fire_row[j] = dp;
@@ -471,16 +486,16 @@ void begin_unit_sums(const Params& p, const Unit& unit, const RefractoryScratch<
   for (int64_t head = 0; head < unit.heads; ++head) {
     const int64_t index = unit.b * p.heads + unit.first_head + head;
     for (int64_t which = 0; which < 5; ++which) scratch.gates[index * 5 + which] = 0;
-    start_row(p.grad_probabilities, index * p.keys, p.keys, s.load_grads + head * s.stride);
+    start_sums<C>(p.grad_probabilities, index * p.keys, p.keys, s.load_grads + head * s.stride);
   }
-  start_row(p.grad_weights, unit.b * p.keys, p.keys, s.weight_grads);
-  memset(scratch.unit_rows + unit.index * p.keys, 0, size_t(p.keys) * sizeof(C));
+  start_sums<C>(p.grad_weights, unit.b * p.keys, p.keys, s.weight_grads);
+  clear_row(p.keys, scratch.unit_rows + unit.index * p.keys);
 }
 
 // Where the gradient of the previous layer's load goes if it is one row for all queries.
 template <typename C>
 Share<C> unit_row(const Params& p, const Unit& unit, const RefractoryScratch<C>& scratch) {
-  return {scratch.unit_rows + unit.index * p.keys, 0, false};
+  return {scratch.unit_rows + unit.index * p.keys, nullptr, 0, false};
 }
 
 template <typename T, typename C>
@@ -492,8 +507,8 @@ void causal_backward_strip(const Params& p, const Unit& unit, const Strip& strip
   for (int64_t head = 0; head < unit.heads; ++head) {
     const int64_t h = unit.first_head + head;
     const RefractoryGate<C> gate(p, h);
-    C *const sums = s.load_sums + head * s.stride, *const load_grads =
-                                                       s.load_grads + head * s.stride;
+    double* const sums = s.load_sums + head * s.stride;
+    double* const load_grads = s.load_grads + head * s.stride;
     copy_row(block_loads<C>(p, unit.b, h, strip.first), p.keys, sums);
     multiply_scores<T>(p, unit, h, strip, true, s, s.scores);
     multiply_keys(strip, p.size, operands.grad_out, operands.stride, operands.value_t, s.grads,
@@ -505,8 +520,9 @@ void causal_backward_strip(const Params& p, const Unit& unit, const Strip& strip
       const C factor = inverse_count<C>(p, query);
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
-        sums[j] += row[j];
-        loads[j] = sums[j] * factor;
+        const double sum = sums[j] + double(row[j]);
+        sums[j] = sum;
+        loads[j] = C(sum) * factor;
       }
     }
     for (int64_t r = strip.rows - 1; r >= 0; --r) {
@@ -514,7 +530,7 @@ void causal_backward_strip(const Params& p, const Unit& unit, const Strip& strip
       backward_row<false>(p, unit, h, strip.first + r, n, gate, s.loads + at,
                           extra ? extra + at : nullptr, s, load_grads, s.scores + at, s.grads + at,
                           static_cast<C*>(nullptr), scratch.gates + (unit.b * p.heads + h) * 5);
-      if (share.rows) add_to_share(n, p.keys, s.smoulder, gate.across, share, r);
+      add_to_share(n, p.keys, s.smoulder, gate.across, share, r);
       clear_invisible(strip, r, s.scores + at);
       clear_invisible(strip, r, s.grads + at);
     }
@@ -561,10 +577,10 @@ void causal_backward_in_step(const Params& p, const ThreadPool& pool,
                        begin_unit<T>(p, unit, true, s);
                        begin_unit_sums(p, unit, scratch, s);
                      }
-                     Share<C> share{nullptr, 0, false};
+                     Share<C> share{};
                      if (p.grad_previous_load) {
-                       share =
-                           one_row ? unit_row(p, unit, scratch) : Share<C>{s.share, s.stride, true};
+                       share = one_row ? unit_row(p, unit, scratch)
+                                       : Share<C>{nullptr, s.share, s.stride, true};
                      }
                      causal_backward_strip<T>(p, unit, strip, scratch, s, share);
                      if (first == 0) end_causal_backward<T>(p, unit, s);
@@ -582,7 +598,7 @@ void causal_backward_in_step(const Params& p, const ThreadPool& pool,
 template <typename C>
 Share<C> previous_share(const Params& p, const Unit& unit, const Strip& strip,
                         const RefractoryScratch<C>& scratch) {
-  if (!p.grad_previous_load) return {nullptr, 0, false};
+  if (!p.grad_previous_load) return {};
   if (refractory_one_previous_row(p)) return unit_row(p, unit, scratch);
   return shared_rows<C>(p, unit, strip, p.grad_previous_load);
 }
@@ -614,10 +630,10 @@ void look_ahead_forward_unit(const Params& p, const Unit& unit,
   const int64_t rows = refractory_strip_rows(p);
   begin_unit<T>(p, unit, false, s);
   const Share<C> share = unit_row(p, unit, scratch);
-  memset(share.rows, 0, size_t(p.keys) * sizeof(C));
-  C* const sums = s.load_sums;
+  clear_row(p.keys, share.one_row);
+  double* const sums = s.load_sums;
   for (int64_t h = unit.first_head; h < unit.first_head + unit.heads; ++h) {
-    memset(sums, 0, size_t(p.keys) * sizeof(C));
+    clear_row(p.keys, sums);
     for (int64_t first = 0; first < p.queries; first += rows) {
       const Strip strip(p, first, smaller(rows, p.queries - first));
       C* const scores = s.scores + first * s.stride;
@@ -631,7 +647,7 @@ void look_ahead_forward_unit(const Params& p, const Unit& unit,
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
           row[j] *= factor;
-          sums[j] += row[j];
+          sums[j] += double(row[j]);
         }
       }
     }
@@ -659,16 +675,16 @@ void look_ahead_backward_unit(const Params& p, const Unit& unit,
   const C* extra = nullptr;
   if (p.grad_next_load || p.grad_weights) {
     if (p.grad_next_load) {
-      add_row(p.keys, per_query, static_cast<const C*>(p.grad_next_load) + unit.b * p.keys,
+      add_row(p.keys, double(per_query), static_cast<const C*>(p.grad_next_load) + unit.b * p.keys,
               s.weight_grads);
     }
-    for (int64_t j = 0; j < p.keys; ++j) s.extra[j] = s.weight_grads[j] * per_head;
+    for (int64_t j = 0; j < p.keys; ++j) s.extra[j] = C(s.weight_grads[j]) * per_head;
     extra = s.extra;
   }
   for (int64_t head = 0; head < unit.heads; ++head) {
     const int64_t h = unit.first_head + head;
     const RefractoryGate<C> gate(p, h);
-    C* const load_grads = s.load_grads + head * s.stride;
+    double* const load_grads = s.load_grads + head * s.stride;
     const C* const sums = block_loads<C>(p, unit.b, h, 0);
     for (int64_t j = 0; j < p.keys; ++j) s.loads[j] = sums[j] * per_query;
     for (int64_t first = 0; first < p.queries; first += rows) {
@@ -685,7 +701,7 @@ void look_ahead_backward_unit(const Params& p, const Unit& unit,
         backward_row<true>(p, unit, h, first + r, n, gate, s.loads, extra, s, load_grads,
                            scores + at, grads + at, s.weights + at,
                            scratch.gates + (unit.b * p.heads + h) * 5);
-        if (share.rows) add_to_share(n, p.keys, s.smoulder, gate.across, share, r);
+        add_to_share(n, p.keys, s.smoulder, gate.across, share, r);
         clear_invisible(strip, r, s.weights + at);
       }
       add_value_gradients<T>(p, strip, s.weights, s);
@@ -699,7 +715,7 @@ void look_ahead_backward_unit(const Params& p, const Unit& unit,
         C expected = 0;
 #pragma omp simd reduction(+ : expected)
         for (int64_t j = 0; j < n; ++j) {
-          dp[j] = probs[j] * (dp[j] + load_grads[j]);
+          dp[j] = probs[j] * (dp[j] + C(load_grads[j]));
           expected += dp[j];
         }
 #pragma omp simd
@@ -716,23 +732,18 @@ void look_ahead_backward_unit(const Params& p, const Unit& unit,
 
 // Sums over units, always in the same order.
 
-// sums [B, K] = the units' rows, and `means`, if any, 1 / Q of them.
+// sums [B, K] = those of the units' rows, and `means`, if any, 1 / Q of them.
 template <typename C>
 void sum_unit_rows(const Params& p, const RefractoryScratch<C>& scratch, void* sums, void* means) {
+  const double per_query = 1 / double(p.queries);
   for (int64_t b = 0; b < p.batch; ++b) {
-    C* const to = static_cast<C*>(sums) + b * p.keys;
-    for (int64_t group = 0; group < p.groups; ++group) {
-      const C* const from = scratch.unit_rows + (b * p.groups + group) * p.keys;
-      if (group == 0) {
-        copy_row(from, p.keys, to);
-      } else {
-        add_row(p.keys, C(1), from, to);
-      }
+    double* const first = scratch.unit_rows + b * p.groups * p.keys;
+    for (int64_t group = 1; group < p.groups; ++group) {
+      add_row(p.keys, 1.0, first + group * p.keys, first);
     }
-    if (!means) continue;
-    const C per_query = inverse_count<C>(p, 0);
-    for (int64_t j = 0; j < p.keys; ++j) {
-      static_cast<C*>(means)[b * p.keys + j] = to[j] * per_query;
+    copy_row(first, p.keys, static_cast<C*>(sums) + b * p.keys);
+    for (int64_t j = 0; means && j < p.keys; ++j) {
+      static_cast<C*>(means)[b * p.keys + j] = C(first[j] * per_query);
     }
   }
 }
@@ -766,8 +777,9 @@ void forward(const Params& p, const ThreadPool& pool) {
   const RefractoryScratch<C> scratch(p, false, pool.threads, p.scratch);
   if (refractory_in_step(p)) return causal_forward_in_step<T>(p, pool, scratch);
   if (!p.look_ahead) {
-    return for_each(p, pool, scratch, false, p.batch,
-                    [&](int64_t b, const Workspace& s) { causal_forward_entry<T>(p, b, s); });
+    return for_each(p, pool, scratch, false, p.batch, [&](int64_t b, const Workspace& s) {
+      causal_forward_entry<T>(p, b, scratch, s);
+    });
   }
   for_each(p, pool, scratch, false, refractory_units(p), [&](int64_t i, const Workspace& s) {
     look_ahead_forward_unit<T>(p, Unit(p, i), scratch, s);

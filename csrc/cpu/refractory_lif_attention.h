@@ -35,16 +35,17 @@ inline int64_t refractory_strip_rows(const RefractoryLifAttentionParams& p) {
 }
 
 // The buffers of a thread, or of a unit if units run in step. Rows are over the keys. The symbols
-// are those of common/refractory_lif_attention.h.
+// are those of common/refractory_lif_attention.h. Sums over queries are kept in double: a long
+// sequence adds thousands of terms one by one.
 template <typename C>
 struct RefractoryWorkspace {
   int64_t stride;          // of rows
-  C* load_sums;            // P, a row for each head of the group
+  double* load_sums;       // P, a row for each head of the group
   C* scores;               // rows of a strip, or with look_ahead of all queries
   C* share;                // in step: the rows that the unit adds to a sum over heads, for a strip
   C *keep, *zeros;         // a row
-  C* load_grads;           // c, a row for each head of the group
-  C* weight_grads;         // a, a row
+  double* load_grads;      // c, a row for each head of the group
+  double* weight_grads;    // a, a row
   C* grads;                // like scores
   C *loads, *extra;        // load_ij and a_ij / H for a strip; with look_ahead a row
   C* weights;              // look_ahead: u_ij M_ij for a strip
@@ -57,15 +58,15 @@ struct RefractoryWorkspace {
     stride = attention_row_stride(p);
     const int64_t heads = p.heads / p.groups * stride;
     const int64_t strip = refractory_strip_rows(p) * stride;
-    load_sums = arena.take<C>(heads);
+    load_sums = arena.take<double>(heads);
     scores = arena.take<C>(p.look_ahead ? p.queries * stride : strip);
     share = arena.take<C>(refractory_in_step(p) ? strip : 0);
     keep = arena.take<C>(stride);
     zeros = arena.take<C>(stride);
     operands = AttentionOperands<C>(p, refractory_strip_rows(p), backward, arena);
     if (backward) {
-      load_grads = arena.take<C>(heads);
-      weight_grads = arena.take<C>(stride);
+      load_grads = arena.take<double>(heads);
+      weight_grads = arena.take<double>(stride);
       grads = arena.take<C>(p.look_ahead ? p.queries * stride : strip);
       loads = arena.take<C>(p.look_ahead ? stride : strip);
       extra = arena.take<C>(p.look_ahead ? stride : strip);
@@ -81,8 +82,9 @@ struct RefractoryWorkspace {
 // All scratch memory of a call.
 template <typename C>
 struct RefractoryScratch {
-  double* gates;  // backward: the heads' parts of the gates' gradients, [B, H, 5]
-  C* unit_rows;   // the units' parts of rows that all queries share, [B, G, K]
+  double* gates;        // backward: the heads' parts of the gates' gradients, [B, H, 5]
+  double* unit_rows;    // the units' parts of rows that all queries share, [B, G, K]
+  double* weight_sums;  // forward: U, [B, K]
   char* workspaces;
   int64_t workspace_bytes;
   int64_t bytes;
@@ -91,7 +93,8 @@ struct RefractoryScratch {
                     void* block) {
     Arena arena(block);
     gates = arena.take<double>(backward ? p.batch * p.heads * 5 : 0);
-    unit_rows = arena.take<C>(refractory_units(p) * p.keys);
+    unit_rows = arena.take<double>(refractory_units(p) * p.keys);
+    weight_sums = arena.take<double>(backward ? 0 : p.batch * p.keys);
     workspace_bytes = RefractoryWorkspace<C>(p, backward, nullptr).bytes;
     workspaces =
         arena.take<char>(workspace_bytes * (refractory_in_step(p) ? refractory_units(p) : threads));

@@ -66,7 +66,7 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
         (2, 6, 1, 60, 3, 8, 0.1, "number", False),
         (2, 3, 3, 1, 77, 32, 0.0, "row", True),
         (0, 2, 2, 3, 0, 4, 0.0, "", False),
-        (2, 0, 0, 3, 1, 4, 0.0, "rows", True),
+        (2, 0, 0, 3, 1, 4, 0.0, "rows", False),
         (2, 2, 2, 0, 3, 4, 0.0, "row", True),
         (2, 2, 2, 5, 0, 0, 0.0, "rows", False),
     ]
@@ -88,9 +88,15 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
                 tensors["past_probabilities"] = 2 * probabilities
                 tensors["past_weights"] = 2 * torch.rand(batch, earlier, generator=generator)
             options: dict[str, Any] = {"mode": mode, "dropout_p": dropout_p}
+            if not previous:
+                # A coupling with nothing has no gradient in the reference.
+                options["across"] = tensors.pop("across")
             if dropout_p:
                 options["seed"] = torch.randint(2**63 - 1, (), generator=generator)
             name = f"{mode} {list(shapes)} dropout={dropout_p} previous={previous!r} past={state}"
             scales = gradient_scales(tensors)
-            scales |= dict.fromkeys(("d within", "d across"), scales["d threshold"])
+            sums = ["d within", "d across"]
+            if previous == "number":
+                sums.append("d previous_load")
+            scales |= dict.fromkeys(sums, scales["d threshold"])
             yield Sample(name, tensors, options, scales)
