@@ -157,12 +157,19 @@ def _check_loads(
             _checks.fail(_OP, "previous_load", expected, got)
         _checks.check_device(_OP, "previous_load", previous_load, query, "query")
     if past is not None:
+        if not isinstance(past, RefractoryState):
+            _checks.fail(_OP, "past", "a RefractoryState", type(past).__name__, TypeError)
         if mode == "paper":
             _checks.fail(_OP, "past", "None in mode 'paper'", type(past).__name__)
         earlier = keys - queries
-        shape = (batch, heads, earlier)
-        _checks.check_shape(_OP, "past.probabilities", past.probabilities, "[B, H, Tk - Tq]", shape)
-        _checks.check_shape(_OP, "past.weights", past.weights, "[B, Tk - Tq]", (batch, earlier))
+        sums = (
+            ("past.probabilities", past.probabilities, "[B, H, Tk - Tq]", (batch, heads, earlier)),
+            ("past.weights", past.weights, "[B, Tk - Tq]", (batch, earlier)),
+        )
+        for name, value, symbols, shape in sums:
+            _checks.check_tensor(_OP, name, value)
+            _checks.check_shape(_OP, name, value, symbols, shape)
+            _checks.check_device(_OP, name, value, query, "query")
 
 
 def _register() -> None:

@@ -51,6 +51,15 @@ def refractory_tensors(
     return tensors | {"within": within, "across": across}
 
 
+def refractory_gradient_scales(tensors: dict[str, Tensor]) -> dict[str, float]:
+    """As `gradient_scales`: couplings, and a load for all queries and keys, are sums over rows too."""
+    scales = gradient_scales(tensors)
+    sums = ["d within", "d across"]
+    if "previous_load" in tensors and tensors["previous_load"].numel() == 1:
+        sums.append("d previous_load")
+    return scales | dict.fromkeys(sums, scales["d threshold"])
+
+
 def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
     """Both modes at 0, 1, primes and whole strips; every kind of load, state, dropout and group."""
     generator = torch.Generator().manual_seed(0)
@@ -94,9 +103,4 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
             if dropout_p:
                 options["seed"] = torch.randint(2**63 - 1, (), generator=generator)
             name = f"{mode} {list(shapes)} dropout={dropout_p} previous={previous!r} past={state}"
-            scales = gradient_scales(tensors)
-            sums = ["d within", "d across"]
-            if previous == "number":
-                sums.append("d previous_load")
-            scales |= dict.fromkeys(sums, scales["d threshold"])
-            yield Sample(name, tensors, options, scales)
+            yield Sample(name, tensors, options, refractory_gradient_scales(tensors))
