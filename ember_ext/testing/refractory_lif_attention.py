@@ -52,7 +52,7 @@ def refractory_tensors(
 
 
 def refractory_gradient_scales(tensors: dict[str, Tensor]) -> dict[str, float]:
-    """As `gradient_scales`: couplings, and a load for all queries and keys, are sums over rows too."""
+    """As `gradient_scales`; couplings, and a load that is one number, are sums over rows too."""
     scales = gradient_scales(tensors)
     sums = ["d within", "d across"]
     if "previous_load" in tensors and tensors["previous_load"].numel() == 1:
