@@ -47,12 +47,15 @@ from ember_ext.testing import attention_tensors, refractory_tensors
 Shape = tuple[int, int, int, int]
 What = Literal["attention", "refractory", "model"]
 
-# [batch, heads, tokens, head size]
-SHAPES: dict[str, list[Shape]] = {
-    "small": [(64, 4, 128, 32), (64, 6, 128, 64)],
-    "main": [(64, 6, 256, 64), (1, 6, 4096, 64)],
-    "long": [(8, 6, 1024, 64), (1, 6, 8192, 64)],
-}
+SHAPES: list[Shape] = [
+    (64, 4, 128, 32),
+    (64, 6, 128, 64),
+    (64, 6, 256, 64),
+    (8, 6, 1024, 64),
+    (1, 6, 4096, 64),
+    (1, 6, 8192, 64),
+]
+"""[batch, heads, tokens, head size]"""
 LONGEST_EAGER = 4096
 OTHER_RESULTS = ("ungated SDPA", "plain lif_attention")
 """Contenders that compute less and are there to compare the price."""
@@ -71,8 +74,8 @@ class Options:
     """What to time, for how long, and where to write it."""
 
     what: What = "attention"
-    sizes: Literal["small", "main", "long", "all"] = "all"
-    """Of the attention; a model has the paper's size."""
+    tokens: tuple[int, ...] = (128, 256, 1024, 4096, 8192)
+    """Which lengths to time; the model has the paper's."""
     device: str = "cpu"
     seconds: float = 5.0
     """How long to time each case, in seconds; no contender is timed less than three times."""
@@ -216,7 +219,7 @@ def attention_case(what: What, shape: Shape, dropout_p: float, mode: str, option
 
 
 def attention_cases(options: Options) -> Iterator[Case]:
-    """All cases of the chosen sizes."""
+    """All cases of the chosen lengths."""
     for shape in chosen_shapes(options):
         for dropout_p in (0.0, 0.2) if shape[2] <= 256 else (0.0,):
             for mode in ("forward", "forward+backward"):
@@ -224,9 +227,8 @@ def attention_cases(options: Options) -> Iterator[Case]:
 
 
 def chosen_shapes(options: Options) -> list[Shape]:
-    """The shapes of the chosen sizes."""
-    sizes = SHAPES if options.sizes == "all" else (options.sizes,)
-    return [shape for size in sizes for shape in SHAPES[size]]
+    """The shapes of the chosen lengths."""
+    return [shape for shape in SHAPES if shape[2] in options.tokens]
 
 
 MODEL_CONTENDERS = ("standard with SDPA", "lif", "lif-refractory")

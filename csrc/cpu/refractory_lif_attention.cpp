@@ -257,7 +257,7 @@ void average_weights(const Params& p, const RefractoryScratch<C>& scratch, int64
   }
 }
 
-// Rows [B, Q, K] of a strip: the sums over units in step of what they share; keys [begin, end).
+// Rows [B, Q, K] of a step: the sums over units in step of what they share; keys [begin, end).
 template <typename C>
 void add_shares(const Params& p, const RefractoryScratch<C>& scratch, bool backward, int64_t b,
                 const Strip& strip, int64_t begin, int64_t end, void* to) {
@@ -277,9 +277,9 @@ void add_shares(const Params& p, const RefractoryScratch<C>& scratch, bool backw
 
 // Calls `body` with the batch entries and ranges of keys that a sum over units in step falls into.
 template <typename Body>
-void for_columns(const Params& p, const ThreadPool& pool, int64_t strip_rows, const Body& body) {
+void for_columns(const Params& p, const ThreadPool& pool, int64_t rows, const Body& body) {
   const int64_t width = 256, ranges = (p.keys + width - 1) / width;
-  parallel_for(pool, p.batch * ranges, grain_for(strip_rows * p.groups * width / 8),
+  parallel_for(pool, p.batch * ranges, grain_for(rows * p.groups * width / 8),
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t first = i % ranges * width;
@@ -297,22 +297,27 @@ template <typename T>
 void causal_forward_in_step(const Params& p, const ThreadPool& pool,
                             const RefractoryScratch<compute_t<T>>& scratch) {
   using C = compute_t<T>;
-  const int64_t rows = refractory_strip_rows(p);
+  const int64_t rows = refractory_strip_rows(p), step_rows = refractory_step_rows(p);
   for (int64_t b = 0; b < p.batch; ++b) begin_weights(p, b, scratch);
-  for (int64_t first = 0; first < p.queries; first += rows) {
-    const Strip strip(p, first, smaller(rows, p.queries - first));
-    parallel_for(pool, refractory_units(p), grain_for(unit_cost(p, rows)),
+  for (int64_t start = 0; start < p.queries; start += step_rows) {
+    const Strip step(p, start, smaller(step_rows, p.queries - start));
+    const auto run_unit = [&](int64_t i) {
+      const Unit unit(p, i);
+      const RefractoryWorkspace<C> s = workspace(p, scratch, i, false);
+      if (start == 0) begin_causal_forward<T>(p, unit, s);
+      for (int64_t r = 0; r < step.rows; r += rows) {
+        const Strip strip(p, start + r, smaller(rows, step.rows - r));
+        causal_forward_strip<T>(p, unit, strip, s,
+                                {nullptr, s.share + r * s.stride, s.stride, true});
+      }
+    };
+    parallel_for(pool, refractory_units(p), grain_for(unit_cost(p, step.rows)),
                  [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     const Unit unit(p, i);
-                     const RefractoryWorkspace<C> s = workspace(p, scratch, i, false);
-                     if (first == 0) begin_causal_forward<T>(p, unit, s);
-                     causal_forward_strip<T>(p, unit, strip, s, {nullptr, s.share, s.stride, true});
-                   }
+                   for (int64_t i = begin; i < end; ++i) run_unit(i);
                  });
-    for_columns(p, pool, strip.rows, [&](int64_t b, int64_t begin, int64_t end) {
-      add_shares(p, scratch, false, b, strip, begin, end, p.next_load);
-      average_weights(p, scratch, b, strip, begin, end);
+    for_columns(p, pool, step.rows, [&](int64_t b, int64_t begin, int64_t end) {
+      add_shares(p, scratch, false, b, step, begin, end, p.next_load);
+      average_weights(p, scratch, b, step, begin, end);
     });
   }
 }
@@ -555,40 +560,45 @@ void end_causal_backward(const Params& p, const Unit& unit, const RefractoryWork
   }
 }
 
-int64_t last_strip(const Params& p) {
-  const int64_t rows = refractory_strip_rows(p);
-  return (p.queries - 1) / rows * rows;
+// The last multiple of `step` below n.
+int64_t last_multiple(int64_t n, int64_t step) {
+  return (n - 1) / step * step;
 }
 
 template <typename T>
 void causal_backward_in_step(const Params& p, const ThreadPool& pool,
                              const RefractoryScratch<compute_t<T>>& scratch) {
   using C = compute_t<T>;
-  const int64_t rows = refractory_strip_rows(p), last = last_strip(p);
+  const int64_t rows = refractory_strip_rows(p), step_rows = refractory_step_rows(p);
+  const int64_t last = last_multiple(p.queries, step_rows);
   const bool one_row = refractory_one_previous_row(p);
-  for (int64_t first = last; first >= 0; first -= rows) {
-    const Strip strip(p, first, smaller(rows, p.queries - first));
-    parallel_for(pool, refractory_units(p), grain_for(2 * unit_cost(p, rows)),
+  for (int64_t start = last; start >= 0; start -= step_rows) {
+    const Strip step(p, start, smaller(step_rows, p.queries - start));
+    const auto run_unit = [&](int64_t i) {
+      const Unit unit(p, i);
+      const RefractoryWorkspace<C> s = workspace(p, scratch, i, true);
+      if (start == last) {
+        begin_unit<T>(p, unit, true, s);
+        begin_unit_sums(p, unit, scratch, s);
+      }
+      for (int64_t r = last_multiple(step.rows, rows); r >= 0; r -= rows) {
+        Share<C> share{};
+        if (p.grad_previous_load) {
+          share = one_row ? unit_row(p, unit, scratch)
+                          : Share<C>{nullptr, s.share + r * s.stride, s.stride, true};
+        }
+        const Strip strip(p, start + r, smaller(rows, step.rows - r));
+        causal_backward_strip<T>(p, unit, strip, scratch, s, share);
+      }
+      if (start == 0) end_causal_backward<T>(p, unit, s);
+    };
+    parallel_for(pool, refractory_units(p), grain_for(2 * unit_cost(p, step.rows)),
                  [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     const Unit unit(p, i);
-                     const RefractoryWorkspace<C> s = workspace(p, scratch, i, true);
-                     if (first == last) {
-                       begin_unit<T>(p, unit, true, s);
-                       begin_unit_sums(p, unit, scratch, s);
-                     }
-                     Share<C> share{};
-                     if (p.grad_previous_load) {
-                       share = one_row ? unit_row(p, unit, scratch)
-                                       : Share<C>{nullptr, s.share, s.stride, true};
-                     }
-                     causal_backward_strip<T>(p, unit, strip, scratch, s, share);
-                     if (first == 0) end_causal_backward<T>(p, unit, s);
-                   }
+                   for (int64_t i = begin; i < end; ++i) run_unit(i);
                  });
     if (p.grad_previous_load && !one_row) {
-      for_columns(p, pool, strip.rows, [&](int64_t b, int64_t begin, int64_t end) {
-        add_shares(p, scratch, true, b, strip, begin, end, p.grad_previous_load);
+      for_columns(p, pool, step.rows, [&](int64_t b, int64_t begin, int64_t end) {
+        add_shares(p, scratch, true, b, step, begin, end, p.grad_previous_load);
       });
     }
   }
@@ -612,7 +622,7 @@ void causal_backward_entry(const Params& p, int64_t b,
     const Unit unit(p, b * p.groups + group);
     begin_unit<T>(p, unit, true, s);
     begin_unit_sums(p, unit, scratch, s);
-    for (int64_t first = last_strip(p); first >= 0; first -= rows) {
+    for (int64_t first = last_multiple(p.queries, rows); first >= 0; first -= rows) {
       const Strip strip(p, first, smaller(rows, p.queries - first));
       causal_backward_strip<T>(p, unit, strip, scratch, s, previous_share(p, unit, strip, scratch));
     }

@@ -15,8 +15,8 @@ inline int64_t refractory_units(const RefractoryLifAttentionParams& p) {
 }
 
 // Loads are sums over heads. With enough batch entries each is one task, which takes its units one
-// after the other. With few, all units work on the same strip of queries, and their parts are added
-// up before the next strip. (Units that look ahead have one row of loads each, added up at the
+// after the other. With few, all units work on the same few strips of queries, and their parts are
+// added up before the next step. (Units that look ahead have one row of loads each, added up at the
 // end.)
 inline bool refractory_in_step(const RefractoryLifAttentionParams& p) {
   const int64_t enough_tasks = 16;
@@ -34,6 +34,13 @@ inline int64_t refractory_strip_rows(const RefractoryLifAttentionParams& p) {
   return p.queries < most ? p.queries : most;
 }
 
+// Queries of a step, in whole strips: enough for a unit's keys and values to be worth fetching.
+inline int64_t refractory_step_rows(const RefractoryLifAttentionParams& p) {
+  const int64_t strips = 4;
+  const int64_t rows = strips * refractory_strip_rows(p);
+  return p.queries < rows ? p.queries : rows;
+}
+
 // The buffers of a thread, or of a unit if units run in step. Rows are over the keys. The symbols
 // are those of common/refractory_lif_attention.h. Sums over queries are kept in double: a long
 // sequence adds thousands of terms one by one.
@@ -42,7 +49,7 @@ struct RefractoryWorkspace {
   int64_t stride;          // of rows
   double* load_sums;       // P, a row for each head of the group
   C* scores;               // rows of a strip, or with look_ahead of all queries
-  C* share;                // in step: the rows that the unit adds to a sum over heads, for a strip
+  C* share;                // in step: the rows that the unit adds to a sum over heads, for a step
   C *keep, *zeros;         // a row
   double* load_grads;      // c, a row for each head of the group
   double* weight_grads;    // a, a row
@@ -60,7 +67,7 @@ struct RefractoryWorkspace {
     const int64_t strip = refractory_strip_rows(p) * stride;
     load_sums = arena.take<double>(heads);
     scores = arena.take<C>(p.look_ahead ? p.queries * stride : strip);
-    share = arena.take<C>(refractory_in_step(p) ? strip : 0);
+    share = arena.take<C>(refractory_in_step(p) ? refractory_step_rows(p) * stride : 0);
     keep = arena.take<C>(stride);
     zeros = arena.take<C>(stride);
     operands = AttentionOperands<C>(p, refractory_strip_rows(p), backward, arena);
