@@ -225,11 +225,13 @@ def test_dropout_follows_torch_s_seed() -> None:
 # Extremes.
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0, 1e4])
-def test_large_scores(scale: float) -> None:
+def test_large_scores(dtype: torch.dtype, scale: float) -> None:
     """Up to scores of 1e4 either way, with probabilities down to 0."""
     values = tensors(1, 2, 40, size=8)
     values["query"] *= scale / 3
+    values = {n: v.to(dtype) if v.dim() == 4 else v for n, v in values.items()}
     sample = Sample(f"{scale}", values, {}, dict.fromkeys(gradient_scales(values), 10.0))
     check_sample(lif_attention, reference.lif_attention, sample)
 
@@ -248,9 +250,11 @@ def test_tiny_probabilities_keep_their_gradients() -> None:
         torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
-def test_queries_that_see_nothing_give_zeros(eps: float) -> None:
-    leaves = {name: value.requires_grad_() for name, value in tensors(queries=70).items()}
+def test_queries_that_see_nothing_give_zeros(dtype: torch.dtype, eps: float) -> None:
+    values = tensors(queries=70, dtype=dtype)
+    leaves = {name: value.requires_grad_() for name, value in values.items()}
     mask = torch.ones(70, 70, dtype=torch.bool)
     mask[[0, 5, 69]] = False
     mask[:, 3] = False

@@ -251,6 +251,21 @@ void draw_dropout(const LifAttentionParams& p, int64_t b, int64_t h, int64_t que
   }
 }
 
+template <typename C>
+void multiply_row(int64_t n, const C* factors, C* row) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) row[j] *= factors[j];
+}
+
+// row *= the dropout mask over 1 - dropout, which is left in `keep`; nothing without dropout.
+template <typename C>
+void drop_weights(const LifAttentionParams& p, int64_t b, int64_t h, int64_t query, int64_t n,
+                  C* keep, C* row) {
+  if (!p.seed) return;
+  draw_dropout(p, b, h, query, n, keep);
+  multiply_row(n, keep, row);
+}
+
 // One row of probabilities from its n scores, in place; 1 / sum of exp(score - largest) if any.
 template <typename C>
 void softmax_row(int64_t n, C* scores, C& largest, C& inverse_sum) {
@@ -295,6 +310,56 @@ void pack_queries(const LifAttentionParams& p, int64_t b, int64_t h, const Strip
   pack_columns(query, strip.rows, p.size, C(p.scale), to.query_panels);
   pack_rows(grad_out, strip.rows, p.size, C(1), to.grad_out, to.stride);
   pack_columns(grad_out, strip.rows, p.size, C(1), to.grad_out_panels);
+}
+
+// Scores of a strip of queries, which are packed for that.
+template <typename T, typename C>
+void multiply_scores(const LifAttentionParams& p, int64_t b, int64_t h, const Strip& strip,
+                     bool backward, const AttentionOperands<C>& operands, C* scores,
+                     int64_t stride) {
+  pack_queries<T>(p, b, h, strip, backward, operands);
+  multiply_keys(strip, p.size, operands.query, operands.stride, operands.key_t, scores, stride);
+}
+
+// out = weights value, the rows divided by the sums in the rows' statistics.
+template <typename T, typename C>
+void write_out(const LifAttentionParams& p, int64_t b, int64_t h, const Strip& strip,
+               const C* weights, int64_t stride, const AttentionOperands<C>& operands) {
+  multiply_values(strip, p.size, weights, stride, operands.value, operands.result, operands.stride);
+  for (int64_t r = 0; r < strip.rows; ++r) {
+    write_row<T>(operands.result + r * operands.stride, p.size,
+                 *RowStats<C>(p, b, h, strip.first + r).inverse_weight, p.out, b, h,
+                 strip.first + r);
+  }
+}
+
+// grad_out . v for each pair of a strip's query and a key.
+template <typename C>
+void multiply_grad_out(const LifAttentionParams& p, const Strip& strip,
+                       const AttentionOperands<C>& operands, C* grads, int64_t stride) {
+  multiply_keys(strip, p.size, operands.grad_out, operands.stride, operands.value_t, grads, stride);
+}
+
+template <typename C>
+void add_value_gradients(const LifAttentionParams& p, const Strip& strip, const C* weights,
+                         int64_t stride, const AttentionOperands<C>& operands) {
+  add_transposed(strip, p.size, weights, stride, operands.grad_out_panels, operands.grad_value,
+                 operands.stride);
+}
+
+// From the gradients of a strip's scores those of its queries, and its part of the keys'.
+template <typename T, typename C>
+void add_score_gradients(const LifAttentionParams& p, int64_t b, int64_t h, const Strip& strip,
+                         const C* score_grads, int64_t stride,
+                         const AttentionOperands<C>& operands) {
+  add_transposed(strip, p.size, score_grads, stride, operands.query_panels, operands.grad_key,
+                 operands.stride);
+  multiply_values(strip, p.size, score_grads, stride, operands.key, operands.result,
+                  operands.stride);
+  for (int64_t r = 0; r < strip.rows; ++r) {
+    write_row<T>(operands.result + r * operands.stride, p.size, C(p.scale), p.grad_query, b, h,
+                 strip.first + r);
+  }
 }
 
 template <typename C>

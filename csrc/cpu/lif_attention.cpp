@@ -115,11 +115,7 @@ void forward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& g
     summarize_row(n, visible, s.p, *stats.inverse_sum, gate.threshold, row, *stats.inverse_weight,
                   summary, s.load);
   }
-  if (p.seed) {
-    draw_dropout(p, task.b, task.h, query, n, s.keep);
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) row[j] *= s.keep[j];
-  }
+  drop_weights(p, task.b, task.h, query, n, s.keep, row);
 }
 
 template <typename T>
@@ -134,21 +130,13 @@ void forward_task(const LifAttentionParams& p, const Task& task,
   for (int64_t j = 0; partial && j < 5; ++j) partial[j] = 0;
   for (int64_t first = task.first; first < task.end; first += lif_attention_strip_rows(p)) {
     const Strip strip(p, first, smaller(lif_attention_strip_rows(p), task.end - first));
-    pack_queries<T>(p, task.b, task.h, strip, false, operands);
-    multiply_keys(strip, p.size, operands.query, operands.stride, operands.key_t, s.scores,
-                  s.stride);
+    multiply_scores<T>(p, task.b, task.h, strip, false, operands, s.scores, s.stride);
     for (int64_t row = 0; row < strip.rows; ++row) {
       C* scores = s.scores + row * s.stride;
       forward_row(p, task, gate, first + row, strip.visible(row), s, scores, partial);
       clear_invisible(strip, row, scores);
     }
-    multiply_values(strip, p.size, s.scores, s.stride, operands.value, operands.result,
-                    operands.stride);
-    for (int64_t row = 0; row < strip.rows; ++row) {
-      write_row<T>(operands.result + row * operands.stride, p.size,
-                   *RowStats<C>(p, task.b, task.h, first + row).inverse_weight, p.out, task.b,
-                   task.h, first + row);
-    }
+    write_out<T>(p, task.b, task.h, strip, s.scores, s.stride, operands);
   }
   for (int64_t j = 0; partial && j < p.keys; ++j) partial[5 + j] = s.load[j];
 }
@@ -168,11 +156,7 @@ void backward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& 
     return;
   }
   apply_mask(p, task.b, task.h, query, n, scores);
-  if (p.seed) {
-    draw_dropout(p, task.b, task.h, query, n, s.keep);
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) grads[j] *= s.keep[j];
-  }
+  drop_weights(p, task.b, task.h, query, n, s.keep, grads);
   const C threshold = gate.threshold, leak = gate.leak, steepness = gate.steepness;
   C *const p_row = s.p, *const fire_row = s.fire, *const smoulder_row = s.smoulder;
   C* const w_row = s.w;
@@ -210,10 +194,7 @@ void backward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& 
     scores[j] = fire_row[j] - p_row[j] * expected;
     grads[j] = w_row[j] * inverse_weight;
   }
-  if (p.seed) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) grads[j] *= s.keep[j];
-  }
+  if (p.seed) multiply_row(n, s.keep, grads);
 }
 
 template <typename T>
@@ -228,27 +209,16 @@ void backward_task(const LifAttentionParams& p, const Task& task,
   gates[0] = gates[1] = gates[2] = 0;
   for (int64_t first = task.first; first < task.end; first += lif_attention_strip_rows(p)) {
     const Strip strip(p, first, smaller(lif_attention_strip_rows(p), task.end - first));
-    pack_queries<T>(p, task.b, task.h, strip, true, operands);
-    multiply_keys(strip, p.size, operands.query, operands.stride, operands.key_t, s.scores,
-                  s.stride);
-    multiply_keys(strip, p.size, operands.grad_out, operands.stride, operands.value_t, s.grads,
-                  s.stride);
+    multiply_scores<T>(p, task.b, task.h, strip, true, operands, s.scores, s.stride);
+    multiply_grad_out(p, strip, operands, s.grads, s.stride);
     for (int64_t row = 0; row < strip.rows; ++row) {
       C *scores = s.scores + row * s.stride, *grads = s.grads + row * s.stride;
       backward_row(p, task, gate, first + row, strip.visible(row), s, scores, grads, gates);
       clear_invisible(strip, row, scores);
       clear_invisible(strip, row, grads);
     }
-    add_transposed(strip, p.size, s.grads, s.stride, operands.grad_out_panels, operands.grad_value,
-                   operands.stride);
-    add_transposed(strip, p.size, s.scores, s.stride, operands.query_panels, operands.grad_key,
-                   operands.stride);
-    multiply_values(strip, p.size, s.scores, s.stride, operands.key, operands.result,
-                    operands.stride);
-    for (int64_t row = 0; row < strip.rows; ++row) {
-      write_row<T>(operands.result + row * operands.stride, p.size, C(p.scale), p.grad_query,
-                   task.b, task.h, first + row);
-    }
+    add_value_gradients(p, strip, s.grads, s.stride, operands);
+    add_score_gradients<T>(p, task.b, task.h, strip, s.scores, s.stride, operands);
   }
   for (int64_t token = 0; token < p.keys; ++token) {
     const C* grad_key = operands.grad_key + token * operands.stride;

@@ -158,33 +158,8 @@ void forward_rows(const Params& p, const Unit& unit, int64_t h, const Strip& str
                                                 previous_row(p, unit.b, query, s.zeros), sums, row);
     *stats.inverse_weight = C(1) / (total + C(p.eps));
     add_to_share(n, p.keys, row, *stats.inverse_weight / C(p.heads), share, r);
-    if (p.seed) {
-      draw_dropout(p, unit.b, h, query, n, s.keep);
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) row[j] *= s.keep[j];
-    }
+    drop_weights(p, unit.b, h, query, n, s.keep, row);
     clear_invisible(strip, r, row);
-  }
-}
-
-template <typename T, typename C>
-void multiply_scores(const Params& p, const Unit& unit, int64_t h, const Strip& strip,
-                     bool backward, const RefractoryWorkspace<C>& s, C* scores) {
-  const AttentionOperands<C>& operands = s.operands;
-  pack_queries<T>(p, unit.b, h, strip, backward, operands);
-  multiply_keys(strip, p.size, operands.query, operands.stride, operands.key_t, scores, s.stride);
-}
-
-template <typename T, typename C>
-void write_out(const Params& p, const Unit& unit, int64_t h, const Strip& strip, const C* weights,
-               const RefractoryWorkspace<C>& s) {
-  const AttentionOperands<C>& operands = s.operands;
-  multiply_values(strip, p.size, weights, s.stride, operands.value, operands.result,
-                  operands.stride);
-  for (int64_t r = 0; r < strip.rows; ++r) {
-    write_row<T>(operands.result + r * operands.stride, p.size,
-                 *RowStats<C>(p, unit.b, h, strip.first + r).inverse_weight, p.out, unit.b, h,
-                 strip.first + r);
   }
 }
 
@@ -217,9 +192,9 @@ void causal_forward_strip(const Params& p, const Unit& unit, const Strip& strip,
     const int64_t h = unit.first_head + head;
     double* const sums = s.load_sums + head * s.stride;
     copy_row(sums, p.keys, block_loads<C>(p, unit.b, h, strip.first));
-    multiply_scores<T>(p, unit, h, strip, false, s, s.scores);
+    multiply_scores<T>(p, unit.b, h, strip, false, s.operands, s.scores, s.stride);
     forward_rows<false>(p, unit, h, strip, s, s.scores, sums, share);
-    write_out<T>(p, unit, h, strip, s.scores, s);
+    write_out<T>(p, unit.b, h, strip, s.scores, s.stride, s.operands);
     if (strip.first + strip.rows == p.queries) {
       copy_row(sums, p.keys, static_cast<C*>(p.probabilities) + (unit.b * p.heads + h) * p.keys);
     }
@@ -382,11 +357,7 @@ void backward_row(const Params& p, const Unit& unit, int64_t h, int64_t query, i
                   C* weights, double* gates) {
   const C inverse_weight = *RowStats<C>(p, unit.b, h, query).inverse_weight;
   const C* const previous = previous_row(p, unit.b, query, s.zeros);
-  if (p.seed) {
-    draw_dropout(p, unit.b, h, query, n, s.keep);
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) grads[j] *= s.keep[j];
-  }
+  drop_weights(p, unit.b, h, query, n, s.keep, grads);
   if (extra) add_row(n, C(1), extra, grads);
   const C threshold = gate.threshold, leak = gate.leak, steepness = gate.steepness;
   const C within = gate.within, across = gate.across;
@@ -441,10 +412,7 @@ void backward_row(const Params& p, const Unit& unit, int64_t h, int64_t query, i
     }
     dropped[j] = w_row[j] * inverse_weight;
   }
-  if (p.seed) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) dropped[j] *= s.keep[j];
-  }
+  if (p.seed) multiply_row(n, s.keep, dropped);
 }
 
 // Probabilities from a row of scores, in place.
@@ -453,27 +421,6 @@ void recompute_row(const RowStats<C>& stats, int64_t n, C* row) {
   const C largest = *stats.largest, inverse_sum = *stats.inverse_sum;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) row[j] = decay(row[j] - largest) * inverse_sum;
-}
-
-template <typename T, typename C>
-void add_value_gradients(const Params& p, const Strip& strip, const C* weights,
-                         const RefractoryWorkspace<C>& s) {
-  add_transposed(strip, p.size, weights, s.stride, s.operands.grad_out_panels,
-                 s.operands.grad_value, s.operands.stride);
-}
-
-template <typename T, typename C>
-void add_score_gradients(const Params& p, const Unit& unit, int64_t h, const Strip& strip,
-                         const C* score_grads, const RefractoryWorkspace<C>& s) {
-  const AttentionOperands<C>& operands = s.operands;
-  add_transposed(strip, p.size, score_grads, s.stride, operands.query_panels, operands.grad_key,
-                 operands.stride);
-  multiply_values(strip, p.size, score_grads, s.stride, operands.key, operands.result,
-                  operands.stride);
-  for (int64_t r = 0; r < strip.rows; ++r) {
-    write_row<T>(operands.result + r * operands.stride, p.size, C(p.scale), p.grad_query, unit.b, h,
-                 strip.first + r);
-  }
 }
 
 template <typename T, typename C>
@@ -515,9 +462,8 @@ void causal_backward_strip(const Params& p, const Unit& unit, const Strip& strip
     double* const sums = s.load_sums + head * s.stride;
     double* const load_grads = s.load_grads + head * s.stride;
     copy_row(block_loads<C>(p, unit.b, h, strip.first), p.keys, sums);
-    multiply_scores<T>(p, unit, h, strip, true, s, s.scores);
-    multiply_keys(strip, p.size, operands.grad_out, operands.stride, operands.value_t, s.grads,
-                  s.stride);
+    multiply_scores<T>(p, unit.b, h, strip, true, s.operands, s.scores, s.stride);
+    multiply_grad_out(p, strip, operands, s.grads, s.stride);
     for (int64_t r = 0; r < strip.rows; ++r) {
       const int64_t query = strip.first + r, n = strip.visible(r);
       C *const row = s.scores + r * s.stride, *const loads = s.loads + r * s.stride;
@@ -539,8 +485,8 @@ void causal_backward_strip(const Params& p, const Unit& unit, const Strip& strip
       clear_invisible(strip, r, s.scores + at);
       clear_invisible(strip, r, s.grads + at);
     }
-    add_value_gradients<T>(p, strip, s.grads, s);
-    add_score_gradients<T>(p, unit, h, strip, s.scores, s);
+    add_value_gradients(p, strip, s.grads, s.stride, operands);
+    add_score_gradients<T>(p, unit.b, h, strip, s.scores, s.stride, operands);
     share.first = false;
   }
 }
@@ -647,7 +593,7 @@ void look_ahead_forward_unit(const Params& p, const Unit& unit,
     for (int64_t first = 0; first < p.queries; first += rows) {
       const Strip strip(p, first, smaller(rows, p.queries - first));
       C* const scores = s.scores + first * s.stride;
-      multiply_scores<T>(p, unit, h, strip, false, s, scores);
+      multiply_scores<T>(p, unit.b, h, strip, false, s.operands, scores, s.stride);
       for (int64_t r = 0; r < strip.rows; ++r) {
         const RowStats<C> stats(p, unit.b, h, first + r);
         const int64_t n = strip.visible(r);
@@ -667,7 +613,7 @@ void look_ahead_forward_unit(const Params& p, const Unit& unit,
       const Strip strip(p, first, smaller(rows, p.queries - first));
       C* const scores = s.scores + first * s.stride;
       forward_rows<true>(p, unit, h, strip, s, scores, sums, share);
-      write_out<T>(p, unit, h, strip, scores, s);
+      write_out<T>(p, unit.b, h, strip, scores, s.stride, s.operands);
     }
   }
 }
@@ -702,9 +648,8 @@ void look_ahead_backward_unit(const Params& p, const Unit& unit,
       C *const scores = s.scores + first * s.stride, *const grads = s.grads + first * s.stride;
       Share<C> share = previous_share(p, unit, strip, scratch);
       share.first &= head == 0;
-      multiply_scores<T>(p, unit, h, strip, true, s, scores);
-      multiply_keys(strip, p.size, operands.grad_out, operands.stride, operands.value_t, grads,
-                    s.stride);
+      multiply_scores<T>(p, unit.b, h, strip, true, operands, scores, s.stride);
+      multiply_grad_out(p, strip, operands, grads, s.stride);
       for (int64_t r = 0; r < strip.rows; ++r) {
         const int64_t at = r * s.stride, n = strip.visible(r);
         recompute_row(RowStats<C>(p, unit.b, h, first + r), n, scores + at);
@@ -714,7 +659,7 @@ void look_ahead_backward_unit(const Params& p, const Unit& unit,
         add_to_share(n, p.keys, s.smoulder, gate.across, share, r);
         clear_invisible(strip, r, s.weights + at);
       }
-      add_value_gradients<T>(p, strip, s.weights, s);
+      add_value_gradients(p, strip, s.weights, s.stride, operands);
     }
     for (int64_t first = 0; first < p.queries; first += rows) {
       const Strip strip(p, first, smaller(rows, p.queries - first));
@@ -734,7 +679,7 @@ void look_ahead_backward_unit(const Params& p, const Unit& unit,
       }
       const Rows<T> query(p.query, unit.b, h, first);
       pack_columns(query, strip.rows, p.size, C(p.scale), operands.query_panels);
-      add_score_gradients<T>(p, unit, h, strip, grads, s);
+      add_score_gradients<T>(p, unit.b, h, strip, grads, s.stride, operands);
     }
   }
   write_key_gradients<T>(p, unit, operands);
