@@ -3,9 +3,9 @@
 `python bench/attention_bench.py` checks every gated contender against the fp64 reference, times
 all of them in turns, and measures the memory that each needs beyond its inputs, in a process of its
 own. `--what refractory` does the same for refractory LIF attention, and `--what model` for one
-training step of the paper's Transformer with and without gates. Prints tables and writes
-NAME.csv, NAME.png and NAME_memory.csv into --out, with NAME attention, refractory_attention or
-attention_step. `--help` lists the flags.
+training step of the paper's Transformer with and without gates. Prints tables and writes NAME.csv,
+NAME.png (but for the model) and NAME_memory.csv into --out, with NAME attention,
+refractory_attention or attention_step. `--help` lists the flags.
 """
 
 from __future__ import annotations
@@ -335,8 +335,12 @@ def main(options: Options) -> None:
         if options.append and path.exists():
             timed = {(row.config, row.mode) for row in rows}
             rows = [row for row in read_csv(path) if (row.config, row.mode) not in timed] + rows
+        if options.what != "model":
+            shapes = [f"{list(shape)}" for shape in SHAPES]
+            rows.sort(key=lambda row: shapes.index(row.config.split(" dropout")[0]))
         write_csv(rows, path)
-        plot_csv(path, path.with_suffix(".png"))
+        if options.what != "model":
+            plot_csv(path, path.with_suffix(".png"))
     if options.memory and device.type == "cpu":
         memory_table(options, options.out / f"{name}_memory.csv", Console())
 
