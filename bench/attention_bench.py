@@ -335,11 +335,12 @@ def main(options: Options) -> None:
         if options.append and path.exists():
             timed = {(row.config, row.mode) for row in rows}
             rows = [row for row in read_csv(path) if (row.config, row.mode) not in timed] + rows
-        if options.what != "model":
+        if options.what == "model":
+            write_csv(rows, path)
+        else:
             shapes = [f"{list(shape)}" for shape in SHAPES]
             rows.sort(key=lambda row: shapes.index(row.config.split(" dropout")[0]))
-        write_csv(rows, path)
-        if options.what != "model":
+            write_csv(rows, path)
             plot_csv(path, path.with_suffix(".png"))
     if options.memory and device.type == "cpu":
         memory_table(options, options.out / f"{name}_memory.csv", Console())
