@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,19 @@ def empty_joined(like: Tensor) -> Tensor:
     """Like [B, H, T, D], laid out as [B, T, H, D]."""
     batch, heads, tokens, size = like.shape
     return like.new_empty(batch, tokens, heads, size).transpose(1, 2)
+
+
+def call_kernel(
+    op: str, operator: Callable[..., Any], arguments: tuple[Any, ...], gates: tuple[Tensor, ...]
+) -> Any:
+    """Call an operator of `op` whose arguments include `gates`, θ, λ and k."""
+    try:
+        return operator(*arguments)
+    except RuntimeError:
+        # The kernel looks at the gates' values for free, but only Python words errors well.
+        if not torch.compiler.is_compiling():
+            _checks.check_gate_parameters(op, *gates)
+        raise
 
 
 def check_attention(

@@ -139,13 +139,9 @@ def lif_attention(
     operators = torch.ops.ember_ext
     operator = operators.lif_attention if needs_grad else operators.lif_attention_forward
     arguments = (*tensors, attn_mask, seed, dropout_p, is_causal, scale, eps, return_summary)
-    try:
-        out, _, summary, load = operator(*arguments)
-    except RuntimeError:
-        # The kernel looks at the gates' values for free, but only Python words errors well.
-        if not torch.compiler.is_compiling():
-            _checks.check_gate_parameters(_OP, threshold, leak, steepness)
-        raise
+    out, _, summary, load = _attention.call_kernel(
+        _OP, operator, arguments, (threshold, leak, steepness)
+    )
     if not return_summary:
         return out  # type: ignore[no-any-return]
     entropy, support, first_token, fire_rate = summary.detach().unbind(0)

@@ -123,15 +123,10 @@ def refractory_lif_attention(
         if needs_grad
         else operators.refractory_lif_attention_forward
     )
-    try:
-        out, load, probabilities, weights, _, _ = operator(
-            *tensors, seed, dropout_p, mode == "paper", scale, eps, _BLOCK[device]
-        )
-    except RuntimeError:
-        # The kernel looks at the gates' values for free, but only Python words errors well.
-        if not torch.compiler.is_compiling():
-            _checks.check_gate_parameters(_OP, threshold, leak, steepness)
-        raise
+    arguments = (*tensors, seed, dropout_p, mode == "paper", scale, eps, _BLOCK[device])
+    out, load, probabilities, weights, _, _ = _attention.call_kernel(
+        _OP, operator, arguments, (threshold, leak, steepness)
+    )
     return out, load, RefractoryState(probabilities, weights)
 
 
