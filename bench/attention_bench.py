@@ -2,8 +2,10 @@
 
 `python bench/attention_bench.py` checks every gated contender against the fp64 reference, times
 all of them in turns, and measures the memory that each needs beyond its inputs, in a process of its
-own. Prints tables and writes attention.csv, attention.png and attention_memory.csv into --out.
-`--sizes step` times a training step of the paper's Transformer instead. `--help` lists the flags.
+own. `--what refractory` does the same for refractory LIF attention, and `--what model` for one
+training step of the paper's Transformer with and without gates. Prints tables and writes NAME.csv,
+NAME.png (but for the model) and NAME_memory.csv into --out, with NAME attention,
+refractory_attention or attention_step. `--help` lists the flags.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,109 +26,185 @@ from torch import Tensor
 
 import ember_ext
 from ember_ext import reference
-from ember_ext.benchmarking import Call, Case, plot_csv, relative_error, run_cases, write_csv
+from ember_ext.benchmarking import (
+    Call,
+    Case,
+    plot_csv,
+    read_csv,
+    relative_error,
+    run_cases,
+    write_csv,
+)
 from ember_ext.models import Ember, EmberConfig
 from ember_ext.reference.lif_attention import (
     attention_probabilities,
     gate_probabilities,
     visible_keys,
 )
-from ember_ext.testing import attention_tensors
+from ember_ext.reference.refractory_lif_attention import refractory_weights
+from ember_ext.testing import attention_tensors, refractory_tensors
 
-# [batch, heads, tokens, head size]
-SHAPES = {
-    "small": [(64, 6, 128, 64)],
-    "main": [(64, 6, 256, 64), (1, 6, 4096, 64)],
-    "long": [(8, 6, 1024, 64), (1, 6, 8192, 64)],
-}
+Shape = tuple[int, int, int, int]
+What = Literal["attention", "refractory", "model"]
+
+SHAPES: list[Shape] = [
+    (64, 4, 128, 32),
+    (64, 6, 128, 64),
+    (64, 6, 256, 64),
+    (8, 6, 1024, 64),
+    (1, 6, 4096, 64),
+    (1, 6, 8192, 64),
+]
+"""[batch, heads, tokens, head size]"""
 LONGEST_EAGER = 4096
-GATED = ("eager", "compiled", "ember_ext")
+OTHER_RESULTS = ("ungated SDPA", "plain lif_attention")
+"""Contenders that compute less and are there to compare the price."""
+NAMES = {
+    "attention": "attention",
+    "refractory": "refractory_attention",
+    "model": "attention_step",
+}
 
-Attention = Callable[..., Tensor]
+Contender = Callable[..., tuple[Tensor, ...]]
+Leaves = dict[str, Tensor]
 
 
 @dataclass
 class Options:
     """What to time, for how long, and where to write it."""
 
+    what: What = "attention"
+    tokens: tuple[int, ...] = (128, 256, 1024, 4096, 8192)
+    """Which lengths to time; the model has the paper's."""
     device: str = "cpu"
     seconds: float = 5.0
-    """How long to time each case, in seconds."""
-    sizes: Literal["small", "main", "long", "all", "step"] = "all"
+    """How long to time each case, in seconds; no contender is timed less than three times."""
     compiled: bool = True
     """Also time torch.compile of the eager form."""
+    timing: bool = True
+    memory: bool = True
+    """Measure memory; on the CPU of a Linux machine only."""
+    append: bool = False
+    """Keep the rows of other cases that the files in --out hold."""
     out: Path = Path("bench/results")
 
 
 def eager(
-    query: Tensor, key: Tensor, value: Tensor, *gates: Tensor, dropout_p: float = 0.0
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, *gates: Tensor, dropout_p: float
+) -> tuple[Tensor]:
     """LIF attention as one would write it: the reference, with PyTorch's own dropout."""
     p = attention_probabilities(query, key, visible_keys(query, key, None, True), None)
     threshold, leak, steepness = (v.view(-1, 1, 1) for v in gates)
     w = gate_probabilities(p, threshold, leak, steepness, 1e-8)
-    return F.dropout(w, dropout_p) @ value
+    return (F.dropout(w, dropout_p) @ value,)
 
 
 def ungated(
-    query: Tensor, key: Tensor, value: Tensor, *_: Tensor, dropout_p: float = 0.0
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, *_: Tensor, dropout_p: float
+) -> tuple[Tensor]:
     """PyTorch's attention without a gate: less work, and the price to compare with."""
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True)
+    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True)
+    return (out,)
 
 
-def contenders(tokens: int, compiled: bool) -> dict[str, Attention]:
+def fused(*leaves: Tensor, dropout_p: float) -> tuple[Tensor]:
+    """`ember_ext.lif_attention` of the first six leaves."""
+    return (ember_ext.lif_attention(*leaves[:6], dropout_p=dropout_p),)
+
+
+def eager_refractory(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Tensor, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """Refractory LIF attention as one would write it."""
+    *gates, previous_load = rest
+    w, load, _ = refractory_weights(query, key, *gates, previous_load=previous_load)
+    return F.dropout(w, dropout_p) @ value, load
+
+
+def fused_refractory(*leaves: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """`ember_ext.ops.refractory_lif_attention`, without the sums to carry on from."""
+    *tensors, previous_load = leaves
+    out, load, _ = ember_ext.ops.refractory_lif_attention(
+        *tensors, previous_load=previous_load, dropout_p=dropout_p
+    )
+    return out, load
+
+
+def exact_results(what: What, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """What the contenders' results are compared with."""
+    doubles = [leaf.double() for leaf in leaves]
+    if what == "refractory":
+        *tensors, previous_load = doubles
+        return reference.refractory_lif_attention(*tensors, previous_load=previous_load)[:2]
+    out = reference.lif_attention(*doubles)
+    assert isinstance(out, Tensor)
+    return (out,)
+
+
+def contenders(what: What, tokens: int, compiled: bool) -> dict[str, Contender]:
     """The functions that can be run at a length, by name."""
-    functions: dict[str, Attention] = {}
+    plain = eager if what == "attention" else eager_refractory
+    functions: dict[str, Contender] = {}
     if tokens <= LONGEST_EAGER:
-        functions["eager"] = eager
+        functions["eager"] = plain
         if compiled:
             torch._dynamo.reset()
-            functions["compiled"] = torch.compile(eager, dynamic=False)
-    return functions | {"ungated SDPA": ungated, "ember_ext": ember_ext.lif_attention}
+            functions["compiled"] = torch.compile(plain, dynamic=False)
+    if what == "refractory":
+        return functions | {"plain lif_attention": fused, "ember_ext": fused_refractory}
+    return functions | {"ungated SDPA": ungated, "ember_ext": fused}
 
 
-def make_call(function: Attention, leaves: list[Tensor], dropout_p: float, mode: str) -> Call:
+def make_call(function: Contender, leaves: list[Tensor], dropout_p: float, mode: str) -> Call:
     """A forward pass, or one with the gradients of everything that is used."""
-    used = leaves[:3] if function is ungated else leaves
 
-    def forward() -> Tensor:
+    def forward() -> tuple[Tensor, ...]:
         return function(*leaves, dropout_p=dropout_p)
 
     def both() -> object:
-        out = forward()
-        return torch.autograd.grad(out, used, torch.ones_like(out))
+        outputs = forward()
+        ones = [torch.ones_like(out) for out in outputs]
+        return torch.autograd.grad(outputs, leaves, ones, allow_unused=True)
 
     return forward if mode == "forward" else both
 
 
-def make_leaves(shape: tuple[int, int, int, int], device: str) -> list[Tensor]:
+def make_leaves(what: What, shape: Shape, device: str) -> list[Tensor]:
     """Random inputs, in the order in which the functions take them."""
     batch, heads, tokens, size = shape
     generator = torch.Generator().manual_seed(0)
-    tensors = attention_tensors(batch, heads, heads, tokens, tokens, size, torch.float32, generator)
+    if what == "refractory":
+        tensors = refractory_tensors(batch, heads, heads, tokens, 0, size, torch.float32, generator)
+        tensors["previous_load"] = torch.rand(batch, tokens, tokens, generator=generator) / tokens
+    else:
+        tensors = attention_tensors(
+            batch, heads, heads, tokens, tokens, size, torch.float32, generator
+        )
     return [tensor.to(device).requires_grad_() for tensor in tensors.values()]
 
 
-def attention_case(
-    shape: tuple[int, int, int, int], dropout_p: float, mode: str, options: Options
-) -> Case:
+def part_of(leaf: Tensor, tokens: int) -> Tensor:
+    """What one head of the first batch entry sees of a leaf, and no more tokens than `tokens`."""
+    leaf = leaf.detach()
+    if leaf.dim() == 4:
+        return leaf[:1, :1, :tokens]
+    return leaf[:1, :tokens, :tokens] if leaf.dim() == 3 else leaf[:1]
+
+
+def attention_case(what: What, shape: Shape, dropout_p: float, mode: str, options: Options) -> Case:
     """The contenders for one shape and dropout."""
     batch, heads, tokens, size = shape
-    leaves = make_leaves(shape, options.device)
-    functions = contenders(tokens, options.compiled)
+    leaves = make_leaves(what, shape, options.device)
+    functions = contenders(what, tokens, options.compiled)
 
     def verify() -> dict[str, float]:
-        # One head, and no more tokens than the reference has memory for in fp64.
-        part = [t.detach()[:1, :1, :2048] if t.dim() == 4 else t.detach()[:1] for t in leaves]
-        exact = reference.lif_attention(*(t.double() for t in part))
-        errors = {
-            name: relative_error(functions[name](*part), exact)
-            for name in functions
-            if name in GATED
-        }
-        for name, error in errors.items():
-            assert error < 1e-5, f"{name} is off by {error:.1e}"
+        part = [part_of(leaf, 2048) for leaf in leaves]
+        exact = exact_results(what, part)
+        errors: dict[str, float] = {}
+        for name in (name for name in functions if name not in OTHER_RESULTS):
+            results = functions[name](*part, dropout_p=0.0)
+            errors[name] = max(map(relative_error, results, exact))
+            assert errors[name] < 1e-5, f"{name} is off by {errors[name]:.1e}"
         return errors
 
     # Products of matrices under the causal mask: two forward, and backward five more.
@@ -141,48 +219,53 @@ def attention_case(
 
 
 def attention_cases(options: Options) -> Iterator[Case]:
-    """All cases of the chosen sizes."""
+    """All cases of the chosen lengths."""
     for shape in chosen_shapes(options):
         for dropout_p in (0.0, 0.2) if shape[2] <= 256 else (0.0,):
             for mode in ("forward", "forward+backward"):
-                yield attention_case(shape, dropout_p, mode, options)
+                yield attention_case(options.what, shape, dropout_p, mode, options)
 
 
-def chosen_shapes(options: Options) -> list[tuple[int, int, int, int]]:
-    """The shapes that `--sizes` asks for."""
-    if options.sizes == "all":
-        return [shape for shapes in SHAPES.values() for shape in shapes]
-    return SHAPES[options.sizes]
+def chosen_shapes(options: Options) -> list[Shape]:
+    """The shapes of the chosen lengths."""
+    return [shape for shape in SHAPES if shape[2] in options.tokens]
 
 
-def step_case(options: Options) -> Case:
-    """A training step of the paper's Transformer: gated, and ungated by PyTorch's attention."""
+MODEL_CONTENDERS = ("standard with SDPA", "lif", "lif-refractory")
+
+
+def make_step(contender: str, device: str) -> Call:
+    """One training step of the paper's Transformer, with the gates of a condition or by SDPA."""
     torch.manual_seed(0)
-    idx = torch.randint(65, (64, 256), device=options.device)
-    calls: dict[str, Call] = {}
-    for condition in ("standard", "lif"):
-        model = Ember(EmberConfig(condition=condition)).to(options.device)
-        if condition == "standard":
-            for block in model.blocks:
-                block.attn.attend = sdpa_attend
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    idx = torch.randint(65, (64, 256), device=device)
+    condition: Any = "standard" if contender == MODEL_CONTENDERS[0] else contender
+    model = Ember(EmberConfig(condition=condition)).to(device)
+    if condition == "standard":
+        for block in model.blocks:
+            block.attn.attend = sdpa_attend
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-        def step(model: Ember = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            _, loss, _ = model(idx, idx)
-            assert loss is not None
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    def step() -> None:
+        _, loss, _ = model(idx, idx)
+        assert loss is not None
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
-        calls[condition] = step
-    return Case("6 layers, 6 heads, 384 wide, [64, 256]", "step", calls, lambda: {})
+    return step
 
 
 def sdpa_attend(
     query: Tensor, key: Tensor, value: Tensor, previous_load: Tensor | None, _: object
 ) -> tuple[Tensor, Tensor | None, None]:
     """What replaces `SelfAttention.attend` for plain attention with PyTorch's dropout."""
-    return ungated(query, key, value, dropout_p=0.2), previous_load, None
+    return ungated(query, key, value, dropout_p=0.2)[0], previous_load, None
+
+
+def model_case(options: Options) -> Case:
+    """One training step: gated, and ungated by PyTorch's attention."""
+    calls = {name: make_step(name, options.device) for name in MODEL_CONTENDERS}
+    return Case("6 layers, 6 heads, 384 wide, [64, 256]", "step", calls, lambda: {})
 
 
 def _resident_bytes(field: str) -> int:
@@ -194,50 +277,73 @@ def _resident_bytes(field: str) -> int:
 
 
 def _measure_memory(
-    name: str, shape: tuple[int, int, int, int], queue: multiprocessing.Queue[int]
+    what: What, name: str, shape: Shape | None, queue: multiprocessing.Queue[int]
 ) -> None:
     # Started first, so that threads and libraries count as there before.
-    small = make_leaves((1, 1, 64, 64), "cpu")
-    function = contenders(shape[2], False)[name]
-    make_call(function, small, 0.0, "forward+backward")()
-    leaves = make_leaves(shape, "cpu")
+    small = make_leaves("attention", (1, 1, 64, 64), "cpu")
+    make_call(eager, small, 0.0, "forward+backward")()
+    if shape is None:
+        call = make_step(name, "cpu")
+    else:
+        function = contenders(what, shape[2], False)[name]
+        call = make_call(function, make_leaves(what, shape, "cpu"), 0.0, "forward+backward")
     before = _resident_bytes("VmRSS")
-    make_call(function, leaves, 0.0, "forward+backward")()
+    call()
     queue.put(_resident_bytes("VmHWM") - before)
 
 
-def memory_table(options: Options, console: Console) -> None:
-    """Peak memory of forward and backward beyond the inputs, on the CPU."""
-    table = Table("config", "contender", "peak MB beyond the inputs")
+def memory_table(options: Options, path: Path, console: Console) -> None:
+    """Peak memory on the CPU: of forward and backward beyond the inputs, or of a model's step."""
+    beyond = "model" if options.what == "model" else "inputs"
+    table = Table("config", "contender", f"peak MB beyond the {beyond}")
     table.columns[2].justify = "right"
     spawn = multiprocessing.get_context("spawn")
-    with (options.out / "attention_memory.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("config", "contender", "megabytes"))
-        for shape in chosen_shapes(options):
-            for name in contenders(shape[2], False):
-                queue: multiprocessing.Queue[int] = spawn.Queue()
-                process = spawn.Process(target=_measure_memory, args=(name, shape, queue))
-                process.start()
-                megabytes = queue.get() / 1e6
-                process.join()
-                writer.writerow((list(shape), name, f"{megabytes:.1f}"))
-                table.add_row(f"{list(shape)}", name, f"{megabytes:.1f}")
-            table.add_section()
+    shapes = [None] if options.what == "model" else chosen_shapes(options)
+    rows: list[tuple[str, str, str]] = []
+    for shape in shapes:
+        names = MODEL_CONTENDERS
+        if shape is not None:
+            names = tuple(contenders(options.what, shape[2], False))
+        config = "training step" if shape is None else f"{list(shape)}"
+        for name in names:
+            queue: multiprocessing.Queue[int] = spawn.Queue()
+            process = spawn.Process(target=_measure_memory, args=(options.what, name, shape, queue))
+            process.start()
+            rows.append((config, name, f"{queue.get() / 1e6:.1f}"))
+            process.join()
+            table.add_row(*rows[-1])
+        table.add_section()
     console.print(table)
+    kept: list[tuple[str, ...]] = []
+    if options.append and path.exists():
+        with path.open(newline="") as file:
+            measured = {row[:2] for row in rows}
+            kept = [row for row in map(tuple, csv.reader(file)) if row[:2] not in measured][1:]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("config", "contender", "megabytes"), *kept, *rows])
 
 
 def main(options: Options) -> None:
     """Verify, time, measure memory, print, write."""
     options.out.mkdir(parents=True, exist_ok=True)
-    cases = [step_case(options)] if options.sizes == "step" else attention_cases(options)
-    name = "attention_step" if options.sizes == "step" else "attention"
+    name = NAMES[options.what]
     device = torch.device(options.device)
-    rows = run_cases("lif_attention", cases, device=device, seconds=options.seconds)
-    write_csv(rows, options.out / f"{name}.csv")
-    plot_csv(options.out / f"{name}.csv", options.out / f"{name}.png")
-    if device.type == "cpu" and options.sizes != "step":
-        memory_table(options, Console())
+    if options.timing:
+        cases = iter([model_case(options)]) if options.what == "model" else attention_cases(options)
+        rows = run_cases(name, cases, device=device, seconds=options.seconds, least=3)
+        path = options.out / f"{name}.csv"
+        if options.append and path.exists():
+            timed = {(row.config, row.mode) for row in rows}
+            rows = [row for row in read_csv(path) if (row.config, row.mode) not in timed] + rows
+        if options.what == "model":
+            write_csv(rows, path)
+        else:
+            shapes = [f"{list(shape)}" for shape in SHAPES]
+            rows.sort(key=lambda row: shapes.index(row.config.split(" dropout")[0]))
+            write_csv(rows, path)
+            plot_csv(path, path.with_suffix(".png"))
+    if options.memory and device.type == "cpu":
+        memory_table(options, options.out / f"{name}_memory.csv", Console())
 
 
 if __name__ == "__main__":

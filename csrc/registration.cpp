@@ -12,7 +12,8 @@
 
 // Every operator that this library has kernels for: X(<stem>).
 #ifndef EMBER_CUDA
-#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(lif_attention) X(cfc_scan)
+#define EMBER_FOR_EACH_OPERATOR(X) \
+  X(lif_gate) X(lif_attention) X(refractory_lif_attention) X(cfc_scan)
 #else
 #define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(lif_attention)
 #endif
@@ -38,6 +39,22 @@ constexpr const char* schemas[] = {
     "Tensor threshold, Tensor leak, Tensor steepness, Tensor row_stats, Tensor? mask, "
     "Tensor? seed, float dropout_p, bool is_causal, float scale, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    "refractory_lif_attention(Tensor query, Tensor key, Tensor value, Tensor threshold, "
+    "Tensor leak, Tensor steepness, Tensor within, Tensor across, Tensor? previous_load, "
+    "Tensor? past_probabilities, Tensor? past_weights, Tensor? seed, float dropout_p, "
+    "bool look_ahead, float scale, float eps, int block) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "refractory_lif_attention_forward(Tensor query, Tensor key, Tensor value, Tensor threshold, "
+    "Tensor leak, Tensor steepness, Tensor within, Tensor across, Tensor? previous_load, "
+    "Tensor? past_probabilities, Tensor? past_weights, Tensor? seed, float dropout_p, "
+    "bool look_ahead, float scale, float eps, int block) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "refractory_lif_attention_backward(Tensor grad_out, Tensor? grad_next_load, "
+    "Tensor? grad_probabilities, Tensor? grad_weights, Tensor query, Tensor key, Tensor value, "
+    "Tensor threshold, Tensor leak, Tensor steepness, Tensor within, Tensor across, "
+    "Tensor row_stats, Tensor block_loads, Tensor? previous_load, Tensor? seed, float dropout_p, "
+    "bool look_ahead, float scale, float eps, int block, bool previous_load_gradient, "
+    "bool past_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "cfc_scan(Tensor x, Tensor h0, Tensor[] weights, Tensor? timespans, Tensor? lengths, "
     "Tensor? dropout_scale, Tensor? decay, int mode, int activation, int chunk) "
     "-> (Tensor, Tensor, Tensor)",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from rich.console import Console
@@ -140,7 +140,9 @@ def _keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)
 
 
-def run_cases(op: str, cases: Iterable[Case], *, device: torch.device, seconds: float) -> list[Row]:
+def run_cases(
+    op: str, cases: Iterable[Case], *, device: torch.device, seconds: float, least: int = 5
+) -> list[Row]:
     """Verify and time each case, print the table, and return its rows.
 
     The limit of a case is measured in the same turns: a copy of as many bytes, or a matrix product.
@@ -150,6 +152,7 @@ def run_cases(op: str, cases: Iterable[Case], *, device: torch.device, seconds: 
         cases: made one by one, so that each may hold large tensors.
         device: where they run.
         seconds: how long to time each case.
+        least: the fewest times that each contender is timed.
 
     Raises:
         AssertionError: a contender disagrees with the reference; it is not timed then.
@@ -164,7 +167,7 @@ def run_cases(op: str, cases: Iterable[Case], *, device: torch.device, seconds: 
     rows: list[Row] = []
     for case in cases:
         errors = case.verify()
-        for row in _time_case(op, case, errors, device, seconds):
+        for row in _time_case(op, case, errors, device, seconds, least):
             rows.append(row)
             first = row.contender == next(iter(case.contenders))
             what = (row.config, row.mode) if first else ("", "")
@@ -181,7 +184,12 @@ def run_cases(op: str, cases: Iterable[Case], *, device: torch.device, seconds: 
 
 
 def _time_case(
-    op: str, case: Case, errors: dict[str, float], device: torch.device, seconds: float
+    op: str,
+    case: Case,
+    errors: dict[str, float],
+    device: torch.device,
+    seconds: float,
+    least: int,
 ) -> Iterator[Row]:
     limit: tuple[Call, float] | None = None
     unit = ""
@@ -190,7 +198,7 @@ def _time_case(
     elif case.gigaflops:
         limit, unit = matmul_call(device), "GFLOP/s"
     calls = case.contenders | ({"limit": limit[0]} if limit else {})
-    times = time_in_turns(calls, device, seconds)
+    times = time_in_turns(calls, device, seconds, least)
     medians = {name: statistics.median(values) for name, values in times.items()}
     baseline = medians[next(iter(case.contenders))]
     for name in case.contenders:
@@ -211,6 +219,14 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a file that `write_csv` wrote."""
+    types = get_type_hints(Row)
+    with path.open(newline="") as file:
+        lines: list[dict[str, Any]] = list(csv.DictReader(file))
+    return [Row(**{name: types[name](value) for name, value in line.items()}) for line in lines]
 
 
 def plot_csv(path: Path, image: Path) -> None:
