@@ -11,11 +11,7 @@
 #include "binding/device.h"
 
 // Every operator that this library has kernels for: X(<stem>).
-#ifndef EMBER_CUDA
 #define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(lif_attention) X(cfc_scan)
-#else
-#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(lif_attention)
-#endif
 
 namespace {
 

@@ -1,8 +1,8 @@
 // Launchers of the CfC scan's kernels.
-#include "cfc_scan.cuh"
-
 #include <algorithm>
 #include <type_traits>
+
+#include "cfc_scan.cuh"
 
 namespace ember {
 namespace cuda {
@@ -41,11 +41,11 @@ int64_t chunk_steps(const CfcScanParams& p, bool backward) {
 
 // How the rows that a weight's gradient is summed over are split. 1024 keep fp32 sums accurate.
 int64_t rows_of_split(const CfcLayer& layer, int64_t rows) {
-  const int64_t tiles = ceil_div(columns_of(layer), kCfcProductTile) *
-                        ceil_div(1 + layer.inputs, kCfcProductTile);
+  const int64_t tiles =
+      ceil_div(columns_of(layer), kCfcProductTile) * ceil_div(1 + layer.inputs, kCfcProductTile);
   const int64_t enough_blocks = 512;
-  const int64_t splits = std::max(ceil_div(enough_blocks, std::max<int64_t>(tiles, 1)),
-                                  ceil_div(rows, int64_t(1024)));
+  const int64_t splits =
+      std::max(ceil_div(enough_blocks, std::max<int64_t>(tiles, 1)), ceil_div(rows, int64_t(1024)));
   return std::max<int64_t>(ceil_div(rows, splits), kCfcProductTile);
 }
 
@@ -172,8 +172,7 @@ class Scan {
     int device = 0, bytes = 0;
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess) {
-      status =
-          cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
     shared_limit_ = bytes / int(sizeof(C));
     return status;
@@ -216,9 +215,9 @@ class Scan {
       }
       const int parts = by_head ? int(p_.heads) : kCfcParts;
       map.stride = by_head ? int(p_.hidden) : int(ceil_div(map.columns, parts));
-      map.lanes = std::max(std::min(map.stride, kCfcThreads), 1);
+      map.lanes = std::max(std::min(map.stride, kCfcThreads<C>), 1);
       // More slices than that spend their time adding up.
-      map.slices = std::max(std::min({kCfcThreads / map.lanes, map.depth / 8, 8}), 1);
+      map.slices = std::max(std::min({kCfcThreads<C> / map.lanes, map.depth / 8, 8}), 1);
       exchange = std::max(exchange, int64_t(map.slices) * parts * map.lanes * kCfcRows<C>);
       layer.bias = weight;
       layer.bias_stride = 1 + from.inputs;
@@ -231,7 +230,7 @@ class Scan {
       grads += chunk_ * p_.batch * columns_of(from);
     }
     plan.sums_at = int(exchange);
-    plan.vectors_at = plan.sums_at + kCfcThreads / kWarp * kCfcRows<C>;
+    plan.vectors_at = plan.sums_at + kCfcThreads<C> / kWarp * kCfcRows<C>;
     shared_ = plan.vectors_at;
     plan.vectors_size = vectors;
     if (shared_ + vectors * kCfcRows<C> <= shared_limit_) {
@@ -241,8 +240,8 @@ class Scan {
     }
     for (int64_t l = 0; l < p_.num_layers; ++l) {
       CfcMap& map = plan.layers[l].map;
-      const int64_t rows = map.columns ? (shared_limit_ - shared_) / map.columns : 0;
-      map.resident = int(std::min<int64_t>(rows, map.depth));
+      const int64_t left = std::max<int64_t>(shared_limit_ - shared_, 0);
+      map.resident = int(std::min<int64_t>(left / std::max(map.columns, 1), map.depth));
       map.resident_at = int(shared_);
       shared_ += int64_t(map.resident) * map.columns;
     }
@@ -306,7 +305,7 @@ class Scan {
   }
 
   cudaError_t scan(void (*kernel)(CfcScanParams, CfcScanPlan), const CfcScanPlan& plan) {
-    return launch(kernel, blocks_, kCfcThreads, size_t(shared_) * sizeof(C), stream_, p_, plan);
+    return launch(kernel, blocks_, kCfcThreads<C>, size_t(shared_) * sizeof(C), stream_, p_, plan);
   }
 
   cudaError_t input_gradient(const CfcScanPlan& plan) {
@@ -340,8 +339,10 @@ class Scan {
     product.out = partial;
     product.split_stride = columns * (1 + layer.inputs);
     product.row = 1 + layer.inputs;
-    const cudaError_t status = multiply<C, false, false>(product);
-    if (status != cudaSuccess) return status;
+    if (rows > 0) {
+      const cudaError_t status = multiply<C, false, false>(product);
+      if (status != cudaSuccess) return status;
+    }
     return sum(partial, ceil_div(rows, product.depth_of_split), product.split_stride, accumulate,
                static_cast<C*>(layer.grad_weight));
   }

@@ -18,7 +18,14 @@
 namespace ember {
 namespace cuda {
 
-constexpr int kCfcThreads = 512, kCfcParts = 4, kCfcMostLayers = 16;
+constexpr int kCfcParts = 4, kCfcMostLayers = 16;
+
+// Of a block. In fp64 a thread needs twice the registers.
+template <typename C>
+constexpr int kCfcThreads = sizeof(C) == 8 ? 256 : 512;
+
+// Terms that are added up one after the other: rounding errors grow with their number.
+constexpr int kCfcStretch = 128;
 
 // Rows of the batch to a block. Each weight is read once for all of them, so that reading it from
 // shared memory takes about as long as the arithmetic.
@@ -31,8 +38,8 @@ struct alignas(16) CfcRows {
   C values[kCfcRows<C>];
 };
 
-// A matrix [depth, columns] by which a block multiplies at every step. A thread adds up, over one of
-// the `slices` of the depth, columns that are `stride` apart; `lanes` threads share a slice.
+// A matrix [depth, columns] by which a block multiplies at every step. A thread adds up, over one
+// of the `slices` of the depth, columns that are `stride` apart; `lanes` threads share a slice.
 struct CfcMap {
   const void* weight;  // C, rows `row_stride` apart
   int64_t row_stride;
@@ -92,7 +99,7 @@ struct CfcBlock {
     for (int l = 0; l < p.num_layers; ++l) {
       const CfcMap& map = plan.layers[l].map;
       const C* weight = static_cast<const C*>(map.weight);
-      for (int i = int(threadIdx.x); i < map.resident * map.columns; i += kCfcThreads) {
+      for (int i = int(threadIdx.x); i < map.resident * map.columns; i += kCfcThreads<C>) {
         shared[map.resident_at + i] = weight[i / map.columns * map.row_stride + i % map.columns];
       }
     }
@@ -117,13 +124,14 @@ struct CfcBlock {
     const int64_t scaled = p.num_layers - 2;
     if (!p.dropout_scale || layer == 0) return nullptr;
     return static_cast<const C*>(p.dropout_scale) +
-           (((first_row + row) * p.steps + t) * scaled + layer - 1) * plan.layers[layer].map.columns;
+           (((first_row + row) * p.steps + t) * scaled + layer - 1) *
+               plan.layers[layer].map.columns;
   }
 
   // body(unit, row, index) for the block's units and rows. A thread meets one row only.
   template <typename Body>
   __device__ __forceinline__ void for_states(const Body& body) const {
-    for (int64_t i = threadIdx.x; i < p.hidden * kRows; i += kCfcThreads) {
+    for (int64_t i = threadIdx.x; i < p.hidden * kRows; i += kCfcThreads<C>) {
       body(int(i / kRows), int(i % kRows), i);
     }
   }
@@ -159,7 +167,6 @@ __device__ __forceinline__ void multiply(const CfcMap& map, C* shared, const Cfc
   const int lane = int(threadIdx.x) % map.lanes, slice = int(threadIdx.x) / map.lanes;
   const int begin = int(int64_t(map.depth) * slice / map.slices);
   const int end = int(int64_t(map.depth) * (slice + 1) / map.slices);
-  const int border = min(max(map.resident, begin), end);
   for (int base = 0; base < map.stride; base += map.lanes) {
     if (slice < map.slices) {
       // Columns past the end are computed twice and dropped.
@@ -169,31 +176,40 @@ __device__ __forceinline__ void multiply(const CfcMap& map, C* shared, const Cfc
         columns[part] = min(part * map.stride + min(base + lane, map.stride - 1), map.columns - 1);
       }
       // Asked for before the products, whose time hides that of these reads.
-      C start[parts][rows], sums[parts][rows] = {};
+      C totals[parts][rows];
 #pragma unroll
       for (int part = 0; part < parts; ++part) {
 #pragma unroll
         for (int row = 0; row < rows; ++row) {
-          start[part][row] = slice == 0 ? initial(columns[part], part, row) : C(0);
+          totals[part][row] = slice == 0 ? initial(columns[part], part, row) : C(0);
         }
       }
-      add_products(shared + map.resident_at, map.columns, columns, in, begin, border, sums);
-      add_products(static_cast<const C*>(map.weight), map.row_stride, columns, in, border, end,
-                   sums);
+      for (int from = begin; from < end; from += kCfcStretch) {
+        const int to = min(from + kCfcStretch, end), border = min(max(map.resident, from), to);
+        C sums[parts][rows] = {};
+        add_products(shared + map.resident_at, map.columns, columns, in, from, border, sums);
+        add_products(static_cast<const C*>(map.weight), map.row_stride, columns, in, border, to,
+                     sums);
+#pragma unroll
+        for (int part = 0; part < parts; ++part) {
+#pragma unroll
+          for (int row = 0; row < rows; ++row) totals[part][row] += sums[part][row];
+        }
+      }
       auto* exchange = reinterpret_cast<CfcRows<C>*>(shared) + slice * parts * map.lanes + lane;
 #pragma unroll
       for (int part = 0; part < parts; ++part) {
         CfcRows<C> result;
 #pragma unroll
         for (int row = 0; row < rows; ++row) {
-          result.values[row] = start[part][row] + sums[part][row];
+          result.values[row] = totals[part][row];
         }
         exchange[part * map.lanes] = result;
       }
     }
     __syncthreads();
     const int of_slice = parts * map.lanes * rows;
-    for (int i = int(threadIdx.x); i < of_slice / outputs; i += kCfcThreads) {
+    for (int i = int(threadIdx.x); i < of_slice / outputs; i += kCfcThreads<C>) {
       const int row = i % rows, own_lane = i / rows % map.lanes, part = i / rows / map.lanes;
       const int column = part * map.stride + base + own_lane;
       if (base + own_lane >= map.stride || column >= map.columns) continue;
@@ -230,7 +246,7 @@ __device__ __forceinline__ Activated<C> activate(CfcActivation activation, C u) 
 
 // The kept piece of the first layer holds the products of the input, and then what is kept.
 template <typename T, int heads>
-__global__ void __launch_bounds__(kCfcThreads, 1)
+__global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
     cfc_scan_forward_kernel(CfcScanParams p, CfcScanPlan plan) {
   using C = compute_t<T>;
   constexpr int rows = kCfcRows<C>, parts = heads == 3 ? 3 : kCfcParts;
@@ -349,8 +365,8 @@ __device__ __forceinline__ C head_gradients(const CfcBlock<C>& block, const C* k
         pure_gradients(kept[0], w[unit], amplitude[unit], block.timespan(row, t), grad_h);
     out[0] = g.a;
     if (block.plan.decay_grads) {
-      C* sums = static_cast<C*>(block.plan.decay_grads) +
-                (block.first_row + row) * 2 * p.hidden + unit;
+      C* sums =
+          static_cast<C*>(block.plan.decay_grads) + (block.first_row + row) * 2 * p.hidden + unit;
       sums[0] += g.w;
       sums[p.hidden] += g.amplitude;
     }
@@ -371,10 +387,10 @@ __device__ __forceinline__ C head_gradients(const CfcBlock<C>& block, const C* k
 }
 
 template <typename T, int heads>
-__global__ void __launch_bounds__(kCfcThreads, 1)
+__global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
     cfc_scan_backward_kernel(CfcScanParams p, CfcScanPlan plan) {
   using C = compute_t<T>;
-  constexpr int rows = kCfcRows<C>, warps = kCfcThreads / kWarp;
+  constexpr int rows = kCfcRows<C>, warps = kCfcThreads<C> / kWarp;
   const CfcBlock<C> block(p, plan);
   const int last = int(p.num_layers) - 1;
   const CfcScanLayer& head_layer = plan.layers[last];
@@ -387,8 +403,8 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
   const auto no_start = [](int, int, int) { return C(0); };
   block.for_states([&](int unit, int row, int64_t i) {
     const int64_t b = block.first_row + row;
-    carry[i] = block.exists(row) ? static_cast<const C*>(plan.from)[b * plan.from_stride + unit]
-                                 : C(0);
+    carry[i] =
+        block.exists(row) ? static_cast<const C*>(plan.from)[b * plan.from_stride + unit] : C(0);
   });
   __syncthreads();
 
@@ -431,20 +447,19 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
     for (int l = last; l > 0; --l) {
       const CfcScanLayer &layer = plan.layers[l], &below = plan.layers[l - 1];
       C* out = gradients_of(below);
-      multiply<kCfcParts, 1>(
-          layer.map, block.shared, block.vectors + layer.vector, no_start,
-          [&](int unit, int row, const C(&v)[1]) {
-            C g = 0;
-            if (block.exists(row)) {
-              g = v[0] * block.piece(below.kept, below.kept_stride, slot, row)[unit];
-              block.piece(below.grads, layer.map.columns, slot, row)[unit] = g;
-            }
-            out[unit * rows + row] = g;
-          });
+      multiply<kCfcParts, 1>(layer.map, block.shared, block.vectors + layer.vector, no_start,
+                             [&](int unit, int row, const C(&v)[1]) {
+                               C g = 0;
+                               if (block.exists(row)) {
+                                 g = v[0] *
+                                     block.piece(below.kept, below.kept_stride, slot, row)[unit];
+                                 block.piece(below.grads, layer.map.columns, slot, row)[unit] = g;
+                               }
+                               out[unit * rows + row] = g;
+                             });
     }
-    multiply<kCfcParts, 1>(plan.layers[0].map, block.shared,
-                           block.vectors + plan.layers[0].vector, no_start,
-                           [&](int unit, int row, const C(&v)[1]) {
+    multiply<kCfcParts, 1>(plan.layers[0].map, block.shared, block.vectors + plan.layers[0].vector,
+                           no_start, [&](int unit, int row, const C(&v)[1]) {
                              if (block.runs(row, t)) carry[unit * rows + row] = v[0];
                            });
   }
@@ -488,7 +503,7 @@ constexpr int kCfcProductTile = 64, kCfcProductDepth = 16, kCfcProductThreads = 
 // out[m, n] = sum over the depth k of a[m, k] b[n, k]. The depth may be split in parts, each with a
 // result of its own.
 struct CfcProduct {
-  const void *a, *b;  // C
+  const void *a, *b;                       // C
   int64_t a_row, a_depth, b_row, b_depth;  // strides, one of each pair being 1
   int64_t m, n, depth, depth_of_split;
   unsigned tiles_m, tiles_n;
@@ -504,8 +519,8 @@ struct alignas(16) CfcFour {
   C values[4];
 };
 
-// A tile of 64 rows and 16 depths of a or b on its way to shared memory. `along_depth` says which of
-// the strides is 1, and so which elements neighbouring threads should read.
+// A tile of 64 rows and 16 depths of a or b on its way to shared memory. `along_depth` says which
+// of the strides is 1, and so which elements neighbouring threads should read.
 template <typename C, bool along_depth>
 struct CfcProductTile {
   static constexpr int kEach = kCfcProductTile * kCfcProductDepth / kCfcProductThreads;
@@ -550,7 +565,7 @@ __global__ void __launch_bounds__(kCfcProductThreads) cfc_scan_product_kernel(Cf
   const int64_t first_n = int64_t(blockIdx.x % p.tiles_n) * kCfcProductTile;
   const int64_t begin = split * p.depth_of_split, end = min(begin + p.depth_of_split, p.depth);
   const int own_m = int(threadIdx.x) / 16 * 4, own_n = int(threadIdx.x) % 16 * 4;
-  C sums[4][4] = {};
+  C totals[4][4] = {}, sums[4][4] = {};
   A a;
   B b;
   a.load(p.a, p.a_row, p.a_depth, first_m, p.m, begin, end);
@@ -573,6 +588,17 @@ __global__ void __launch_bounds__(kCfcProductThreads) cfc_scan_product_kernel(Cf
       }
     }
     __syncthreads();
+    if ((k - begin) % kCfcStretch == kCfcStretch - kCfcProductDepth ||
+        k + kCfcProductDepth >= end) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          totals[i][j] += sums[i][j];
+          sums[i][j] = 0;
+        }
+      }
+    }
   }
   Out* out = static_cast<Out*>(p.out) + split * p.split_stride;
 #pragma unroll
@@ -583,7 +609,7 @@ __global__ void __launch_bounds__(kCfcProductThreads) cfc_scan_product_kernel(Cf
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int64_t n = first_n + own_n + j;
-      if (n < p.n) narrow(sums[i][j], row[n / p.columns * p.outer_column + n % p.columns]);
+      if (n < p.n) narrow(totals[i][j], row[n / p.columns * p.outer_column + n % p.columns]);
     }
   }
 }

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ember_ext import ops, reference
+from ember_ext.testing.cfc_scan import cfc_samples, flat
 from ember_ext.testing.lif_attention import attention_samples, attention_tensors
 from ember_ext.testing.lif_gate import gate_parameters, gate_samples
 from ember_ext.testing.sample import DTYPES, Operator, Sample, check_sample
@@ -24,6 +25,7 @@ class Registered(NamedTuple):
 OPERATORS = (
     Registered("lif_gate", ops.lif_gate, reference.lif_gate, gate_samples),
     Registered("lif_attention", ops.lif_attention, reference.lif_attention, attention_samples),
+    Registered("cfc_scan", flat(ops.cfc_scan), flat(reference.cfc_scan), cfc_samples),
 )
 """What the self-test goes through."""
 
