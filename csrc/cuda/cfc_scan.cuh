@@ -577,7 +577,7 @@ __global__ void __launch_bounds__(kCfcProductThreads) cfc_scan_product_kernel(Cf
     // On their way while the present tiles are multiplied.
     a.load(p.a, p.a_row, p.a_depth, first_m, p.m, k + kCfcProductDepth, end);
     b.load(p.b, p.b_row, p.b_depth, first_n, p.n, k + kCfcProductDepth, end);
-#pragma unroll
+#pragma unroll 4
     for (int d = 0; d < kCfcProductDepth; ++d) {
       const auto left = *reinterpret_cast<const CfcFour<C>*>(shared_a + d * A::kStride + own_m);
       const auto right = *reinterpret_cast<const CfcFour<C>*>(shared_b + d * B::kStride + own_n);
