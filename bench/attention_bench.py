@@ -24,7 +24,15 @@ from torch import Tensor
 
 import ember_ext
 from ember_ext import reference
-from ember_ext.benchmarking import Call, Case, plot_csv, relative_error, run_cases, write_csv
+from ember_ext.benchmarking import (
+    Call,
+    Case,
+    open_device,
+    plot_csv,
+    relative_error,
+    run_cases,
+    write_csv,
+)
 from ember_ext.models import Ember, EmberConfig
 from ember_ext.reference.lif_attention import (
     attention_probabilities,
@@ -50,6 +58,7 @@ class Options:
     """What to time, for how long, and where to write it."""
 
     device: str = "cpu"
+    """Where to run: on "cpu", or on "cuda", which is timed by CUDA events."""
     seconds: float = 5.0
     """How long to time each case, in seconds."""
     sizes: Literal["small", "main", "long", "all", "step"] = "all"
@@ -229,10 +238,10 @@ def memory_table(options: Options, console: Console) -> None:
 
 def main(options: Options) -> None:
     """Verify, time, measure memory, print, write."""
+    device = open_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     cases = [step_case(options)] if options.sizes == "step" else attention_cases(options)
     name = "attention_step" if options.sizes == "step" else "attention"
-    device = torch.device(options.device)
     rows = run_cases("lif_attention", cases, device=device, seconds=options.seconds)
     write_csv(rows, options.out / f"{name}.csv")
     plot_csv(options.out / f"{name}.csv", options.out / f"{name}.png")

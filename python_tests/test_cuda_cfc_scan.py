@@ -15,7 +15,7 @@ import ember_ext
 from ember_ext import reference
 from ember_ext.testing import DTYPES, Sample, check_sample
 from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, flat
-from ember_ext.testing.cuda_report import LIMITS
+from ember_ext.testing.cuda_report import LIMITS, WORKLOADS, short_name
 
 on_shim = flat(cuda_shim.cfc_scan.cfc_scan)
 operator = cuda_shim.operator_fixture(on_shim, flat(ember_ext.cfc_scan))
@@ -61,7 +61,7 @@ def test_matches_reference(operator: Any, dtype: torch.dtype, chunk_size: int) -
         (2, 2, 3, 530, {}),  # more units than threads
         (3, 2, 2, 5, {"backbone": (2060, 40)}),  # and more than threads and their columns
         (1, 3, 2, 130, {"mode": "pure"}),
-        (2, 2, 67, 129, {"backbone": (70,)}),  # several tiles of the products that are not recurrent
+        (2, 2, 67, 129, {"backbone": (70,)}),  # several tiles of the other products
         (1, 1, 1, 1, {"backbone": (3,) * 15}),  # as many layers as can be
     ],
     ids=str,
@@ -81,6 +81,28 @@ def test_many_rows(operator: Any) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", ["float", "double"])
+def test_launches_are_those_of_the_report(dtype: str) -> None:
+    one = sample(1, 1, 128, 192, torch.float64 if dtype == "double" else torch.float32)
+    del one.tensors["timespans"]
+    typical = {w.kernel: w for w in WORKLOADS if f"_kernel<{dtype}, 3>" in w.kernel}
+    assert len(typical) == 2
+    for architecture, limits in LIMITS.items():
+        before = len(cuda_shim.operators().launches())
+        with cuda_shim.cfc_scan.shared_memory(limits.shared_per_block):
+            results(on_shim, one)
+        seen = set()
+        for launch in cuda_shim.operators().launches()[before:]:
+            if workload := typical.get(short_name(launch.kernel)):
+                # A row of the weights goes into shared memory as a whole or not at all.
+                unused = workload.shared_on(architecture) - launch.shared_bytes
+                assert 0 <= unused < 8 * 3 * 192
+                assert launch.threads == workload.threads
+                seen.add(workload.kernel)
+        assert seen == set(typical)
+
+
+@needs_compiler
 @pytest.mark.parametrize("options", [{}, {"mode": "pure"}, {"backbone": (40, 24)}], ids=str)
 def test_results_do_not_depend_on_what_fits_in_shared_memory(options: dict[str, Any]) -> None:
     """From weights and states in global memory to all of them in shared memory."""
@@ -88,17 +110,17 @@ def test_results_do_not_depend_on_what_fits_in_shared_memory(options: dict[str, 
     for dtype in (torch.float32, torch.float64):
         one = sample(5, 3, 4, 190 if options else 90, dtype, **options)
         first: list[Tensor] = []
-        used = []
+        used = set()
         for limit in limits:
             before = len(cuda_shim.operators().launches())
             with cuda_shim.cfc_scan.shared_memory(limit):
                 values = results(on_shim, one)
             launches = cuda_shim.operators().launches()[before:]
-            used.append(max(launch.shared_bytes for launch in launches))
+            used.add(max(launch.shared_bytes for launch in launches))
             first = first or values
             for a, b in zip(first, values, strict=True):
                 assert torch.equal(a, b)
-        print(options,dtype,used)
+        assert len(used) >= 4
 
 
 def test_inference_equals_training(operator: Any) -> None:

@@ -79,7 +79,7 @@ class Call:
         heads = len(maps[-1]) // max(1, hidden)
         self.p = Params(
             dtype=cuda_shim.DTYPE_CODES[x.dtype],
-            mode=(0, 1, 2)[mode],
+            mode=mode,
             activation=activation,
             batch=x.shape[0],
             steps=x.shape[1],
@@ -103,7 +103,7 @@ class Call:
             "dropout_scale": dropout_scale,
             "decay": decay,
         }
-        self.weights = {f"weight {l}": matrix for l, matrix in enumerate(maps)}
+        self.weights = {f"weight {layer}": matrix for layer, matrix in enumerate(maps)}
 
     def saved_size(self) -> int:
         """As the binding's function of that name."""
@@ -121,8 +121,8 @@ class Call:
         backward = direction == "backward"
         # The workspace's size depends on what is wanted.
         cuda_shim.fill(self.p, {key: 1 for key in outputs if " " not in key})
-        for layer, l in zip(self.layers, range(len(self.layers)), strict=True):
-            layer.grad_weight = 1 if f"grad_weight {l}" in outputs else None
+        for index, layer in enumerate(self.layers):
+            layer.grad_weight = 1 if f"grad_weight {index}" in outputs else None
         self.p.saved = 1 if "saved" in (inputs | outputs) else None
         size = self.library.ember_cfc_scan_workspace
         size.restype = ctypes.c_int64
@@ -170,11 +170,17 @@ class _Scan(torch.autograd.Function):
         if spans is not None:
             outputs["grad_timespans"] = spans
         if any(wants_weights) or wants_decay:
-            outputs |= {f"grad_weight {l}": matrix for l, matrix in enumerate(maps)}
+            outputs |= {f"grad_weight {layer}": matrix for layer, matrix in enumerate(maps)}
             if decay is not None:
                 outputs["grad_decay"] = decay
         results = call.run("backward", inputs, outputs)
-        names = ["x", "h0", "timespans", "decay", *(f"weight {l}" for l in range(len(maps)))]
+        names = [
+            "x",
+            "h0",
+            "timespans",
+            "decay",
+            *(f"weight {layer}" for layer in range(len(maps))),
+        ]
         return None, None, *(results.get(f"grad_{name}") for name in names)
 
 
