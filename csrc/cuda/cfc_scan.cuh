@@ -64,7 +64,8 @@ struct CfcScanLayer {
 
 struct CfcScanPlan {
   CfcScanLayer layers[kCfcMostLayers];
-  // Elements of shared memory. After `exchange`, which is at 0: sums of warps, then the vectors.
+  // Elements of shared memory, which begins with what slices exchange: then the sums of warps, the
+  // vectors, and the weights.
   int sums_at, vectors_at;
   // The blocks' vectors, C [blocks, vectors, kCfcRows], where they do not fit in shared memory.
   void* vectors;
@@ -165,10 +166,10 @@ __device__ __forceinline__ void multiply(const CfcMap& map, C* shared, const Cfc
   static_assert(outputs == 1 || outputs == parts, "one column or all of a thread");
   constexpr int rows = kCfcRows<C>;
   const int lane = int(threadIdx.x) % map.lanes, slice = int(threadIdx.x) / map.lanes;
-  const int begin = int(int64_t(map.depth) * slice / map.slices);
-  const int end = int(int64_t(map.depth) * (slice + 1) / map.slices);
   for (int base = 0; base < map.stride; base += map.lanes) {
     if (slice < map.slices) {
+      const int begin = map.depth * slice / map.slices;
+      const int end = map.depth * (slice + 1) / map.slices;
       // Columns past the end are computed twice and dropped.
       int columns[parts];
 #pragma unroll

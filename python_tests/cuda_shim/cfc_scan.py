@@ -184,23 +184,29 @@ class _Scan(torch.autograd.Function):
         return None, None, *(results.get(f"grad_{name}") for name in names)
 
 
+_DEFAULTS = {
+    "timespans": 1.0,
+    "lengths": None,
+    "mode": "default",
+    "activation": "lecun_tanh",
+    "dropout_scale": None,
+}
+
+
 def cfc_scan(
     x: Tensor,
     weights: CfCWeights,
     h0: Tensor | None = None,
     *,
-    timespans: Tensor | float = 1.0,
-    lengths: Tensor | None = None,
-    mode: str = "default",
-    activation: str = "lecun_tanh",
-    dropout_scale: Tensor | None = None,
     chunk_size: int | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """As ember_ext.ops.cfc_scan."""
-    raw = raw_arguments(x, weights, h0, timespans, lengths, mode, activation, dropout_scale)
-    x, h0, maps, spans, lengths, dropout_scale, decay, *options = raw
+    raw = raw_arguments(x, weights, h0, **(_DEFAULTS | options))
+    x, h0, maps, spans, *others = raw
+    lengths, dropout_scale, decay, *numbers = others
     y, h_last = _Scan.apply(
-        chunk_size or 0, (lengths, dropout_scale, *options), x, h0, spans, decay, *maps
+        chunk_size or 0, (lengths, dropout_scale, *numbers), x, h0, spans, decay, *maps
     )
     return y, h_last.to(x.dtype)
 
