@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ember_ext
 from ember_ext import reference
+from ember_ext.ops.cfc_scan import MAX_CUDA_LAYERS
 from ember_ext.testing import DTYPES, Sample, check_sample
 from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, flat
 from ember_ext.testing.cuda_report import LIMITS, WORKLOADS, short_name
@@ -62,7 +63,7 @@ def test_matches_reference(operator: Any, dtype: torch.dtype, chunk_size: int) -
         (3, 2, 2, 5, {"backbone": (2060, 40)}),  # and more than threads and their columns
         (1, 3, 2, 130, {"mode": "pure"}),
         (2, 2, 67, 129, {"backbone": (70,)}),  # several tiles of the other products
-        (1, 1, 1, 1, {"backbone": (3,) * 15}),  # as many layers as can be
+        (1, 1, 1, 1, {"backbone": (3,) * MAX_CUDA_LAYERS}),
     ],
     ids=str,
 )
@@ -71,6 +72,13 @@ def test_wide_and_deep_cells(
 ) -> None:
     one = sample(batch, steps, inputs, hidden, torch.float32, **options)
     check_sample(operator, definition, one)
+
+
+@needs_compiler
+def test_no_more_layers_than_the_operator_lets_through() -> None:
+    one = sample(1, 1, 1, 1, torch.float32, backbone=(3,) * (MAX_CUDA_LAYERS + 1))
+    with pytest.raises(cuda_shim.KernelFaultError, match="the launcher returned 1"):
+        on_shim(**one.tensors)
 
 
 def test_many_rows(operator: Any) -> None:

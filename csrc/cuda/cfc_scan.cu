@@ -39,13 +39,14 @@ int64_t chunk_steps(const CfcScanParams& p, bool backward) {
   return std::max<int64_t>(std::min(steps, p.steps), 1);
 }
 
-// How the rows that a weight's gradient is summed over are split. 1024 keep fp32 sums accurate.
+// How the rows that a weight's gradient is summed over are split: into enough blocks to fill a GPU,
+// and into so few rows that fp32 sums of kCfcStretch of them stay accurate.
 int64_t rows_of_split(const CfcLayer& layer, int64_t rows) {
   const int64_t tiles =
       ceil_div(columns_of(layer), kCfcProductTile) * ceil_div(1 + layer.inputs, kCfcProductTile);
   const int64_t enough_blocks = 512;
-  const int64_t splits =
-      std::max(ceil_div(enough_blocks, std::max<int64_t>(tiles, 1)), ceil_div(rows, int64_t(1024)));
+  const int64_t splits = std::max(ceil_div(enough_blocks, std::max<int64_t>(tiles, 1)),
+                                  ceil_div(rows, kCfcStretch * kCfcStretch));
   return std::max<int64_t>(ceil_div(rows, splits), kCfcProductTile);
 }
 

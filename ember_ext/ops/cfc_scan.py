@@ -51,8 +51,8 @@ def cfc_scan(
 
     Args:
         x: input, [B, T, I], in float64, float32, bfloat16 or float16; any strides.
-        weights: of a cell with H units and, where it has one, a backbone of width U; tensors of any
-            floating dtype.
+        weights: of a cell with H units and, where it has one, a backbone of width U, which on a
+            GPU has at most 15 layers; tensors of any floating dtype.
         h0: initial state, [B, H]. Default: zeros.
         timespans: Δt ≥ 0 and finite, in the unit of time that the weights were trained with: a
             number, a tensor of no dimension, [B, T] or [B, T, 1]. Default: 1.
