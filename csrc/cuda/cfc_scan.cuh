@@ -145,7 +145,8 @@ __device__ __forceinline__ void add_products(const C* weight, int64_t row_stride
                                              const int (&columns)[parts], const CfcRows<C>* in,
                                              int begin, int end, C (&sums)[parts][kCfcRows<C>]) {
   weight += begin * row_stride;
-#pragma unroll 4
+// More of them at a time do not fit the registers on every architecture.
+#pragma unroll 2
   for (int k = begin; k < end; ++k, weight += row_stride) {
     const CfcRows<C> value = in[k];
 #pragma unroll
