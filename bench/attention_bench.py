@@ -29,6 +29,7 @@ from ember_ext import reference
 from ember_ext.benchmarking import (
     Call,
     Case,
+    open_device,
     plot_csv,
     read_csv,
     relative_error,
@@ -77,6 +78,7 @@ class Options:
     tokens: tuple[int, ...] = (128, 256, 1024, 4096, 8192)
     """Which lengths to time; the model has the paper's."""
     device: str = "cpu"
+    """Where to run: on "cpu", or on "cuda", which is timed by CUDA events."""
     seconds: float = 5.0
     """How long to time each case, in seconds; no contender is timed less than three times."""
     compiled: bool = True
@@ -325,9 +327,9 @@ def memory_table(options: Options, path: Path, console: Console) -> None:
 
 def main(options: Options) -> None:
     """Verify, time, measure memory, print, write."""
+    device = open_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     name = NAMES[options.what]
-    device = torch.device(options.device)
     if options.timing:
         cases = iter([model_case(options)]) if options.what == "model" else attention_cases(options)
         rows = run_cases(name, cases, device=device, seconds=options.seconds, least=3)

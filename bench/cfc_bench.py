@@ -11,7 +11,6 @@ flags.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,16 @@ from torch import Tensor, nn
 
 import ember_ext
 from ember_ext import reference
-from ember_ext.benchmarking import Case, plot_csv, relative_error, run_cases, write_csv
+from ember_ext.benchmarking import (
+    Case,
+    Clock,
+    clock_of,
+    open_device,
+    plot_csv,
+    relative_error,
+    run_cases,
+    write_csv,
+)
 from ember_ext.nn.cfc import _weights
 
 INPUTS, UNITS, MOTOR = 128, 192, 128
@@ -40,6 +48,8 @@ SWEEP = [(1, 16), (1, 1024), (8, 256), (256, 64), (16, 4096)]
 class Options:
     """What to time, for how long, and where to write it."""
 
+    device: str = "cpu"
+    """Where to run: on "cpu", or on "cuda", which is timed by CUDA events."""
     seconds: float = 2.0
     """How long to time each case, in seconds, and five rounds at least."""
     sizes: Literal["main", "sweep", "all"] = "main"
@@ -62,9 +72,11 @@ def cell_sizes(network: ember_ext.nn.CfC) -> list[tuple[int, int]]:
 def same_work(network: ember_ext.nn.CfC, rows: int, passes: int) -> Callable[[], None]:
     """The matrix products of `passes` (1 forward, 3 with backward) and the activations."""
     products = []
+    device = next(network.parameters()).device
     for inputs, outputs in cell_sizes(network):
-        left, right = torch.randn(rows, inputs), torch.randn(inputs, outputs)
-        products.append((left, right, torch.empty(rows, outputs)))
+        left = torch.randn(rows, inputs, device=device)
+        right = torch.randn(inputs, outputs, device=device)
+        products.append((left, right, torch.empty(rows, outputs, device=device)))
 
     def run() -> None:
         for left, right, out in products:
@@ -98,8 +110,10 @@ def training_call(network: nn.Module, x: Tensor) -> Callable[[], Any]:
     return run
 
 
-def at_best_threads(call: Callable[[], Any]) -> Callable[[], Any]:
-    """`call` at one thread or at all, whichever is faster."""
+def at_best_threads(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """`call` at one thread or at all, whichever is faster; on a GPU at all."""
+    if device != "cpu":
+        return call
     threads = torch.get_num_threads()
 
     def at(count: int) -> Callable[[], Any]:
@@ -112,14 +126,9 @@ def at_best_threads(call: Callable[[], Any]) -> Callable[[], Any]:
 
         return run
 
-    def once(run: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
     choices = {count: at(count) for count in {1, threads}}
     call()
-    return choices[min(choices, key=lambda count: once(choices[count]))]
+    return choices[min(choices, key=lambda count: Clock().seconds(choices[count]))]
 
 
 class Reference(nn.Module):
@@ -142,15 +151,15 @@ class Reference(nn.Module):
 def cfc_case(name: str, batch: int, steps: int, mode: str, options: Options) -> Case:
     """The contenders for one network and size."""
     torch.manual_seed(0)
-    theirs = ncps.torch.CfC(INPUTS, copy.deepcopy(NETWORKS[name]))
+    theirs = ncps.torch.CfC(INPUTS, copy.deepcopy(NETWORKS[name])).to(options.device)
     ours = copy.deepcopy(theirs)
     ember_ext.accelerate(ours)
-    x = torch.randn(batch, steps, INPUTS)
+    x = torch.randn(batch, steps, INPUTS).to(options.device)
     make = forward_call if mode == "forward" else training_call
     calls = {}
     if options.compare_ncps:
-        calls["ncps"] = at_best_threads(make(theirs, x))
-        calls["our reference"] = at_best_threads(make(Reference(ours), x))
+        calls["ncps"] = at_best_threads(make(theirs, x), options.device)
+        calls["our reference"] = at_best_threads(make(Reference(ours), x), options.device)
     calls["ember_ext"] = make(ours, x)
     passes = 1 if mode == "forward" else 3
     calls["the same work"] = same_work(ours, batch * steps, passes)
@@ -158,7 +167,7 @@ def cfc_case(name: str, batch: int, steps: int, mode: str, options: Options) -> 
     def verify() -> dict[str, float]:
         few = x[:4, :64]
         exact, _ = copy.deepcopy(theirs).double()(
-            few.double(), torch.zeros(len(few), UNITS).double()
+            few.double(), few.new_zeros(len(few), UNITS).double()
         )
         errors = {}
         for label, network in (("ncps", theirs), ("ember_ext", ours)):
@@ -172,10 +181,12 @@ def cfc_case(name: str, batch: int, steps: int, mode: str, options: Options) -> 
     return Case(config, mode, calls, verify, gigaflops=2e-9 * macs * passes)
 
 
-def rnn_case(kind: type[nn.RNNBase], gates: int, batch: int, steps: int, mode: str) -> Case:
+def rnn_case(
+    kind: type[nn.RNNBase], gates: int, batch: int, steps: int, mode: str, device: str
+) -> Case:
     """A GRU or LSTM of as many units."""
-    network = kind(INPUTS, UNITS, batch_first=True)
-    x = torch.randn(batch, steps, INPUTS)
+    network = kind(INPUTS, UNITS, batch_first=True).to(device)
+    x = torch.randn(batch, steps, INPUTS).to(device)
     make = forward_call if mode == "forward" else training_call
     macs = gates * UNITS * (INPUTS + UNITS) * batch * steps * (1 if mode == "forward" else 3)
     name = kind.__name__
@@ -183,14 +194,14 @@ def rnn_case(kind: type[nn.RNNBase], gates: int, batch: int, steps: int, mode: s
     return Case(config, mode, {name: make(network, x)}, dict, gigaflops=2e-9 * macs)
 
 
-def step_case(name: str) -> Case:
+def step_case(name: str, device: str) -> Case:
     """One streaming step of one row."""
     torch.manual_seed(0)
-    theirs = ncps.torch.CfC(INPUTS, copy.deepcopy(NETWORKS[name]))
+    theirs = ncps.torch.CfC(INPUTS, copy.deepcopy(NETWORKS[name])).to(device)
     ours = copy.deepcopy(theirs)
     ember_ext.accelerate(ours)
-    x, h = torch.randn(1, INPUTS), torch.zeros(1, UNITS)
-    products = [(torch.randn(o, i), torch.randn(i)) for i, o in cell_sizes(ours)]
+    x, h = torch.randn(1, INPUTS).to(device), torch.zeros(1, UNITS, device=device)
+    products = [(x.new_ones(o, i), x.new_ones(i)) for i, o in cell_sizes(ours)]
 
     def bare() -> None:
         for matrix, vector in products:
@@ -203,7 +214,7 @@ def step_case(name: str) -> Case:
                 for _ in range(100):
                     call()
 
-        return at_best_threads(run)
+        return at_best_threads(run, device)
 
     calls = {
         "ncps": repeated(lambda: theirs(x[:, None], h)),
@@ -220,26 +231,26 @@ def cases(options: Options) -> Iterator[Case]:
         for mode in ("forward", "forward+backward"):
             for name in NETWORKS:
                 yield cfc_case(name, batch, steps, mode, options)
-            yield rnn_case(nn.GRU, 3, batch, steps, mode)
-            yield rnn_case(nn.LSTM, 4, batch, steps, mode)
+            yield rnn_case(nn.GRU, 3, batch, steps, mode, options.device)
+            yield rnn_case(nn.LSTM, 4, batch, steps, mode, options.device)
     if options.sizes != "sweep":
         for name in NETWORKS:
-            yield step_case(name)
+            yield step_case(name, options.device)
 
 
-def memory_table(batch: int, steps: int) -> Table:
+def memory_table(batch: int, steps: int, device: torch.device) -> Table:
     """What forward leaves for backward, and how long both take, against chunk_size."""
     columns = ("network", "chunk_size", "saved MB", "of all", "forward+backward ms", "of all")
     table = Table(*columns, title=f"memory, {[batch, steps, INPUTS]}")
-    x = torch.randn(batch, steps, INPUTS)
+    x = torch.randn(batch, steps, INPUTS).to(device)
     for name in NETWORKS:
-        network = ember_ext.nn.CfC(INPUTS, copy.deepcopy(NETWORKS[name]))
+        network = ember_ext.nn.CfC(INPUTS, copy.deepcopy(NETWORKS[name])).to(device)
         # At the border a chunk's tape is needed again: what counts is the peak of both.
         whole: tuple[float, float] | None = None
         for chunk_size in (0, 128, 32, 16):
             network.chunk_size = chunk_size
             call = training_call(network, x)
-            milliseconds = min(_seconds(call) for _ in range(4)) * 1e3
+            milliseconds = min(clock_of(device).seconds(call) for _ in range(4)) * 1e3
             saved = _saved_megabytes(lambda network=network: network(x))
             if chunk_size and whole:
                 saved += whole[0] * min(1.0, chunk_size / steps)
@@ -249,12 +260,6 @@ def memory_table(batch: int, steps: int) -> Table:
                 f"{milliseconds:.0f}", f"{milliseconds / whole[1]:.2f}",
             )  # fmt: skip
     return table
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _saved_megabytes(call: Callable[[], Any]) -> float:
@@ -272,11 +277,10 @@ def _saved_megabytes(call: Callable[[], Any]) -> float:
 
 def main(options: Options) -> None:
     """Verify, time, print, write."""
-    rows = run_cases(
-        "cfc_scan", cases(options), device=torch.device("cpu"), seconds=options.seconds
-    )
+    device = open_device(options.device)
+    rows = run_cases("cfc_scan", cases(options), device=device, seconds=options.seconds)
     if options.sizes != "sweep":
-        Console(width=120).print(memory_table(*MAIN))
+        Console(width=120).print(memory_table(*MAIN, device))
     write_csv(rows, options.out / "cfc.csv")
     plot_csv(options.out / "cfc.csv", options.out / "cfc.png")
     print(f"Wrote {options.out / 'cfc.csv'} and {options.out / 'cfc.png'}")

@@ -17,7 +17,15 @@ from torch import Tensor
 
 import ember_ext
 from ember_ext import reference
-from ember_ext.benchmarking import Call, Case, plot_csv, relative_error, run_cases, write_csv
+from ember_ext.benchmarking import (
+    Call,
+    Case,
+    open_device,
+    plot_csv,
+    relative_error,
+    run_cases,
+    write_csv,
+)
 from ember_ext.testing import Sample, check_sample, gate_parameters
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,6 +42,7 @@ class Options:
     """What to time, for how long, and where to write it."""
 
     device: str = "cpu"
+    """Where to run: on "cpu", or on "cuda", which is timed by CUDA events."""
     seconds: float = 1.0
     """How long to time each case, in seconds."""
     sizes: Literal["small", "main", "large", "all"] = "all"
@@ -88,6 +97,7 @@ def gate_case(
 
 def main(options: Options) -> None:
     """Verify, time, print, write."""
+    device = open_device(options.device)
     sizes = SHAPES["small"] + SHAPES["large"] if options.sizes == "all" else SHAPES[options.sizes]
     cases = (
         gate_case(shape, dtype, norm, mode, options)
@@ -97,7 +107,6 @@ def main(options: Options) -> None:
         for norm in (None, "l2")
         for mode in ("forward", "forward+backward")
     )
-    device = torch.device(options.device)
     rows = run_cases("lif_gate", cases, device=device, seconds=options.seconds)
     write_csv(rows, options.out / "gate.csv")
     plot_csv(options.out / "gate.csv", options.out / "gate.png")

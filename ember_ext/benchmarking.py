@@ -76,20 +76,68 @@ class Row:
     time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat("T", "seconds"))
 
 
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+class Clock:
+    """Times calls on the CPU."""
+
+    def seconds(self, call: Call) -> float:
+        """What one call takes."""
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+
+class EventClock(Clock):
+    """Times calls on a CUDA device, by events on its current stream.
+
+    What is measured is the time from the first kernel to the last, waits for the host between them
+    included. The host hands all of a call over before it waits.
+
+    Args:
+        cuda: `torch.cuda`, or what stands in for it.
+    """
+
+    def __init__(self, cuda: Any = torch.cuda) -> None:
+        self._cuda = cuda
+
+    def seconds(self, call: Call) -> float:
+        """What one call takes on the device."""
+        start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return 1e-3 * float(start.elapsed_time(end))
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock of a device."""
+    return EventClock() if device.type == "cuda" else Clock()
+
+
+def open_device(name: str) -> torch.device:
+    """The device that a script's --device names, as the current one.
+
+    Raises:
+        SystemExit: there is no such device here.
+    """
+    try:
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"error: --device {name}: {reason}") from None
+    return device
 
 
 def time_in_turns(
-    calls: dict[str, Call], device: torch.device, seconds: float, least: int = 5
+    calls: dict[str, Call], clock: Clock, seconds: float, least: int = 5
 ) -> dict[str, list[float]]:
     """Seconds of each call, timed one after the other, again and again.
 
     Args:
         calls: what to time, by name; each is called twice beforehand.
-        device: synchronised around each call.
+        clock: of the device that they run on.
         seconds: how long to go on.
         least: the fewest rounds.
     """
@@ -97,12 +145,10 @@ def time_in_turns(
         call()
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    start, rounds = _clock(device), 0
-    while rounds < least or _clock(device) - start < seconds:
+    start, rounds = time.perf_counter(), 0
+    while rounds < least or time.perf_counter() - start < seconds:
         for name, call in calls.items():
-            begin = _clock(device)
-            call()
-            times[name].append(_clock(device) - begin)
+            times[name].append(clock.seconds(call))
         rounds += 1
     return times
 
@@ -198,7 +244,7 @@ def _time_case(
     elif case.gigaflops:
         limit, unit = matmul_call(device), "GFLOP/s"
     calls = case.contenders | ({"limit": limit[0]} if limit else {})
-    times = time_in_turns(calls, device, seconds, least)
+    times = time_in_turns(calls, clock_of(device), seconds, least)
     medians = {name: statistics.median(values) for name, values in times.items()}
     baseline = medians[next(iter(case.contenders))]
     for name in case.contenders:

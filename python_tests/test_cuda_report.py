@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def test_occupancy(
     assert cuda_report.occupancy(kernel, threads, shared) == expected
 
 
+def test_floor_of_few_blocks() -> None:
+    gpu = cuda_report.Gpu("toy", 80, 100, bytes=1e12, fp32=1e13, fp64=5e12, block_bytes=1e11)
+    full = cuda_report.Workload("k", "", 256, 1000, bytes=1e9, operations=1e11)
+    assert cuda_report.floor_seconds(full, gpu) == pytest.approx(1e-2)
+    few = replace(full, blocks=25)
+    assert cuda_report.floor_seconds(few, gpu) == pytest.approx(4e-2)
+    limit = cuda_report.LIMITS[80].shared_per_block
+    streamed = replace(few, shared_bytes=limit + 10**5, steps=10**5, elastic=True)
+    assert streamed.shared_on(80) == limit
+    assert cuda_report.floor_seconds(streamed, gpu) == pytest.approx(1e-1)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
@@ -64,6 +77,7 @@ def test_no_spills_and_every_typical_launch_fits(source: Path) -> None:
         assert workload.kernel in found or not workload.kernel.startswith(source.stem)
         for kernel in kernels:
             if kernel.name == workload.kernel:
-                assert cuda_report.occupancy(kernel, workload.threads, workload.shared_bytes) > 0
+                shared = workload.shared_on(kernel.architecture)
+                assert cuda_report.occupancy(kernel, workload.threads, shared) > 0
                 # The least of the supported GPUs has 64 KiB of shared memory.
-                assert workload.shared_bytes <= cuda_report.LIMITS[75].shared_per_block
+                assert workload.shared_on(75) <= cuda_report.LIMITS[75].shared_per_block

@@ -36,7 +36,9 @@ def main() -> int:
         spilled = kernel.stack + kernel.spill_stores + kernel.spill_loads
         full = ""
         if workload := typical.get(kernel.name):
-            share = cuda_report.occupancy(kernel, workload.threads, workload.shared_bytes)
+            share = cuda_report.occupancy(
+                kernel, workload.threads, workload.shared_on(kernel.architecture)
+            )
             full = f"{share:9.0%}"
             failed |= share == 0
         failed |= not kernel.is_clean

@@ -17,7 +17,13 @@
 
 EMBER_KERNEL(cfc_scan_forward, CfcScanParams)
 EMBER_KERNEL(cfc_scan_backward, CfcScanParams)
-#ifndef EMBER_CUDA
+#ifdef EMBER_CUDA
+namespace ember {
+namespace cuda {
+int64_t cfc_scan_workspace(const CfcScanParams& p, bool backward);
+}
+}  // namespace ember
+#else
 EMBER_KERNEL(cfc_scan_pack, CfcScanParams)
 #endif
 
@@ -100,7 +106,12 @@ struct Arguments {
   }
 
   Tensor workspace(const Tensor& like, ScalarType compute, bool backward) {
-    Tensor t = new_buffer(like, cfc_workspace(p, backward).size, compute);
+#ifdef EMBER_CUDA
+    const int64_t size = cuda::cfc_scan_workspace(p, backward);
+#else
+    const int64_t size = cfc_workspace(p, backward).size;
+#endif
+    Tensor t = new_buffer(like, size, compute);
     p.workspace = t.mutable_data_ptr();
     return t;
   }

@@ -64,7 +64,8 @@ struct CfcScanParams {
   void* grad_timespans;     // C [batch, steps], or null
   void* grad_decay;         // C [2, hidden], or null
 
-  void* workspace;  // cfc_scan_workspace()
+  // cfc_workspace().size elements of C; on a GPU as many as ember::cuda::cfc_scan_workspace() says.
+  void* workspace;
 };
 
 inline namespace EMBER_ISA {

@@ -22,6 +22,8 @@ ACTIVATIONS = ("lecun_tanh", "tanh", "relu", "silu", "gelu")
 MAX_UNCHUNKED = 1024
 """The longest sequence whose activations are all kept by default."""
 DEFAULT_CHUNK = 128
+MAX_CUDA_LAYERS = 15
+"""The deepest backbone that the CUDA kernels take."""
 
 
 def cfc_scan(
@@ -49,8 +51,8 @@ def cfc_scan(
 
     Args:
         x: input, [B, T, I], in float64, float32, bfloat16 or float16; any strides.
-        weights: of a cell with H units and, where it has one, a backbone of width U; tensors of any
-            floating dtype.
+        weights: of a cell with H units and, where it has one, a backbone of width U, which on a
+            GPU has at most 15 layers; tensors of any floating dtype.
         h0: initial state, [B, H]. Default: zeros.
         timespans: Δt ≥ 0 and finite, in the unit of time that the weights were trained with: a
             number, a tensor of no dimension, [B, T] or [B, T, 1]. Default: 1.
@@ -91,11 +93,11 @@ def cfc_scan(
                 dropout_scale=dropout_scale,
             )
         return _native_scan(
-            x, weights, h0, timespans, lengths, mode, activation, dropout_scale, chunk_size
+            chunk_size, x, weights, h0, timespans, lengths, mode, activation, dropout_scale
         )
 
 
-def _native_scan(
+def raw_arguments(
     x: Tensor,
     weights: CfCWeights,
     h0: Tensor | None,
@@ -104,8 +106,8 @@ def _native_scan(
     mode: str,
     activation: str,
     dropout_scale: Tensor | None,
-    chunk_size: int | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, ...]:
+    """What the raw operators take, without `chunk`, for checked arguments of `cfc_scan`."""
     dtype = _checks.compute_dtype(x.dtype)
     batch, steps, _ = x.shape
     if isinstance(timespans, Tensor):
@@ -126,7 +128,7 @@ def _native_scan(
         state = x.new_zeros(batch, weights.ff1.bias.shape[0], dtype=dtype)
     else:
         state = h0.to(dtype)
-    tensors = (
+    return (
         x,
         state,
         maps,
@@ -134,15 +136,20 @@ def _native_scan(
         None if lengths is None else lengths.to(torch.int64),
         None if dropout_scale is None else dropout_scale.to(dtype),
         decay,
+        MODES.index(mode),
+        ACTIVATIONS.index(activation),
     )
-    options = (MODES.index(mode), ACTIVATIONS.index(activation))
+
+
+def _native_scan(chunk_size: int | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    x, state, maps, spans, _, _, decay, *_ = raw = raw_arguments(*arguments)
     differentiable = [x, state, *maps, spans, decay]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         if chunk_size is None:
-            chunk_size = 0 if steps <= MAX_UNCHUNKED else DEFAULT_CHUNK
-        y, h_last, _ = torch.ops.ember_ext.cfc_scan(*tensors, *options, chunk_size)
+            chunk_size = 0 if x.shape[1] <= MAX_UNCHUNKED else DEFAULT_CHUNK
+        y, h_last, _ = torch.ops.ember_ext.cfc_scan(*raw, chunk_size)
     else:
-        y, h_last, _ = torch.ops.ember_ext.cfc_scan_forward(*tensors, *options, -1)
+        y, h_last, _ = torch.ops.ember_ext.cfc_scan_forward(*raw, -1)
     return y, h_last.to(x.dtype)
 
 
@@ -271,6 +278,9 @@ def _check(
     batch, steps, width = x.shape
     hidden = weights.ff1.bias.shape[0]
     width += hidden
+    layers = len(weights.backbone)
+    if x.device.type == "cuda" and layers > MAX_CUDA_LAYERS:
+        _checks.fail(_OP, "weights.backbone", f"at most {MAX_CUDA_LAYERS} layers on a GPU", layers)
     for layer, affine in enumerate(weights.backbone):
         units = affine.bias.shape[0]
         _check_affine(f"weights.backbone[{layer}]", affine, "[U, in]", units, width, x)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ember_ext import ops, reference
+from ember_ext.testing.cfc_scan import cfc_samples, flat
 from ember_ext.testing.lif_attention import attention_samples, attention_tensors
 from ember_ext.testing.lif_gate import gate_parameters, gate_samples
 from ember_ext.testing.refractory_lif_attention import (
@@ -35,6 +36,7 @@ OPERATORS = (
         with_flat_state(reference.refractory_lif_attention),
         refractory_samples,
     ),
+    Registered("cfc_scan", flat(ops.cfc_scan), flat(reference.cfc_scan), cfc_samples),
 )
 """What the self-test goes through."""
 

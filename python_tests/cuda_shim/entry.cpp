@@ -1,6 +1,7 @@
 // The launchers as C functions, for ctypes.
 #include <cuda_runtime.h>
 
+#include "../../csrc/common/cfc_scan.h"
 #include "../../csrc/common/lif_attention.h"
 #include "../../csrc/common/lif_gate.h"
 
@@ -40,4 +41,25 @@ int64_t lif_attention_scratch_bytes(const LifAttentionParams&, bool backward);
 extern "C" int64_t ember_lif_attention_scratch_bytes(const ember::LifAttentionParams* p,
                                                      int backward) {
   return ember::cuda::lif_attention_scratch_bytes(*p, backward);
+}
+
+ENTRY(cfc_scan_forward, CfcScanParams)
+ENTRY(cfc_scan_backward, CfcScanParams)
+
+namespace ember {
+namespace cuda {
+int64_t cfc_scan_workspace(const CfcScanParams&, bool backward);
+}
+}  // namespace ember
+extern "C" int64_t ember_cfc_scan_workspace(const ember::CfcScanParams* p, int backward) {
+  return ember::cuda::cfc_scan_workspace(*p, backward);
+}
+extern "C" void ember_cfc_scan_lay_out(ember::CfcScanParams* p, ember::CfcLayer* layers) {
+  ember::cfc_lay_out(*p, layers);
+}
+extern "C" int64_t ember_cfc_scan_tape_size(const ember::CfcScanParams* p) {
+  return ember::cfc_tape_size(*p, p->steps);
+}
+extern "C" size_t ember_cfc_scan_params_size() {
+  return sizeof(ember::CfcScanParams);
 }

@@ -75,6 +75,8 @@ std::mt19937 generator;
 std::string error;
 std::map<const void*, int> allowed_shared;
 std::string launches;
+// Of the supported GPUs those of sm_75 have the least shared memory: what works there works on all.
+int shared_limit = 64 * 1024;
 
 std::string name_of(const void* kernel) {
   Dl_info info;
@@ -262,7 +264,7 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared,
               std::to_string(count) + "\t" + std::to_string(shared) + "\n";
   const size_t allowed = allowed_shared.count(kernel) ? size_t(allowed_shared[kernel]) : 48 * 1024;
   if (!error.empty() || count == 0 || count > kMostThreads || shared > allowed ||
-      shared > kSharedMost) {
+      shared > size_t(shared_limit)) {
     if (error.empty()) error = "launch configuration";
     return cudaErrorInvalidConfiguration;
   }
@@ -302,6 +304,16 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared,
 
 }  // namespace cuda_shim
 
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = shared_limit;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetLastError() {
   return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
@@ -314,6 +326,11 @@ void cuda_shim_reset(int thread_order, unsigned seed) {
   error.clear();
   order = Order(thread_order);
   generator.seed(seed);
+}
+
+// Sets the bytes of shared memory that a block may have, at most those of the largest GPU.
+void cuda_shim_limit_shared(int bytes) {
+  shared_limit = std::min(bytes, int(kSharedMost));
 }
 
 const char* cuda_shim_error() {

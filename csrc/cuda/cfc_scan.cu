@@ -1,0 +1,415 @@
+// Launchers of the CfC scan's kernels.
+#include <algorithm>
+#include <type_traits>
+
+#include "cfc_scan.cuh"
+
+namespace ember {
+namespace cuda {
+namespace {
+
+// Where the parts of the workspace begin, in elements of C.
+struct Workspace {
+  int64_t transposed, tape, grads, partial_grads, decay_grads, vectors, size;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+const CfcLayer& heads_of(const CfcScanParams& p) {
+  return p.layers[p.num_layers - 1];
+}
+
+// Columns of a layer's output, and the depth of what it multiplies at every step: of the first
+// layer's input only the state.
+int64_t columns_of(const CfcLayer& layer) {
+  return layer.segments * layer.units;
+}
+int64_t depth_of(const CfcScanParams& p, int64_t l) {
+  return l ? p.layers[l].inputs : p.hidden;
+}
+
+// Steps to a chunk: as many as were asked for where only states are kept, else enough to keep a GPU
+// busy with the products of a chunk.
+int64_t chunk_steps(const CfcScanParams& p, bool backward) {
+  int64_t steps = 16384 / std::max<int64_t>(p.batch, 1);
+  if (steps < 16) steps = 16;
+  if (p.chunk && (backward || p.saved)) steps = p.chunk;
+  return std::max<int64_t>(std::min(steps, p.steps), 1);
+}
+
+// How the rows that a weight's gradient is summed over are split: into enough blocks to fill a GPU,
+// and into so few rows that fp32 sums of kCfcStretch of them stay accurate.
+int64_t rows_of_split(const CfcLayer& layer, int64_t rows) {
+  const int64_t tiles =
+      ceil_div(columns_of(layer), kCfcProductTile) * ceil_div(1 + layer.inputs, kCfcProductTile);
+  const int64_t enough_blocks = 512;
+  const int64_t splits = std::max(ceil_div(enough_blocks, std::max<int64_t>(tiles, 1)),
+                                  ceil_div(rows, kCfcStretch * kCfcStretch));
+  return std::max<int64_t>(ceil_div(rows, splits), kCfcProductTile);
+}
+
+// Vectors of a block, each of as many values as it has rows.
+int64_t vectors_of(const CfcScanParams& p, bool backward) {
+  int64_t vectors = backward ? p.hidden : 2 * p.hidden;
+  for (int64_t l = 0; l < p.num_layers; ++l) {
+    vectors += backward ? columns_of(p.layers[l]) : l ? p.layers[l].inputs : 0;
+  }
+  return vectors;
+}
+
+Workspace workspace_of(const CfcScanParams& p, bool backward) {
+  const int64_t steps = chunk_steps(p, backward), rows = steps * p.batch;
+  const bool runs_forward = !backward || p.chunk;
+  int64_t transposed = 0, grads = 0, partial_grads = 0;
+  for (int64_t l = 0; l < p.num_layers; ++l) {
+    const CfcLayer& layer = p.layers[l];
+    transposed += depth_of(p, l) * columns_of(layer);
+    grads += rows * columns_of(layer);
+    if (layer.grad_weight) {
+      const int64_t splits = ceil_div(rows, rows_of_split(layer, rows));
+      partial_grads = std::max(partial_grads, splits * columns_of(layer) * (1 + layer.inputs));
+    }
+  }
+  Workspace w{};
+  const auto take = [&w](int64_t& part, int64_t elements) {
+    part = w.size;
+    w.size += cfc_pad(elements);
+  };
+  if (runs_forward) {
+    take(w.transposed, transposed);
+    take(w.tape, p.saved && !p.chunk ? 0 : cfc_tape_size(p, steps));
+  }
+  if (backward) {
+    take(w.grads, grads);
+    take(w.partial_grads, partial_grads);
+    take(w.decay_grads, p.grad_decay ? p.batch * 2 * p.hidden : 0);
+  }
+  // Rows of the batch, rounded up to blocks of 4.
+  take(w.vectors, (p.batch + 3) * std::max(vectors_of(p, false), vectors_of(p, backward)));
+  return w;
+}
+
+template <typename T>
+class Scan {
+ public:
+  using C = compute_t<T>;
+
+  Scan(const CfcScanParams& p, bool backward, cudaStream_t stream)
+      : p_(p),
+        stream_(stream),
+        at_(workspace_of(p, backward)),
+        chunk_(chunk_steps(p, backward)),
+        blocks_(ceil_div(p.batch, kCfcRows<C>)),
+        has_tape_(p.saved && !p.chunk),
+        workspace_(static_cast<C*>(p.workspace)),
+        tape_(has_tape_ ? static_cast<C*>(p.saved) : workspace_ + at_.tape),
+        slots_(has_tape_ ? p.steps : chunk_) {}
+
+  cudaError_t forward() {
+    cudaError_t status = prepare();
+    if (status == cudaSuccess) status = transpose();
+    // Without steps the state still has to be handed on.
+    for (int64_t first = 0; status == cudaSuccess && (first == 0 || first < p_.steps);
+         first += chunk_) {
+      CfcScanPlan plan = plan_for(false, first);
+      plan.keep = has_tape_;
+      plan.from = first ? p_.h_last : p_.h0;
+      plan.from_stride = plan.to_stride = p_.h_stride;
+      plan.to = p_.h_last;
+      if (p_.saved && p_.chunk && p_.steps) plan.border = border(first);
+      status = forward_chunk(plan);
+    }
+    return status;
+  }
+
+  cudaError_t backward() {
+    cudaError_t status = prepare();
+    if (status == cudaSuccess && p_.chunk) status = transpose();
+    if (status == cudaSuccess && p_.grad_decay) {
+      status = sum(nullptr, 0, p_.batch * 2 * p_.hidden, false, workspace_ + at_.decay_grads);
+    }
+    const int64_t chunks = std::max<int64_t>(ceil_div(p_.steps, chunk_), 1);
+    for (int64_t c = chunks - 1; status == cudaSuccess && c >= 0; --c) {
+      const bool is_last = c == chunks - 1;
+      if (p_.chunk && p_.steps) {
+        CfcScanPlan plan = plan_for(false, c * chunk_);
+        plan.keep = true;
+        plan.from = border(plan.first);
+        plan.from_stride = p_.hidden;
+        status = forward_chunk(plan);
+        if (status != cudaSuccess) return status;
+      }
+      CfcScanPlan plan = plan_for(true, c * chunk_);
+      plan.from = is_last ? p_.grad_h_last : p_.grad_h0;
+      plan.to = p_.grad_h0;
+      plan.from_stride = plan.to_stride = p_.hidden;
+      if (p_.grad_decay) plan.decay_grads = workspace_ + at_.decay_grads;
+      status = backward_chunk(plan);
+      if (status == cudaSuccess && p_.grad_x) status = input_gradient(plan);
+      for (int64_t l = 0; status == cudaSuccess && l < p_.num_layers; ++l) {
+        if (p_.layers[l].grad_weight) status = weight_gradient(l, plan, !is_last);
+      }
+    }
+    if (status == cudaSuccess && p_.grad_decay) {
+      status = sum(workspace_ + at_.decay_grads, p_.batch, 2 * p_.hidden, false,
+                   static_cast<C*>(p_.grad_decay));
+    }
+    return status;
+  }
+
+ private:
+  // What plan_for() rests on.
+  cudaError_t prepare() {
+    const int64_t most = 1 << 24;
+    int64_t widest = p_.hidden;
+    for (int64_t l = 0; l < p_.num_layers; ++l) {
+      widest = std::max(widest, std::max(p_.layers[l].inputs, columns_of(p_.layers[l])));
+    }
+    if (p_.num_layers > kCfcMostLayers || widest > most || chunk_ > 0x7fffffff) {
+      return cudaErrorInvalidValue;
+    }
+    int device = 0, bytes = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) {
+      status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    shared_limit_ = bytes / int(sizeof(C));
+    return status;
+  }
+
+  C* border(int64_t first) const {
+    return static_cast<C*>(p_.saved) + first / chunk_ * p_.batch * p_.hidden;
+  }
+
+  // Depends on shapes and, for what is resident, on the device.
+  CfcScanPlan plan_for(bool backward, int64_t first) {
+    CfcScanPlan plan{};
+    plan.first = first;
+    plan.steps = int(std::min(chunk_, p_.steps - first));
+    const int64_t slot = has_tape_ ? first : 0;
+    C* transposed = workspace_ + at_.transposed;
+    C* grads = workspace_ + at_.grads;
+    int64_t exchange = 0, vectors = backward ? p_.hidden : 2 * p_.hidden;
+    for (int64_t l = 0; l < p_.num_layers; ++l) {
+      const CfcLayer& from = p_.layers[l];
+      CfcScanLayer& layer = plan.layers[l];
+      const C* weight = static_cast<const C*>(from.weight);
+      const bool by_head = !backward && &from == &heads_of(p_) && p_.heads > 1;
+      CfcMap& map = layer.map;
+      if (backward) {
+        map.weight = weight + 1 + (l ? 0 : p_.inputs);
+        map.row_stride = 1 + from.inputs;
+        map.depth = int(columns_of(from));
+        map.columns = int(depth_of(p_, l));
+        layer.vector = int(vectors);
+        vectors += columns_of(from);
+      } else {
+        map.weight = transposed;
+        map.row_stride = columns_of(from);
+        map.depth = int(depth_of(p_, l));
+        map.columns = int(columns_of(from));
+        layer.vector = int(l ? vectors : 0);
+        vectors += l ? from.inputs : 0;
+        transposed += depth_of(p_, l) * columns_of(from);
+      }
+      const int parts = by_head ? int(p_.heads) : kCfcParts;
+      map.stride = by_head ? int(p_.hidden) : int(ceil_div(map.columns, parts));
+      map.lanes = std::max(std::min(map.stride, kCfcThreads<C>), 1);
+      // More slices than that spend their time adding up.
+      map.slices = std::max(std::min({kCfcThreads<C> / map.lanes, map.depth / 8, 8}), 1);
+      exchange = std::max(exchange, int64_t(map.slices) * parts * map.lanes * kCfcRows<C>);
+      layer.bias = weight;
+      layer.bias_stride = 1 + from.inputs;
+      layer.input_stride = from.input_stride;
+      layer.kept_stride = from.kept_stride;
+      const int64_t rows = slots_ * p_.batch, at = slot * p_.batch;
+      layer.input = tape_ + from.input_offset * rows + at * from.input_stride;
+      layer.kept = tape_ + from.kept_offset * rows + at * from.kept_stride;
+      layer.grads = grads;
+      grads += chunk_ * p_.batch * columns_of(from);
+    }
+    plan.sums_at = int(exchange);
+    plan.vectors_at = plan.sums_at + kCfcThreads<C> / kWarp * kCfcRows<C>;
+    shared_ = plan.vectors_at;
+    plan.vectors_size = vectors;
+    if (shared_ + vectors * kCfcRows<C> <= shared_limit_) {
+      shared_ += vectors * kCfcRows<C>;
+    } else {
+      plan.vectors = workspace_ + at_.vectors;
+    }
+    for (int64_t l = 0; l < p_.num_layers; ++l) {
+      CfcMap& map = plan.layers[l].map;
+      const int64_t left = std::max<int64_t>(shared_limit_ - shared_, 0);
+      map.resident = int(std::min<int64_t>(left / std::max(map.columns, 1), map.depth));
+      map.resident_at = int(shared_);
+      shared_ += int64_t(map.resident) * map.columns;
+    }
+    return plan;
+  }
+
+  cudaError_t transpose() {
+    C* to = workspace_ + at_.transposed;
+    for (int64_t l = 0; l < p_.num_layers; ++l) {
+      const CfcLayer& layer = p_.layers[l];
+      const int64_t depth = depth_of(p_, l), columns = columns_of(layer);
+      const cudaError_t status =
+          launch(cfc_scan_transpose_kernel<C>, ceil_div(depth * columns, kCfcRowThreads),
+                 kCfcRowThreads, 0, stream_, static_cast<const C*>(layer.weight), 1 + layer.inputs,
+                 1 + layer.inputs - depth, depth, columns, to);
+      if (status != cudaSuccess) return status;
+      to += depth * columns;
+    }
+    return cudaSuccess;
+  }
+
+  cudaError_t forward_chunk(const CfcScanPlan& plan) {
+    const CfcLayer& first = p_.layers[0];
+    const CfcScanLayer& layer = plan.layers[0];
+    cudaError_t status = launch(
+        cfc_scan_input_kernel<T>, ceil_div(plan.steps * p_.batch, kCfcRowThreads / kWarp),
+        kCfcRowThreads, 0, stream_, p_, plan.first, plan.steps, layer.input, layer.input_stride);
+    if (status != cudaSuccess) return status;
+    CfcProduct product = product_of(plan.steps * p_.batch, columns_of(first), 1 + p_.inputs);
+    product.a = layer.input;
+    product.a_row = layer.input_stride;
+    product.a_depth = 1;
+    product.b = first.weight;
+    product.b_row = 1 + first.inputs;
+    product.b_depth = 1;
+    product.out = layer.kept;
+    product.row = layer.kept_stride;
+    product.columns = std::max<int64_t>(first.units, 1);
+    product.outer_column = cfc_pad(first.units);
+    status = multiply<C, true, true>(product);
+    if (status != cudaSuccess) return status;
+    switch (p_.heads) {
+      case 1:
+        return scan(cfc_scan_forward_kernel<T, 1>, plan);
+      case 3:
+        return scan(cfc_scan_forward_kernel<T, 3>, plan);
+      default:
+        return scan(cfc_scan_forward_kernel<T, 4>, plan);
+    }
+  }
+
+  cudaError_t backward_chunk(const CfcScanPlan& plan) {
+    switch (p_.heads) {
+      case 1:
+        return scan(cfc_scan_backward_kernel<T, 1>, plan);
+      case 3:
+        return scan(cfc_scan_backward_kernel<T, 3>, plan);
+      default:
+        return scan(cfc_scan_backward_kernel<T, 4>, plan);
+    }
+  }
+
+  cudaError_t scan(void (*kernel)(CfcScanParams, CfcScanPlan), const CfcScanPlan& plan) {
+    return launch(kernel, blocks_, kCfcThreads<C>, size_t(shared_) * sizeof(C), stream_, p_, plan);
+  }
+
+  cudaError_t input_gradient(const CfcScanPlan& plan) {
+    const CfcLayer& first = p_.layers[0];
+    CfcProduct product = product_of(plan.steps * p_.batch, p_.inputs, columns_of(first));
+    product.a = plan.layers[0].grads;
+    product.a_row = columns_of(first);
+    product.a_depth = 1;
+    product.b = static_cast<const C*>(first.weight) + 1;
+    product.b_row = 1;
+    product.b_depth = 1 + first.inputs;
+    product.out = static_cast<T*>(p_.grad_x) + plan.first * p_.inputs;
+    product.rows = std::max<int64_t>(p_.batch, 1);
+    product.outer_row = p_.inputs;
+    product.row = p_.steps * p_.inputs;
+    return multiply<T, true, false>(product);
+  }
+
+  cudaError_t weight_gradient(int64_t l, const CfcScanPlan& plan, bool accumulate) {
+    const CfcLayer& layer = p_.layers[l];
+    const int64_t rows = plan.steps * p_.batch, columns = columns_of(layer);
+    CfcProduct product = product_of(columns, 1 + layer.inputs, rows);
+    product.a = plan.layers[l].grads;
+    product.a_row = 1;
+    product.a_depth = columns;
+    product.b = plan.layers[l].input;
+    product.b_row = 1;
+    product.b_depth = layer.input_stride;
+    product.depth_of_split = rows_of_split(layer, chunk_ * p_.batch);
+    C* partial = workspace_ + at_.partial_grads;
+    product.out = partial;
+    product.split_stride = columns * (1 + layer.inputs);
+    product.row = 1 + layer.inputs;
+    if (rows > 0) {
+      const cudaError_t status = multiply<C, false, false>(product);
+      if (status != cudaSuccess) return status;
+    }
+    return sum(partial, ceil_div(rows, product.depth_of_split), product.split_stride, accumulate,
+               static_cast<C*>(layer.grad_weight));
+  }
+
+  // Undivided, and dense but for the stride of its rows, which the caller sets.
+  static CfcProduct product_of(int64_t m, int64_t n, int64_t depth) {
+    CfcProduct product{};
+    product.m = m;
+    product.n = n;
+    product.depth = depth;
+    product.depth_of_split = std::max<int64_t>(depth, 1);
+    product.rows = std::max<int64_t>(m, 1);
+    product.columns = std::max<int64_t>(n, 1);
+    return product;
+  }
+
+  template <typename Out, bool a_along_depth, bool b_along_depth>
+  cudaError_t multiply(CfcProduct& product) {
+    const int64_t tiles_m = ceil_div(product.m, kCfcProductTile);
+    const int64_t tiles_n = ceil_div(product.n, kCfcProductTile);
+    if (std::max(tiles_m, tiles_n) > 0x7fffffff) return cudaErrorInvalidConfiguration;
+    product.tiles_m = unsigned(tiles_m);
+    product.tiles_n = unsigned(tiles_n);
+    const int64_t splits = std::max<int64_t>(ceil_div(product.depth, product.depth_of_split), 1);
+    const size_t shared = 2 * kCfcProductDepth * CfcProductTile<C, true>::kStride * sizeof(C);
+    return launch(cfc_scan_product_kernel<C, Out, a_along_depth, b_along_depth>,
+                  tiles_m * tiles_n * splits, kCfcProductThreads, shared, stream_, product);
+  }
+
+  cudaError_t sum(const C* terms, int64_t count, int64_t size, bool accumulate, C* out) {
+    return launch(cfc_scan_sum_kernel<C>, ceil_div(size, kCfcRowThreads), kCfcRowThreads, 0,
+                  stream_, terms, count, size, accumulate, out);
+  }
+
+  const CfcScanParams& p_;
+  cudaStream_t stream_;
+  const Workspace at_;
+  const int64_t chunk_, blocks_;
+  const bool has_tape_;
+  C *workspace_, *tape_;
+  const int64_t slots_;
+  int64_t shared_limit_ = 0;  // elements that a block may have
+  int64_t shared_ = 0;        // those that the last plan takes
+};
+
+}  // namespace
+
+int64_t cfc_scan_workspace(const CfcScanParams& p, bool backward) {
+  return workspace_of(p, backward).size;
+}
+
+cudaError_t cfc_scan_forward(const CfcScanParams& p, cudaStream_t stream) {
+  cudaError_t status = cudaErrorInvalidValue;
+  dispatch_dtype(p.dtype, [&](auto* element) {
+    status = Scan<std::remove_pointer_t<decltype(element)>>(p, false, stream).forward();
+  });
+  return status;
+}
+
+cudaError_t cfc_scan_backward(const CfcScanParams& p, cudaStream_t stream) {
+  cudaError_t status = cudaErrorInvalidValue;
+  dispatch_dtype(p.dtype, [&](auto* element) {
+    status = Scan<std::remove_pointer_t<decltype(element)>>(p, true, stream).backward();
+  });
+  return status;
+}
+
+}  // namespace cuda
+}  // namespace ember

@@ -1,0 +1,631 @@
+// The CfC scan on a GPU.
+//
+// A block takes a few rows of the batch through all steps of a chunk. It keeps their states and as
+// much of the recurrent weights as fits in shared memory; the other weights are read anew at every
+// step, from the second-level cache. A step is a product by each map of the cell, shared out over
+// columns of the matrix and over slices of its depth, whose sums meet in shared memory. There, one
+// thread for each unit and row computes the cell. Backward walks a chunk in reverse in the same way
+// and leaves the gradients before activation of each step and row.
+//
+// What is not recurrent is done for a whole chunk at once, before or after it: the product of the
+// input, the input's gradient, and the weights' gradients, which are added up in an order that
+// depends on the shape alone. Nor do other results depend on how much fits in shared memory.
+#pragma once
+
+#include "../common/cfc_scan.h"
+#include "team.cuh"
+
+namespace ember {
+namespace cuda {
+
+constexpr int kCfcParts = 4, kCfcMostLayers = 16;
+
+// Of a block. In fp64 a thread needs twice the registers.
+template <typename C>
+constexpr int kCfcThreads = sizeof(C) == 8 ? 256 : 512;
+
+// Terms that are added up one after the other: rounding errors grow with their number.
+constexpr int kCfcStretch = 128;
+
+// Rows of the batch to a block. Each weight is read once for all of them, so that reading it from
+// shared memory takes about as long as the arithmetic.
+template <typename C>
+constexpr int kCfcRows = 16 / sizeof(C);
+
+// A value of each of a block's rows.
+template <typename C>
+struct alignas(16) CfcRows {
+  C values[kCfcRows<C>];
+};
+
+// A matrix [depth, columns] by which a block multiplies at every step. A thread adds up, over one
+// of the `slices` of the depth, columns that are `stride` apart; `lanes` threads share a slice.
+struct CfcMap {
+  const void* weight;  // C, rows `row_stride` apart
+  int64_t row_stride;
+  int depth, columns;
+  int stride, lanes, slices;
+  int resident;     // so many rows are in shared memory,
+  int resident_at;  // without gaps, from this element on
+};
+
+// A layer as one pass sees it. Tapes are as in ../common/cfc_scan.h, at the chunk's first slot.
+struct CfcScanLayer {
+  CfcMap map;  // forward: its weights transposed; backward: its weights
+  // Forward: where its input lies among the block's vectors; for the first layer two states.
+  // Backward: where the gradients of its output do.
+  int vector;
+  const void* bias;  // C, elements `bias_stride` apart; not of the first layer
+  int64_t bias_stride;
+  void *input, *kept;
+  int64_t input_stride, kept_stride;
+  void* grads;  // C [steps, batch, segments * units]
+};
+
+struct CfcScanPlan {
+  CfcScanLayer layers[kCfcMostLayers];
+  // Elements of shared memory, which begins with what slices exchange: then the sums of warps, the
+  // vectors, and the weights.
+  int sums_at, vectors_at;
+  // The blocks' vectors, C [blocks, vectors, kCfcRows], where they do not fit in shared memory.
+  void* vectors;
+  int64_t vectors_size;
+  int64_t first;  // step of the chunk
+  int steps;
+  bool keep;  // forward: whether to write the tape
+  // Forward: the state before the chunk, and where to leave the one after it and, or null, to keep
+  // the one before it. Backward: gradients of the state after the chunk, and before it.
+  const void* from;
+  int64_t from_stride;
+  void *to, *border;
+  int64_t to_stride;
+  void* decay_grads;  // C [batch, 2, hidden], added to by backward; or null
+};
+
+// What one thread of a block knows of its place.
+template <typename C>
+struct CfcBlock {
+  static constexpr int kRows = kCfcRows<C>;
+
+  const CfcScanParams& p;
+  const CfcScanPlan& plan;
+  C* shared;
+  CfcRows<C>* vectors;
+  int64_t first_row;
+
+  __device__ __forceinline__ CfcBlock(const CfcScanParams& p_, const CfcScanPlan& plan_)
+      : p(p_), plan(plan_), shared(shared_memory<C>()), first_row(int64_t(blockIdx.x) * kRows) {
+    vectors = plan.vectors ? static_cast<CfcRows<C>*>(plan.vectors) + blockIdx.x * plan.vectors_size
+                           : reinterpret_cast<CfcRows<C>*>(shared + plan.vectors_at);
+    for (int l = 0; l < p.num_layers; ++l) {
+      const CfcMap& map = plan.layers[l].map;
+      const C* weight = static_cast<const C*>(map.weight);
+      for (int i = int(threadIdx.x); i < map.resident * map.columns; i += kCfcThreads<C>) {
+        shared[map.resident_at + i] = weight[i / map.columns * map.row_stride + i % map.columns];
+      }
+    }
+  }
+
+  __device__ __forceinline__ bool exists(int row) const { return first_row + row < p.batch; }
+  __device__ __forceinline__ bool runs(int row, int64_t t) const {
+    return exists(row) && (!p.lengths || t < p.lengths[first_row + row]);
+  }
+  __device__ __forceinline__ C timespan(int row, int64_t t) const {
+    return static_cast<const C*>(p.timespans)[(first_row + row) * p.steps + t];
+  }
+  // Of a piece of the tape or of the gradients, the row that belongs to one of the block's.
+  __device__ __forceinline__ C* piece(void* from, int64_t stride, int slot, int row) const {
+    return static_cast<C*>(from) + (slot * p.batch + first_row + row) * stride;
+  }
+  __device__ __forceinline__ C* state(int slot, int row) const {
+    const CfcScanLayer& first = plan.layers[0];
+    return piece(first.input, first.input_stride, slot, row) + 1 + p.inputs;
+  }
+  __device__ __forceinline__ const C* dropout_scale(int layer, int row, int64_t t) const {
+    const int64_t scaled = p.num_layers - 2;
+    if (!p.dropout_scale || layer == 0) return nullptr;
+    return static_cast<const C*>(p.dropout_scale) +
+           (((first_row + row) * p.steps + t) * scaled + layer - 1) *
+               plan.layers[layer].map.columns;
+  }
+
+  // body(unit, row, index) for the block's units and rows. A thread meets one row only.
+  template <typename Body>
+  __device__ __forceinline__ void for_states(const Body& body) const {
+    for (int64_t i = threadIdx.x; i < p.hidden * kRows; i += kCfcThreads<C>) {
+      body(int(i / kRows), int(i % kRows), i);
+    }
+  }
+};
+
+// sums[part][row] += over the depths [begin, end) the weight of the part's column times the row's
+// value.
+template <int parts, typename C>
+__device__ __forceinline__ void add_products(const C* weight, int64_t row_stride,
+                                             const int (&columns)[parts], const CfcRows<C>* in,
+                                             int begin, int end, C (&sums)[parts][kCfcRows<C>]) {
+  weight += begin * row_stride;
+// More of them at a time do not fit the registers on every architecture.
+#pragma unroll 2
+  for (int k = begin; k < end; ++k, weight += row_stride) {
+    const CfcRows<C> value = in[k];
+#pragma unroll
+    for (int part = 0; part < parts; ++part) {
+      const C w = weight[columns[part]];
+#pragma unroll
+      for (int row = 0; row < kCfcRows<C>; ++row) sums[part][row] += w * value.values[row];
+    }
+  }
+}
+
+// Multiplies a block's rows by a map: epilogue(column, row, results), with the results of `outputs`
+// columns that are map.stride apart, 1 or all `parts` of a thread. initial(column, part, row) is
+// added to each. All threads must call this together, and may do so again at once.
+template <int parts, int outputs, typename C, typename Initial, typename Epilogue>
+__device__ __forceinline__ void multiply(const CfcMap& map, C* shared, const CfcRows<C>* in,
+                                         const Initial& initial, const Epilogue& epilogue) {
+  static_assert(outputs == 1 || outputs == parts, "one column or all of a thread");
+  constexpr int rows = kCfcRows<C>;
+  const int lane = int(threadIdx.x) % map.lanes, slice = int(threadIdx.x) / map.lanes;
+  for (int base = 0; base < map.stride; base += map.lanes) {
+    if (slice < map.slices) {
+      const int begin = map.depth * slice / map.slices;
+      const int end = map.depth * (slice + 1) / map.slices;
+      // Columns past the end are computed twice and dropped.
+      int columns[parts];
+#pragma unroll
+      for (int part = 0; part < parts; ++part) {
+        columns[part] = min(part * map.stride + min(base + lane, map.stride - 1), map.columns - 1);
+      }
+      // Asked for before the products, whose time hides that of these reads.
+      C totals[parts][rows];
+#pragma unroll
+      for (int part = 0; part < parts; ++part) {
+#pragma unroll
+        for (int row = 0; row < rows; ++row) {
+          totals[part][row] = slice == 0 ? initial(columns[part], part, row) : C(0);
+        }
+      }
+      for (int from = begin; from < end; from += kCfcStretch) {
+        const int to = min(from + kCfcStretch, end), border = min(max(map.resident, from), to);
+        C sums[parts][rows] = {};
+        add_products(shared + map.resident_at, map.columns, columns, in, from, border, sums);
+        add_products(static_cast<const C*>(map.weight), map.row_stride, columns, in, border, to,
+                     sums);
+#pragma unroll
+        for (int part = 0; part < parts; ++part) {
+#pragma unroll
+          for (int row = 0; row < rows; ++row) totals[part][row] += sums[part][row];
+        }
+      }
+      auto* exchange = reinterpret_cast<CfcRows<C>*>(shared) + slice * parts * map.lanes + lane;
+#pragma unroll
+      for (int part = 0; part < parts; ++part) {
+        CfcRows<C> result;
+#pragma unroll
+        for (int row = 0; row < rows; ++row) {
+          result.values[row] = totals[part][row];
+        }
+        exchange[part * map.lanes] = result;
+      }
+    }
+    __syncthreads();
+    const int of_slice = parts * map.lanes * rows;
+    for (int i = int(threadIdx.x); i < of_slice / outputs; i += kCfcThreads<C>) {
+      const int row = i % rows, own_lane = i / rows % map.lanes, part = i / rows / map.lanes;
+      const int column = part * map.stride + base + own_lane;
+      if (base + own_lane >= map.stride || column >= map.columns) continue;
+      C results[outputs];
+#pragma unroll
+      for (int output = 0; output < outputs; ++output) {
+        const C* sums = shared + i + output * map.lanes * rows;
+        results[output] = sums[0];
+        for (int other = 1; other < map.slices; ++other) {
+          results[output] += sums[other * of_slice];
+        }
+      }
+      epilogue(column, row, results);
+    }
+    __syncthreads();
+  }
+}
+
+template <typename C>
+__device__ __forceinline__ Activated<C> activate(CfcActivation activation, C u) {
+  switch (activation) {
+    case CfcActivation::lecun_tanh:
+      return activated<CfcActivation::lecun_tanh>(u);
+    case CfcActivation::tanh:
+      return activated<CfcActivation::tanh>(u);
+    case CfcActivation::relu:
+      return activated<CfcActivation::relu>(u);
+    case CfcActivation::silu:
+      return activated<CfcActivation::silu>(u);
+    default:
+      return activated<CfcActivation::gelu>(u);
+  }
+}
+
+// The kept piece of the first layer holds the products of the input, and then what is kept.
+template <typename T, int heads>
+__global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
+    cfc_scan_forward_kernel(CfcScanParams p, CfcScanPlan plan) {
+  using C = compute_t<T>;
+  constexpr int rows = kCfcRows<C>, parts = heads == 3 ? 3 : kCfcParts;
+  const CfcBlock<C> block(p, plan);
+  const int last = int(p.num_layers) - 1;
+  const auto state_after = [&](int steps) { return block.vectors + steps % 2 * p.hidden; };
+  const auto values = [](CfcRows<C>* vector) { return reinterpret_cast<C*>(vector); };
+  block.for_states([&](int unit, int row, int64_t i) {
+    C h = 0;
+    if (block.exists(row)) {
+      const int64_t b = block.first_row + row;
+      h = static_cast<const C*>(plan.from)[b * plan.from_stride + unit];
+      if (plan.keep) block.state(0, row)[unit] = h;
+      if (plan.border) static_cast<C*>(plan.border)[b * p.hidden + unit] = h;
+    }
+    values(state_after(0))[i] = h;
+  });
+  __syncthreads();
+
+  for (int slot = 0; slot < plan.steps; ++slot) {
+    const int64_t t = plan.first + slot;
+    const C* now = values(state_after(slot));
+    C* next = values(state_after(slot + 1));
+    // What `multiply` starts from: the input's product in the first layer, else the bias.
+    const auto initial_of = [&](const CfcScanLayer& layer, bool is_first, int64_t segment_stride) {
+      return [&block, &layer, is_first, segment_stride, slot](int column, int part, int row) {
+        if (!is_first) return static_cast<const C*>(layer.bias)[column * layer.bias_stride];
+        if (!block.exists(row)) return C(0);
+        const int64_t skipped = part * (segment_stride - layer.map.stride);
+        return block.piece(layer.kept, layer.kept_stride, slot, row)[column + skipped];
+      };
+    };
+    const auto input_of = [&](int l) {
+      return l ? block.vectors + plan.layers[l].vector : state_after(slot);
+    };
+
+    for (int l = 0; l < last; ++l) {
+      const CfcScanLayer &layer = plan.layers[l], &above = plan.layers[l + 1];
+      C* out = values(block.vectors + above.vector);
+      multiply<kCfcParts, 1>(
+          layer.map, block.shared, input_of(l), initial_of(layer, l == 0, layer.map.stride),
+          [&](int unit, int row, const C(&u)[1]) {
+            Activated<C> v = activate(p.activation, u[0]);
+            if (!block.exists(row)) v = Activated<C>{0, 0};
+            if (block.exists(row)) {
+              if (const C* scale = block.dropout_scale(l, row, t)) {
+                v.value *= scale[unit];
+                v.slope *= scale[unit];
+              }
+              if (plan.keep) {
+                C* kept = block.piece(above.input, above.input_stride, slot, row);
+                if (unit == 0) kept[0] = 1;
+                kept[1 + unit] = v.value;
+                block.piece(layer.kept, layer.kept_stride, slot, row)[unit] = v.slope;
+              }
+            }
+            out[unit * rows + row] = v.value;
+          });
+    }
+
+    const CfcScanLayer& layer = plan.layers[last];
+    const int64_t padded = cfc_pad(p.hidden);
+    multiply<parts, heads == 1 ? 1 : heads>(
+        layer.map, block.shared, input_of(last),
+        initial_of(layer, last == 0, heads == 1 ? layer.map.stride : padded),
+        [&](int unit, int row, C(&v)[heads]) {
+          C h = 0;
+          if (block.exists(row)) {
+            if constexpr (heads == 1) {
+              const C *w = static_cast<const C*>(p.decay), *amplitude = w + p.hidden;
+              h = pure_state(v[0], w[unit], amplitude[unit], block.timespan(row, t));
+            } else {
+              C exponent = v[2];
+              if constexpr (heads == 4) exponent = block.timespan(row, t) * v[2] + v[3];
+              const GatedCell<C> cell = gated_cell(v[0], v[1], exponent);
+              h = p.mode == CfcMode::no_gate ? gated_state<true>(cell) : gated_state<false>(cell);
+              v[0] = cell.first;
+              v[1] = cell.second;
+              v[heads - 1] = cell.gate;  // with four heads the third stays time_a
+            }
+            const bool runs = block.runs(row, t);
+            if (p.y) {
+              const int64_t cell = (block.first_row + row) * p.steps + t;
+              narrow(runs ? h : C(0), static_cast<T*>(p.y)[cell * p.hidden + unit]);
+            }
+            if (!runs) h = now[unit * rows + row];
+            if (plan.keep) {
+              C* kept = block.piece(layer.kept, layer.kept_stride, slot, row) + unit;
+#pragma unroll
+              for (int head = 0; head < heads; ++head) kept[head * padded] = v[head];
+              block.state(slot + 1, row)[unit] = h;
+            }
+          }
+          next[unit * rows + row] = h;
+        });
+  }
+
+  if (!plan.to) return;
+  const C* state = values(state_after(plan.steps));
+  block.for_states([&](int unit, int row, int64_t i) {
+    if (!block.exists(row)) return;
+    static_cast<C*>(plan.to)[(block.first_row + row) * plan.to_stride + unit] = state[i];
+  });
+}
+
+// The gradients of the heads before activation, from what forward kept and the gradient of the
+// state. Returns that of the time span, 0 where it is fixed.
+template <int heads, typename C>
+__device__ __forceinline__ C head_gradients(const CfcBlock<C>& block, const C* kept, int64_t padded,
+                                            int unit, int row, int64_t t, C grad_h,
+                                            C (&out)[heads]) {
+  const CfcScanParams& p = block.p;
+  if constexpr (heads == 1) {
+    const C *w = static_cast<const C*>(p.decay), *amplitude = w + p.hidden;
+    const PureGradients<C> g =
+        pure_gradients(kept[0], w[unit], amplitude[unit], block.timespan(row, t), grad_h);
+    out[0] = g.a;
+    if (block.plan.decay_grads) {
+      C* sums =
+          static_cast<C*>(block.plan.decay_grads) + (block.first_row + row) * 2 * p.hidden + unit;
+      sums[0] += g.w;
+      sums[p.hidden] += g.amplitude;
+    }
+    return g.dt;
+  } else {
+    const GatedCell<C> cell{kept[0], kept[padded], kept[(heads - 1) * padded]};
+    const GatedCell<C> g = p.mode == CfcMode::no_gate ? gated_gradients<true>(cell, grad_h)
+                                                      : gated_gradients<false>(cell, grad_h);
+    out[0] = g.first;
+    out[1] = g.second;
+    out[heads - 1] = g.gate;
+    if constexpr (heads == 4) {
+      out[2] = g.gate * block.timespan(row, t);
+      return g.gate * kept[2 * padded];
+    }
+    return 0;
+  }
+}
+
+template <typename T, int heads>
+__global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
+    cfc_scan_backward_kernel(CfcScanParams p, CfcScanPlan plan) {
+  using C = compute_t<T>;
+  constexpr int rows = kCfcRows<C>, warps = kCfcThreads<C> / kWarp;
+  const CfcBlock<C> block(p, plan);
+  const int last = int(p.num_layers) - 1;
+  const CfcScanLayer& head_layer = plan.layers[last];
+  const int64_t padded = cfc_pad(p.hidden);
+  C* carry = reinterpret_cast<C*>(block.vectors);
+  C* sums = block.shared + plan.sums_at;
+  const auto gradients_of = [&](const CfcScanLayer& layer) {
+    return reinterpret_cast<C*>(block.vectors + layer.vector);
+  };
+  const auto no_start = [](int, int, int) { return C(0); };
+  block.for_states([&](int unit, int row, int64_t i) {
+    const int64_t b = block.first_row + row;
+    carry[i] =
+        block.exists(row) ? static_cast<const C*>(plan.from)[b * plan.from_stride + unit] : C(0);
+  });
+  __syncthreads();
+
+  for (int slot = plan.steps - 1; slot >= 0; --slot) {
+    const int64_t t = plan.first + slot;
+    C grad_dt[1] = {0};
+    block.for_states([&](int unit, int row, int64_t i) {
+      C g[heads] = {};
+      if (block.runs(row, t)) {
+        const int64_t cell = (block.first_row + row) * p.steps + t;
+        const C grad_h =
+            carry[i] + C(widen(static_cast<const T*>(p.grad_y)[cell * p.hidden + unit]));
+        const C* kept = block.piece(head_layer.kept, head_layer.kept_stride, slot, row) + unit;
+        grad_dt[0] += head_gradients(block, kept, padded, unit, row, t, grad_h, g);
+      }
+      C* out = gradients_of(head_layer);
+      C* kept = block.piece(head_layer.grads, heads * p.hidden, slot, row) + unit;
+#pragma unroll
+      for (int head = 0; head < heads; ++head) {
+        out[(head * p.hidden + unit) * rows + row] = g[head];
+        if (block.exists(row)) kept[head * p.hidden] = g[head];
+      }
+    });
+    const bool wants_timespans = heads != 3 && p.grad_timespans;
+    if (wants_timespans) {
+      // Threads that are kCfcRows apart have the same row.
+      for (int offset = kWarp / 2; offset >= rows; offset /= 2) {
+        grad_dt[0] += __shfl_xor_sync(kAllLanes, grad_dt[0], offset);
+      }
+      const int lane = int(threadIdx.x) % kWarp;
+      if (lane < rows) sums[int(threadIdx.x) / kWarp * rows + lane] = grad_dt[0];
+    }
+    __syncthreads();
+    if (wants_timespans && int(threadIdx.x) < rows && block.exists(int(threadIdx.x))) {
+      C total = 0;
+      for (int warp = 0; warp < warps; ++warp) total += sums[warp * rows + int(threadIdx.x)];
+      static_cast<C*>(p.grad_timespans)[(block.first_row + threadIdx.x) * p.steps + t] = total;
+    }
+
+    for (int l = last; l > 0; --l) {
+      const CfcScanLayer &layer = plan.layers[l], &below = plan.layers[l - 1];
+      C* out = gradients_of(below);
+      multiply<kCfcParts, 1>(layer.map, block.shared, block.vectors + layer.vector, no_start,
+                             [&](int unit, int row, const C(&v)[1]) {
+                               C g = 0;
+                               if (block.exists(row)) {
+                                 g = v[0] *
+                                     block.piece(below.kept, below.kept_stride, slot, row)[unit];
+                                 block.piece(below.grads, layer.map.columns, slot, row)[unit] = g;
+                               }
+                               out[unit * rows + row] = g;
+                             });
+    }
+    multiply<kCfcParts, 1>(plan.layers[0].map, block.shared, block.vectors + plan.layers[0].vector,
+                           no_start, [&](int unit, int row, const C(&v)[1]) {
+                             if (block.runs(row, t)) carry[unit * rows + row] = v[0];
+                           });
+  }
+
+  block.for_states([&](int unit, int row, int64_t i) {
+    if (!block.exists(row)) return;
+    static_cast<C*>(plan.to)[(block.first_row + row) * plan.to_stride + unit] = carry[i];
+  });
+}
+
+constexpr int kCfcRowThreads = 256;
+
+// The rows [1, x] of the tape for a chunk of steps; a warp writes a row. Padding becomes 0, so that
+// not even infinities there reach the weights' gradients.
+template <typename T>
+__global__ void __launch_bounds__(kCfcRowThreads)
+    cfc_scan_input_kernel(CfcScanParams p, int64_t first, int64_t steps, void* to, int64_t stride) {
+  using C = compute_t<T>;
+  const int64_t row = int64_t(blockIdx.x) * (kCfcRowThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= steps * p.batch) return;
+  const int64_t b = row % p.batch, t = first + row / p.batch;
+  const bool runs = !p.lengths || t < p.lengths[b];
+  const T* x = static_cast<const T*>(p.x) + (b * p.steps + t) * p.inputs;
+  C* out = static_cast<C*>(to) + row * stride;
+  for (int64_t i = threadIdx.x % kWarp; i <= p.inputs; i += kWarp) {
+    out[i] = i == 0 ? C(1) : runs ? C(widen(x[i - 1])) : C(0);
+  }
+}
+
+// to [depth, columns] = the columns [skip, skip + depth) of weight [columns, row_stride].
+template <typename C>
+__global__ void __launch_bounds__(kCfcRowThreads)
+    cfc_scan_transpose_kernel(const C* weight, int64_t row_stride, int64_t skip, int64_t depth,
+                              int64_t columns, C* to) {
+  const int64_t i = int64_t(blockIdx.x) * kCfcRowThreads + threadIdx.x;
+  if (i < depth * columns) to[i] = weight[i % columns * row_stride + skip + i / columns];
+}
+
+constexpr int kCfcProductTile = 64, kCfcProductDepth = 16, kCfcProductThreads = 256;
+
+// out[m, n] = sum over the depth k of a[m, k] b[n, k]. The depth may be split in parts, each with a
+// result of its own.
+struct CfcProduct {
+  const void *a, *b;                       // C
+  int64_t a_row, a_depth, b_row, b_depth;  // strides, one of each pair being 1
+  int64_t m, n, depth, depth_of_split;
+  unsigned tiles_m, tiles_n;
+  void* out;  // [splits], split_stride apart
+  int64_t split_stride;
+  // Row m is at m / rows * outer_row + m % rows * row, column n likewise.
+  int64_t rows, outer_row, row;
+  int64_t columns, outer_column;
+};
+
+template <typename C>
+struct alignas(16) CfcFour {
+  C values[4];
+};
+
+// A tile of 64 rows and 16 depths of a or b on its way to shared memory. `along_depth` says which
+// of the strides is 1, and so which elements neighbouring threads should read.
+template <typename C, bool along_depth>
+struct CfcProductTile {
+  static constexpr int kEach = kCfcProductTile * kCfcProductDepth / kCfcProductThreads;
+  static constexpr int kStride = kCfcProductTile + 16 / sizeof(C);  // of a depth in shared memory
+
+  C values[kEach];
+
+  static __device__ __forceinline__ int row(int i) {
+    const int index = i * kCfcProductThreads + int(threadIdx.x);
+    return along_depth ? index / kCfcProductDepth : index % kCfcProductTile;
+  }
+  static __device__ __forceinline__ int depth(int i) {
+    const int index = i * kCfcProductThreads + int(threadIdx.x);
+    return along_depth ? index % kCfcProductDepth : index / kCfcProductTile;
+  }
+
+  __device__ __forceinline__ void load(const void* from, int64_t row_stride, int64_t depth_stride,
+                                       int64_t first_row, int64_t rows, int64_t first_depth,
+                                       int64_t end_depth) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int64_t r = first_row + row(i), k = first_depth + depth(i);
+      values[i] = r < rows && k < end_depth
+                      ? static_cast<const C*>(from)[r * row_stride + k * depth_stride]
+                      : C(0);
+    }
+  }
+
+  __device__ __forceinline__ void store(C* shared) const {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) shared[depth(i) * kStride + row(i)] = values[i];
+  }
+};
+
+template <typename C, typename Out, bool a_along_depth, bool b_along_depth>
+__global__ void __launch_bounds__(kCfcProductThreads) cfc_scan_product_kernel(CfcProduct p) {
+  using A = CfcProductTile<C, a_along_depth>;
+  using B = CfcProductTile<C, b_along_depth>;
+  C *shared_a = shared_memory<C>(), *shared_b = shared_a + kCfcProductDepth * A::kStride;
+  const int64_t split = blockIdx.x / p.tiles_n / p.tiles_m;
+  const int64_t first_m = int64_t(blockIdx.x / p.tiles_n % p.tiles_m) * kCfcProductTile;
+  const int64_t first_n = int64_t(blockIdx.x % p.tiles_n) * kCfcProductTile;
+  const int64_t begin = split * p.depth_of_split, end = min(begin + p.depth_of_split, p.depth);
+  const int own_m = int(threadIdx.x) / 16 * 4, own_n = int(threadIdx.x) % 16 * 4;
+  C totals[4][4] = {}, sums[4][4] = {};
+  A a;
+  B b;
+  a.load(p.a, p.a_row, p.a_depth, first_m, p.m, begin, end);
+  b.load(p.b, p.b_row, p.b_depth, first_n, p.n, begin, end);
+  for (int64_t k = begin; k < end; k += kCfcProductDepth) {
+    a.store(shared_a);
+    b.store(shared_b);
+    __syncthreads();
+    // On their way while the present tiles are multiplied.
+    a.load(p.a, p.a_row, p.a_depth, first_m, p.m, k + kCfcProductDepth, end);
+    b.load(p.b, p.b_row, p.b_depth, first_n, p.n, k + kCfcProductDepth, end);
+#pragma unroll 4
+    for (int d = 0; d < kCfcProductDepth; ++d) {
+      const auto left = *reinterpret_cast<const CfcFour<C>*>(shared_a + d * A::kStride + own_m);
+      const auto right = *reinterpret_cast<const CfcFour<C>*>(shared_b + d * B::kStride + own_n);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i][j] += left.values[i] * right.values[j];
+      }
+    }
+    __syncthreads();
+    if ((k - begin) % kCfcStretch == kCfcStretch - kCfcProductDepth ||
+        k + kCfcProductDepth >= end) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          totals[i][j] += sums[i][j];
+          sums[i][j] = 0;
+        }
+      }
+    }
+  }
+  Out* out = static_cast<Out*>(p.out) + split * p.split_stride;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t m = first_m + own_m + i;
+    if (m >= p.m) break;
+    Out* row = out + m / p.rows * p.outer_row + m % p.rows * p.row;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int64_t n = first_n + own_n + j;
+      if (n < p.n) narrow(totals[i][j], row[n / p.columns * p.outer_column + n % p.columns]);
+    }
+  }
+}
+
+// out[i] = the sum of terms [count of them, size], plus what was there where `accumulate` says so.
+template <typename C>
+__global__ void __launch_bounds__(kCfcRowThreads)
+    cfc_scan_sum_kernel(const C* terms, int64_t count, int64_t size, bool accumulate, C* out) {
+  const int64_t i = int64_t(blockIdx.x) * kCfcRowThreads + threadIdx.x;
+  if (i >= size) return;
+  double sum = accumulate ? double(out[i]) : 0.0;
+  for (int64_t term = 0; term < count; ++term) sum += double(terms[term * size + i]);
+  out[i] = C(sum);
+}
+
+}  // namespace cuda
+}  // namespace ember

@@ -1,0 +1,113 @@
+"""What the scripts in bench/ share, and that each of them names a device that is not there."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ember_ext import benchmarking
+from ember_ext.benchmarking import Case, Clock, EventClock, run_cases, time_in_turns
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "bench").glob("*.py"))
+
+
+class Device:
+    """Stands in for torch.cuda: a stream whose time passes only as the test says."""
+
+    def __init__(self) -> None:
+        self.milliseconds = 5.0
+        self.log: list[str] = []
+
+    def Event(self, *, enable_timing: bool) -> Any:  # noqa: N802
+        assert enable_timing
+        return _Event(self)
+
+
+class _Event:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def record(self) -> None:
+        self.device.log.append("record")
+        self.at = self.device.milliseconds
+
+    def synchronize(self) -> None:
+        self.device.log.append("wait")
+
+    def elapsed_time(self, end: _Event) -> float:
+        assert self.device.log[-1] == "wait", "asked before the device was done"
+        return end.at - self.at
+
+
+def test_event_clock_waits_once_after_the_call() -> None:
+    device = Device()
+
+    def call() -> None:
+        device.log.append("call")
+        device.milliseconds += 2.5
+
+    assert EventClock(device).seconds(call) == pytest.approx(2.5e-3)
+    assert device.log == ["record", "call", "record", "wait"]
+
+
+def test_each_device_has_its_clock() -> None:
+    assert type(benchmarking.clock_of(torch.device("cpu"))) is Clock
+    assert type(benchmarking.clock_of(torch.device("cuda", 1))) is EventClock
+
+
+def test_calls_are_timed_in_turns() -> None:
+    device, order = Device(), []
+
+    def call(name: str, milliseconds: float) -> None:
+        order.append(name)
+        device.milliseconds += milliseconds
+
+    calls = {"a": lambda: call("a", 1.0), "b": lambda: call("b", 3.0)}
+    times = time_in_turns(calls, EventClock(device), seconds=0, least=4)
+    assert order == ["a", "a", "b", "b", *["a", "b"] * 4]
+    assert times["a"] == pytest.approx([1e-3] * 4)
+    assert times["b"] == pytest.approx([3e-3] * 4)
+
+
+def test_a_wrong_contender_is_not_timed() -> None:
+    def verify() -> dict[str, float]:
+        raise AssertionError("off by one")
+
+    case = Case("c", "forward", {"ours": lambda: pytest.fail("timed")}, verify)
+    with pytest.raises(AssertionError, match="off by one"):
+        run_cases("op", [case], device=torch.device("cpu"), seconds=0)
+
+
+@pytest.mark.cuda
+def test_events_time_a_gpu() -> None:
+    device = benchmarking.open_device("cuda")
+    call, _ = benchmarking.matmul_call(device)
+    call()
+    assert 0 < EventClock().seconds(call) < 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.stem)
+def test_a_device_that_is_not_there_is_named(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(script.parent))
+    bench = importlib.import_module(script.stem)
+    with pytest.raises(SystemExit, match=r"^error: --device cuda: [^\n]+$"):
+        bench.main(bench.Options(device="cuda", out=tmp_path / "results"))
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_contenders_of_the_cfc_bench_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    bench = importlib.import_module("cfc_bench")
+    for mode in ("forward", "forward+backward"):
+        case = bench.cfc_case("wired", 2, 3, mode, bench.Options())
+        assert set(case.verify()) == {"ncps", "ember_ext"}
+        for call in case.contenders.values():
+            call()

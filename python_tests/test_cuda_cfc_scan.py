@@ -1,0 +1,201 @@
+"""The CfC scan's CUDA kernels: run on the CPU by the shim, and on a GPU with `pytest -m cuda`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import cuda_shim
+import cuda_shim.cfc_scan
+import pytest
+import torch
+from torch import Tensor
+
+import ember_ext
+from ember_ext import reference
+from ember_ext.ops.cfc_scan import MAX_CUDA_LAYERS
+from ember_ext.testing import DTYPES, Sample, check_sample
+from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, flat
+from ember_ext.testing.cuda_report import LIMITS, WORKLOADS, short_name
+
+on_shim = flat(cuda_shim.cfc_scan.cfc_scan)
+operator = cuda_shim.operator_fixture(on_shim, flat(ember_ext.cfc_scan))
+definition = flat(reference.cfc_scan)
+
+needs_compiler = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
+
+
+def sample(
+    batch: int, steps: int, inputs: int, hidden: int, dtype: torch.dtype, **options: Any
+) -> Sample:
+    """A default cell, or as `cfc_weights` has it, with time spans that vary."""
+    generator = torch.Generator().manual_seed(batch + steps + hidden)
+    tensors = {
+        "x": torch.randn(batch, steps, inputs, generator=generator),
+        "h0": torch.randn(batch, hidden, generator=generator),
+        "timespans": torch.rand(batch, steps, generator=generator),
+        **cfc_weights(inputs, hidden, generator=generator, **options),
+    }
+    mode = {"mode": options["mode"]} if "mode" in options else {}
+    name = f"{[batch, steps, inputs, hidden]} {options}"
+    return Sample(name, {key: value.to(dtype) for key, value in tensors.items()}, mode)
+
+
+def results(operator: Any, one: Sample, **options: Any) -> list[Tensor]:
+    """Outputs and the gradients of a weighting of theirs."""
+    leaves = {name: value.detach().requires_grad_() for name, value in one.tensors.items()}
+    outputs = operator(**leaves, **one.options, **options)
+    weights = [torch.linspace(-1, 1, out.numel()).view(out.shape).to(out) for out in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), weights)]
+
+
+@pytest.mark.parametrize("chunk_size", [0, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference(operator: Any, dtype: torch.dtype, chunk_size: int) -> None:
+    for one in cfc_samples(dtype):
+        check_sample(functools.partial(operator, chunk_size=chunk_size), definition, one)
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "inputs", "hidden", "options"),
+    [
+        (2, 2, 3, 530, {}),  # more units than threads
+        (3, 2, 2, 5, {"backbone": (2060, 40)}),  # and more than threads and their columns
+        (1, 3, 2, 130, {"mode": "pure"}),
+        (2, 2, 67, 129, {"backbone": (70,)}),  # several tiles of the other products
+        (1, 1, 1, 1, {"backbone": (3,) * MAX_CUDA_LAYERS}),
+    ],
+    ids=str,
+)
+def test_wide_and_deep_cells(
+    operator: Any, batch: int, steps: int, inputs: int, hidden: int, options: dict[str, Any]
+) -> None:
+    one = sample(batch, steps, inputs, hidden, torch.float32, **options)
+    check_sample(operator, definition, one)
+
+
+@needs_compiler
+def test_no_more_layers_than_the_operator_lets_through() -> None:
+    one = sample(1, 1, 1, 1, torch.float32, backbone=(3,) * (MAX_CUDA_LAYERS + 1))
+    with pytest.raises(cuda_shim.KernelFaultError, match="the launcher returned 1"):
+        on_shim(**one.tensors)
+
+
+def test_many_rows(operator: Any) -> None:
+    """So many that the tape is walked in chunks, and that gradients are summed in parts."""
+    one = sample(1100, 17, 1, 2, torch.float16)
+    # The sums over 18700 rows are of either sign.
+    check_sample(operator, definition, Sample(one.name, one.tensors, one.options, scale=100.0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float", "double"])
+def test_launches_are_those_of_the_report(dtype: str) -> None:
+    one = sample(1, 1, 128, 192, torch.float64 if dtype == "double" else torch.float32)
+    del one.tensors["timespans"]
+    typical = {w.kernel: w for w in WORKLOADS if f"_kernel<{dtype}, 3>" in w.kernel}
+    assert len(typical) == 2
+    for architecture, limits in LIMITS.items():
+        before = len(cuda_shim.operators().launches())
+        with cuda_shim.cfc_scan.shared_memory(limits.shared_per_block):
+            results(on_shim, one)
+        seen = set()
+        for launch in cuda_shim.operators().launches()[before:]:
+            if workload := typical.get(short_name(launch.kernel)):
+                # A row of the weights goes into shared memory as a whole or not at all.
+                unused = workload.shared_on(architecture) - launch.shared_bytes
+                assert 0 <= unused < 8 * 3 * 192
+                assert launch.threads == workload.threads
+                seen.add(workload.kernel)
+        assert seen == set(typical)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{}, {"mode": "pure"}, {"backbone": (40, 24)}], ids=str)
+def test_results_do_not_depend_on_what_fits_in_shared_memory(options: dict[str, Any]) -> None:
+    """From weights and states in global memory to all of them in shared memory."""
+    limits = [34 << 10, *sorted({limits.shared_per_block for limits in LIMITS.values()})]
+    for dtype in (torch.float32, torch.float64):
+        one = sample(5, 3, 4, 190 if options else 90, dtype, **options)
+        first: list[Tensor] = []
+        used = set()
+        for limit in limits:
+            before = len(cuda_shim.operators().launches())
+            with cuda_shim.cfc_scan.shared_memory(limit):
+                values = results(on_shim, one)
+            launches = cuda_shim.operators().launches()[before:]
+            used.add(max(launch.shared_bytes for launch in launches))
+            first = first or values
+            for a, b in zip(first, values, strict=True):
+                assert torch.equal(a, b)
+        assert len(used) >= 4
+
+
+def test_inference_equals_training(operator: Any) -> None:
+    for one in cfc_samples(torch.float32):
+        trained = results(operator, one)[:2]
+        for a, b in zip(trained, operator(**one.tensors, **one.options), strict=True):
+            assert torch.equal(a, b), one.name
+
+
+def test_any_split_of_a_sequence_equals_the_whole(operator: Any) -> None:
+    tensors = sample(3, 12, 5, 21, torch.float32).tensors
+    whole, last = operator(**tensors)
+    x, h, spans = (tensors.pop(name) for name in ("x", "h0", "timespans"))
+    pieces = []
+    for part, dt in zip(x.split(5, 1), spans.split(5, 1), strict=True):
+        y, h = operator(x=part, h0=h, timespans=dt, **tensors)
+        pieces.append(y)
+    assert torch.equal(torch.cat(pieces, 1), whole)
+    assert torch.equal(h, last)
+
+
+def test_padding_has_no_influence_and_gets_no_gradient(operator: Any) -> None:
+    one = sample(4, 9, 3, 6, torch.float32, backbone=(5,))
+    lengths = torch.tensor([9, 0, 4, 7])
+    clean = results(operator, one, lengths=lengths)
+    for row, length in enumerate(lengths):
+        one.tensors["x"][row, length:] = float("inf")
+    spoilt = results(operator, one, lengths=lengths)
+    for a, b in zip(clean, spoilt, strict=True):
+        assert torch.equal(a, b)
+    y, _, grad_x, *_ = spoilt
+    for row, length in enumerate(lengths):
+        assert (y[row, length:] == 0).all()
+        assert (grad_x[row, length:] == 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_special_values_stay_in_their_row(operator: Any, value: float) -> None:
+    tensors = sample(9, 4, 3, 9, torch.float32).tensors
+    clean, _ = operator(**tensors)
+    tensors["x"][2, 1, 0] = value
+    y, _ = operator(**tensors)
+    others = torch.arange(9) != 2
+    assert torch.equal(y[others], clean[others])
+    assert torch.equal(y[2, 0], clean[2, 0])
+
+
+def test_no_steps_keep_the_state(operator: Any) -> None:
+    one = sample(2, 0, 3, 4, torch.float32)
+    for chunk_size in (0, 2):
+        y, last, _, grad_h0, _, *grad_weights = results(operator, one, chunk_size=chunk_size)
+        assert y.shape == (2, 0, 4)
+        assert torch.equal(last, one.tensors["h0"])
+        assert torch.equal(grad_h0, torch.linspace(-1, 1, 8).view(2, 4))
+        assert all((gradient == 0).all() for gradient in grad_weights)
+
+
+def test_only_what_is_asked_for_is_differentiated(operator: Any) -> None:
+    one = sample(3, 4, 3, 5, torch.float32, mode="pure", backbone=(4,))
+    whole = results(operator, one)[2:]
+    for (name, value), expected in zip(one.tensors.items(), whole, strict=True):
+        leaf = value.clone().requires_grad_()
+        outputs = operator(**one.tensors | {name: leaf}, **one.options)
+        weights = [torch.linspace(-1, 1, out.numel()).view(out.shape) for out in outputs]
+        (gradient,) = torch.autograd.grad(outputs, leaf, weights)
+        assert torch.equal(gradient, expected), name
+
+
+def test_every_kernel_ran() -> None:
+    cuda_shim.assert_all_kernels_ran("cfc_scan")
