@@ -36,6 +36,7 @@ class Params(ctypes.Structure):
         ("keys", ctypes.c_int64),
         ("size", ctypes.c_int64),
         ("causal", ctypes.c_bool),
+        ("tf32", ctypes.c_bool),
         ("scale", ctypes.c_double),
         ("eps", ctypes.c_double),
         ("dropout", ctypes.c_double),
