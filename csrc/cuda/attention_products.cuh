@@ -117,6 +117,13 @@ constexpr bool has_matrix_units() {
 #endif
 }
 
+// Blocks that share a multiprocessor: 128 registers a thread, and on sm_75 all of its shared memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostBlocks = 1;
+#else
+constexpr int kMostBlocks = 2;
+#endif
+
 template <typename T, bool matrix_units>
 struct AttentionProducts;
 
@@ -129,7 +136,7 @@ struct AttentionProducts<T, false> {
   static constexpr int kStride = kTile + 16 / int(sizeof(C));  // keeps rows 16-byte aligned
   static constexpr size_t kBytes = (kTile + 2 * kDepth) * kStride * sizeof(C);
   // Blocks that share a multiprocessor.
-  static constexpr int kForwardBlocks = sizeof(C) == 8 ? 1 : 2, kBackwardBlocks = 1;
+  static constexpr int kBlocks = sizeof(C) == 8 ? 1 : kMostBlocks;
 
   struct Result {
     C values[kPatch][kPatch] = {};
@@ -175,7 +182,7 @@ struct AttentionProducts<T, false> {
   }
 
   // The same for values of any size, whose product add_tile<true>() adds.
-  __device__ __forceinline__ void store_scaled(const C (&values)[kPatch][kPatch]) { store(values); }
+  __device__ __forceinline__ void store_scaled(C (&values)[kPatch][kPatch]) { store(values); }
 
   // sums += the tile times columns [column, + kTile) of rows [first, + kTile) of b.
   template <bool scaled = false>
@@ -206,7 +213,7 @@ struct AttentionProducts<T, false> {
   // sums += a^T b for the thread's patch; a and b are [depth, kStride] in shared memory.
   static __device__ __forceinline__ void multiply(const C* a, const C* b, int depth,
                                                   C (&sums)[kPatch][kPatch]) {
-#pragma unroll 4
+#pragma unroll 2
     for (int k = 0; k < depth; ++k) {
       const Patch<C> left = *reinterpret_cast<const Patch<C>*>(a + k * kStride + patch_row());
       const Patch<C> right = *reinterpret_cast<const Patch<C>*>(b + k * kStride + patch_column());
@@ -255,7 +262,7 @@ struct AttentionProducts<T, true> {
       2 * kStride > kWideStride ? 2 * kTile * kStride : kTile * kWideStride;
   static constexpr size_t kBytes =
       kTile * kScoreStride * sizeof(C) + kStage * sizeof(T) + kAttentionThreads / kWarp * sizeof(C);
-  static constexpr int kForwardBlocks = 2, kBackwardBlocks = 2;
+  static constexpr int kBlocks = kMostBlocks;
   // fp16 ends at 65504 and is coarse below 1e-4, where gradients may lie.
   static constexpr bool kScales = std::is_same<T, float16>::value;
 
@@ -327,8 +334,9 @@ struct AttentionProducts<T, true> {
     }
   }
 
-  // fp16 holds the values as multiples of a power of two that suits the largest of them.
-  __device__ __forceinline__ void store_scaled(const C (&values)[kPatch][kPatch]) {
+  // fp16 holds the values as multiples of a power of two that suits the largest of them; `values`
+  // are lost.
+  __device__ __forceinline__ void store_scaled(C (&values)[kPatch][kPatch]) {
     if constexpr (!kScales) {
       store(values);
     } else {
@@ -351,13 +359,12 @@ struct AttentionProducts<T, true> {
       exponent = exponent < 20 ? 20 : exponent > 253 ? 253 : exponent;
       const C factor = bit_cast<float>((267 - exponent) << 23);
       unit = bit_cast<float>((exponent - 13) << 23);
-      C scaled[kPatch][kPatch];
 #pragma unroll
       for (int r = 0; r < kPatch; ++r) {
 #pragma unroll
-        for (int c = 0; c < kPatch; ++c) scaled[r][c] = values[r][c] * factor;
+        for (int c = 0; c < kPatch; ++c) values[r][c] *= factor;
       }
-      store(scaled);
+      store(values);
     }
   }
 
@@ -397,8 +404,8 @@ struct AttentionProducts<T, true> {
 
   // Stages columns [column, + columns) of rows [first, + kTile).
   template <int columns>
-  static __device__ __forceinline__ void load(const AttentionRows<T>& rows, int first,
-                                              int column, T* to, int stride) {
+  static __device__ __forceinline__ void load(const AttentionRows<T>& rows, int first, int column,
+                                              T* to, int stride) {
     constexpr int kElements = Pack<T>::kElements, kPacks = columns / kElements;
     const bool packed = rows.packed();
     // Unrolled, the loop would take registers that the scores need.
@@ -416,7 +423,7 @@ struct AttentionProducts<T, true> {
   // sums += the tile times the stage.
   __device__ __forceinline__ void multiply_tile(Result& sums) const {
     using namespace nvcuda::wmma;
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < kTile; k += kStep) {
       Operand<matrix_a, row_major> left;
       load_matrix_sync(left, tile + piece_row() * kTileStride + k, kTileStride);

@@ -48,17 +48,17 @@ struct AttentionHead {
   using C = compute_t<T>;
 
   const LifAttentionParams& p;
-  int64_t batch, head, group;
+  int batch, head, group;
   AttentionRows<T> query, key, value;
   C threshold, leak, steepness, scale, keep_factor;
   uint32_t keep_limit;
 
   __device__ __forceinline__ AttentionHead(const LifAttentionParams& p, AttentionDropout keep,
-                                           int64_t batch, int64_t head)
+                                           int batch, int head)
       : p(p),
         batch(batch),
         head(head),
-        group(unsigned(head) / (unsigned(p.heads) / unsigned(p.groups))),
+        group(int(unsigned(head) / (unsigned(p.heads) / unsigned(p.groups)))),
         query(p.query, batch, head, p.queries, p.size),
         key(p.key, batch, group, p.keys, p.size),
         value(p.value, batch, group, p.keys, p.size),
@@ -148,7 +148,7 @@ __device__ __forceinline__ void store_patch(const AttentionTensor& t, int64_t ba
 // Grid: batch x heads x tiles of queries x 64 columns of the result.
 template <typename T, bool matrix_units>
 __global__ void __launch_bounds__(kAttentionThreads,
-                                  AttentionProductsFor<T, matrix_units>::kForwardBlocks)
+                                  AttentionProductsFor<T, matrix_units>::kBlocks)
     lif_attention_forward_kernel(LifAttentionParams p, AttentionDropout keep) {
   using C = compute_t<T>;
   using Products = AttentionProductsFor<T, matrix_units>;
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kAttentionThreads,
   const int column = block.next(attention_tiles(p.size)) * kTile;
   const int first = block.next(attention_tiles(p.queries)) * kTile;
   const int head_index = block.next(p.heads);
-  const AttentionHead<T> head(p, keep, block.rest, head_index);
+  const AttentionHead<T> head(p, keep, int(block.rest), head_index);
   const int end = head.end_of_keys(first + kTile - 1), row = first + patch_row();
   const C lowest = C(sizeof(C) == 8 ? -1.7e308 : -3.4e38);
 
@@ -263,7 +263,7 @@ struct AttentionRowStats {
 // Q] (delta and E) and `gate_partials` [B, H, tiles of queries, 3].
 template <typename T, bool matrix_units>
 __global__ void __launch_bounds__(kAttentionThreads,
-                                  AttentionProductsFor<T, matrix_units>::kBackwardBlocks)
+                                  AttentionProductsFor<T, matrix_units>::kBlocks)
     lif_attention_backward_queries_kernel(LifAttentionParams p, AttentionDropout keep,
                                           compute_t<T>* row_gradients, double* gate_partials) {
   using C = compute_t<T>;
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kAttentionThreads,
   const int column = block.next(attention_tiles(p.size)) * kTile;
   const int tiles = int(attention_tiles(p.queries)), tile = block.next(tiles);
   const int head_index = block.next(p.heads);
-  const AttentionHead<T> head(p, keep, block.rest, head_index);
+  const AttentionHead<T> head(p, keep, int(block.rest), head_index);
   const AttentionRows<T> grad_out(p.grad_out, head.batch, head.head, p.queries, p.size);
   const int first = tile * kTile, row = first + patch_row();
   const int end = head.end_of_keys(first + kTile - 1);
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(kAttentionThreads,
 // keys for rows and queries for columns.
 template <typename T, bool matrix_units>
 __global__ void __launch_bounds__(kAttentionThreads,
-                                  AttentionProductsFor<T, matrix_units>::kBackwardBlocks)
+                                  AttentionProductsFor<T, matrix_units>::kBlocks)
     lif_attention_backward_keys_kernel(LifAttentionParams p, AttentionDropout keep,
                                        const compute_t<T>* row_gradients) {
   using C = compute_t<T>;
@@ -409,11 +409,11 @@ __global__ void __launch_bounds__(kAttentionThreads,
           through_value[r][c] = weight;
         }
       }
-      products.store_scaled(scores);
-      products.template add_tile<true>(head.query, queries, column, weighted_query);
-      __syncthreads();
       products.store(through_value);
       products.add_tile(grad_out, queries, column, weighted_grad);
+      __syncthreads();
+      products.store_scaled(scores);
+      products.template add_tile<true>(head.query, queries, column, weighted_query);
     }
   }
   products.read(weighted_query, scores);
@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(kAttentionThreads,
 // pairs, nothing. Patches as in backward_keys.
 template <typename T, bool matrix_units>
 __global__ void __launch_bounds__(kAttentionThreads,
-                                  AttentionProductsFor<T, matrix_units>::kForwardBlocks)
+                                  AttentionProductsFor<T, matrix_units>::kBlocks)
     lif_attention_summary_kernel(LifAttentionParams p, double* partials) {
   using C = compute_t<T>;
   using Products = AttentionProductsFor<T, matrix_units>;
@@ -437,7 +437,7 @@ __global__ void __launch_bounds__(kAttentionThreads,
   AttentionBlock block;
   const int tile = block.next(attention_tiles(p.keys)), first = tile * kTile;
   const int head_index = block.next(p.heads);
-  const AttentionHead<T> head(p, {}, block.rest, head_index);
+  const AttentionHead<T> head(p, {}, int(block.rest), head_index);
   const int key = first + patch_row();
 
   C scores[kPatch][kPatch], load[kPatch] = {};
