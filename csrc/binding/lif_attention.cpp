@@ -64,7 +64,7 @@ struct Inputs {
 
   Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& threshold_,
          const Tensor& leak_, const Tensor& steepness_, const MaybeTensor& mask_,
-         const MaybeTensor& seed_, double dropout, bool causal, double scale, double eps)
+         const MaybeTensor& seed_, double dropout, bool causal, double scale, double eps, bool tf32)
       : query(dense_rows(query_)),
         key(dense_rows(key_)),
         value(dense_rows(value_)),
@@ -91,6 +91,7 @@ struct Inputs {
       check(t->scalar_type() == compute_type(query));
     }
     p.causal = causal;
+    p.tf32 = tf32;
     p.scale = scale;
     p.eps = eps;
     p.dropout = dropout;
@@ -134,9 +135,9 @@ Tensor new_scratch(LifAttentionParams& p, const Tensor& like, bool backward) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& threshold,
     const Tensor& leak, const Tensor& steepness, const MaybeTensor& mask, const MaybeTensor& seed,
-    double dropout, bool causal, double scale, double eps, bool summary) {
+    double dropout, bool causal, double scale, double eps, bool tf32, bool summary) {
   Inputs inputs(query, key, value, threshold, leak, steepness, mask, seed, dropout, causal, scale,
-                eps);
+                eps, tf32);
   LifAttentionParams& p = inputs.p;
   const Tensor& gates = inputs.threshold;
   Tensor out = new_joined_like(inputs.query);
@@ -174,9 +175,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_backward(
     const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& threshold, const Tensor& leak, const Tensor& steepness, const Tensor& row_stats_,
     const MaybeTensor& mask, const MaybeTensor& seed, double dropout, bool causal, double scale,
-    double eps) {
+    double eps, bool tf32) {
   Inputs inputs(query, key, value, threshold, leak, steepness, mask, seed, dropout, causal, scale,
-                eps);
+                eps, tf32);
   LifAttentionParams& p = inputs.p;
   const Tensor &gates = inputs.threshold, grad_out = dense_rows(grad_out_),
                row_stats = dense(row_stats_);

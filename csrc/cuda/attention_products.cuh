@@ -117,7 +117,8 @@ constexpr bool has_matrix_units() {
 #endif
 }
 
-// Blocks that share a multiprocessor: 128 registers a thread, and on sm_75 all of its shared memory.
+// Blocks that share a multiprocessor: 128 registers a thread, and on sm_75 all of its shared
+// memory.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kMostBlocks = 1;
 #else
@@ -169,6 +170,9 @@ struct AttentionProducts<T, false> {
       multiply(stage, stage + kDepth * kStride, kDepth, sums);
     }
   }
+
+  // A value as the tile holds it.
+  static __device__ __forceinline__ C rounded(C value) { return value; }
 
   // tile = the threads' patches. It must no longer be in use; add_tile() waits before it reads.
   __device__ __forceinline__ void store(const C (&values)[kPatch][kPatch]) {
@@ -317,6 +321,12 @@ struct AttentionProducts<T, true> {
       }
     }
     read_scores(products, sums);
+  }
+
+  static __device__ __forceinline__ C rounded(C value) {
+    T result;
+    narrow(value, result);
+    return widen(Unit::round(result));
   }
 
   __device__ __forceinline__ void store(const C (&values)[kPatch][kPatch]) {

@@ -147,8 +147,7 @@ __device__ __forceinline__ void store_patch(const AttentionTensor& t, int64_t ba
 
 // Grid: batch x heads x tiles of queries x 64 columns of the result.
 template <typename T, bool matrix_units>
-__global__ void __launch_bounds__(kAttentionThreads,
-                                  AttentionProductsFor<T, matrix_units>::kBlocks)
+__global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
     lif_attention_forward_kernel(LifAttentionParams p, AttentionDropout keep) {
   using C = compute_t<T>;
   using Products = AttentionProductsFor<T, matrix_units>;
@@ -196,7 +195,9 @@ __global__ void __launch_bounds__(kAttentionThreads,
     inverse_sum[r] = total == 0 ? C(0) : C(1) / total;
   }
 
-  C weight_sum[kPatch] = {};
+  // Rows are divided by the sum of what multiplies the values: their weights, rounded or not, then
+  // still add up to 1.
+  C weight_sum[kPatch] = {}, rounded_sum[kPatch] = {};
   typename Products::Result weighted;
   for (int keys = 0; keys < end; keys += kTile) {
     products.rows(head.query, first, head.key, keys, scores);
@@ -212,6 +213,8 @@ __global__ void __launch_bounds__(kAttentionThreads,
           weight = e * GatedProbability<C>(head, e * inverse_sum[r]).gate;
         }
         weight_sum[r] += weight;
+        weight = Products::rounded(weight);
+        rounded_sum[r] += weight;
         scores[r][c] = kept[c] ? weight : C(0);
       }
     }
@@ -224,8 +227,11 @@ __global__ void __launch_bounds__(kAttentionThreads,
   for (int r = 0; r < kPatch; ++r) {
     const C total = across_columns<Sum>(weight_sum[r]) * inverse_sum[r];
     const C inverse = inverse_sum[r] == 0 ? C(0) : C(1) / (total + C(p.eps));
+    const C rounded_total = across_columns<Sum>(rounded_sum[r]) * inverse_sum[r];
+    const C factor =
+        inverse_sum[r] == 0 ? C(0) : inverse_sum[r] / (rounded_total + C(p.eps)) * head.keep_factor;
 #pragma unroll
-    for (int c = 0; c < kPatch; ++c) out[r][c] *= inverse * inverse_sum[r] * head.keep_factor;
+    for (int c = 0; c < kPatch; ++c) out[r][c] *= factor;
     if (column == 0 && patch_column() == 0 && row + r < int(p.queries)) {
       const int64_t rows = p.batch * p.heads * p.queries;
       C* stats = static_cast<C*>(p.row_stats) + head.row(row + r);
@@ -262,8 +268,7 @@ struct AttentionRowStats {
 // Grid: batch x heads x tiles of queries x 64 columns. Writes grad_query, `row_gradients` [2, B, H,
 // Q] (delta and E) and `gate_partials` [B, H, tiles of queries, 3].
 template <typename T, bool matrix_units>
-__global__ void __launch_bounds__(kAttentionThreads,
-                                  AttentionProductsFor<T, matrix_units>::kBlocks)
+__global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
     lif_attention_backward_queries_kernel(LifAttentionParams p, AttentionDropout keep,
                                           compute_t<T>* row_gradients, double* gate_partials) {
   using C = compute_t<T>;
@@ -361,8 +366,7 @@ __global__ void __launch_bounds__(kAttentionThreads,
 // Grid: batch x groups x tiles of keys x 64 columns. Writes grad_key and grad_value. Patches have
 // keys for rows and queries for columns.
 template <typename T, bool matrix_units>
-__global__ void __launch_bounds__(kAttentionThreads,
-                                  AttentionProductsFor<T, matrix_units>::kBlocks)
+__global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
     lif_attention_backward_keys_kernel(LifAttentionParams p, AttentionDropout keep,
                                        const compute_t<T>* row_gradients) {
   using C = compute_t<T>;
@@ -428,8 +432,7 @@ __global__ void __launch_bounds__(kAttentionThreads,
 // tiles of keys, 6]: entropy, support, first token, probabilities above the threshold, visible
 // pairs, nothing. Patches as in backward_keys.
 template <typename T, bool matrix_units>
-__global__ void __launch_bounds__(kAttentionThreads,
-                                  AttentionProductsFor<T, matrix_units>::kBlocks)
+__global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
     lif_attention_summary_kernel(LifAttentionParams p, double* partials) {
   using C = compute_t<T>;
   using Products = AttentionProductsFor<T, matrix_units>;

@@ -80,6 +80,7 @@ def _describe(query: Tensor, key: Tensor, options: Options) -> Params:
         keys=key.shape[2],
         size=size,
         causal=options["is_causal"],
+        tf32=query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         scale=options["scale"],
         eps=options["eps"],
         dropout=options["dropout_p"],
@@ -87,16 +88,21 @@ def _describe(query: Tensor, key: Tensor, options: Options) -> Params:
 
 
 def _run(
-    name: str, p: Params, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor]
+    shim: cuda_shim.Shim,
+    name: str,
+    p: Params,
+    inputs: dict[str, Tensor | None],
+    outputs: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    shim = cuda_shim.operators()
-    # Tokens padded by one element: rows that are not next to each other, and odd addresses.
+    # Padded tokens: rows that are not next to each other. Whole packs start at whole packs, others
+    # at odd addresses.
+    pad = 8 if p.size % 8 == 0 else 1
     strided = {
-        k: torch.nn.functional.pad(t, (0, 1)) if k in _WITH_STRIDES and t is not None else t
+        k: torch.nn.functional.pad(t, (0, pad)) if k in _WITH_STRIDES and t is not None else t
         for k, t in inputs.items()
     }
     shapes = {
-        k: t.new_empty(*t.shape[:-1], t.shape[-1] + 1) if k in _WITH_STRIDES else t
+        k: t.new_empty(*t.shape[:-1], t.shape[-1] + pad) if k in _WITH_STRIDES else t
         for k, t in outputs.items()
     }
     mask = inputs["mask"]
@@ -114,7 +120,7 @@ def _run(
         return int(getattr(shim.library, f"ember_{name}")(ctypes.byref(p)))
 
     results = shim.call(run, strided, shapes)
-    return {k: v[..., :-1] if k in _WITH_STRIDES else v for k, v in results.items()}
+    return {k: v[..., :-pad] if k in _WITH_STRIDES else v for k, v in results.items()}
 
 
 def _scratch(p: Params, backward: bool) -> Tensor:
@@ -146,7 +152,8 @@ class _Attention(torch.autograd.Function):
             outputs["load"] = threshold.new_empty(*rows[:2], key.shape[2])
             p.summary = 1  # for the scratch's size; replaced below
             outputs["scratch"] = _scratch(p, False)
-        results = _run("lif_attention_forward", p, inputs, outputs)
+        shim = cuda_shim.operators(options["architecture"])
+        results = _run(shim, "lif_attention_forward", p, inputs, outputs)
         ctx.inputs, ctx.options, ctx.row_stats = inputs, options, results["row_stats"]
         if not options["return_summary"]:
             return results["out"]
@@ -161,7 +168,8 @@ class _Attention(torch.autograd.Function):
         outputs["grad_gates"] = inputs["leak"].new_empty(3, inputs["leak"].numel())
         outputs["scratch"] = _scratch(p, True)
         extra = {"grad_out": grad_out, "row_stats": ctx.row_stats}
-        results = _run("lif_attention_backward", p, {**inputs, **extra}, outputs)
+        shim = cuda_shim.operators(ctx.options["architecture"])
+        results = _run(shim, "lif_attention_backward", p, {**inputs, **extra}, outputs)
         gradients = [results[f"grad_{name}"] for name in ("query", "key", "value")]
         return *gradients, *results["grad_gates"], None
 
@@ -181,8 +189,9 @@ def lif_attention(
     eps: float = 1e-8,
     seed: Tensor | None = None,
     return_summary: bool = False,
+    architecture: int = 80,
 ) -> Tensor | tuple[Tensor, AttentionSummary]:
-    """As ember_ext.ops.lif_attention."""
+    """As ember_ext.ops.lif_attention, with kernels compiled for `architecture`."""
     compute = torch.promote_types(query.dtype, torch.float32)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
@@ -194,6 +203,7 @@ def lif_attention(
         "eps": eps,
         "seed": seed,
         "return_summary": return_summary,
+        "architecture": architecture,
     }
     gate = [p.to(compute) for p in (threshold, leak, steepness)]
     result = _Attention.apply(query, key, value, *gate, options)
