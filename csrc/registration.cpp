@@ -12,7 +12,8 @@
 
 // Every operator that this library has kernels for: X(<stem>).
 #ifndef EMBER_CUDA
-#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(lif_attention) X(cfc_scan)
+#define EMBER_FOR_EACH_OPERATOR(X) \
+  X(lif_gate) X(lif_attention) X(refractory_lif_attention) X(cfc_scan)
 #else
 #define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(lif_attention)
 #endif

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 # Spinning threads of a test and of the processes that it starts would fight for the cores. torch
 # reads this when it is loaded.
@@ -12,6 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 from torch import Tensor
+
+from ember_ext import _native
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,3 +55,50 @@ def assert_repeats() -> Callable[[Callable[[], Sequence[Tensor]]], None]:
                 assert torch.equal(a, b)
 
     return check
+
+
+@pytest.fixture
+def assert_matches_with() -> Callable[[str, str], None]:
+    """Hold an operator of `testing.OPERATORS` to its reference with an instruction set, in fp32."""
+
+    def check(isa: str, name: str) -> None:
+        if isa == _native.isa:
+            pytest.skip("the other tests run it")
+        code = f"""
+import torch
+from ember_ext import _native, testing
+for entry in testing.OPERATORS:
+    for sample in entry.samples(torch.float32) if entry.name == "{name}" else ():
+        testing.check_sample(entry.operator, entry.reference, sample)
+        matched = True
+assert matched
+print(_native.isa)
+"""
+        environment = os.environ | {"EMBER_EXT_ISA": isa}
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )
+        if "cannot run EMBER_EXT_ISA" in result.stderr:
+            pytest.skip(f"this machine has no {isa}")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip() == isa
+
+    return check
+
+
+@pytest.fixture
+def counted_compile() -> Callable[[Callable[..., Any]], tuple[Callable[..., Any], list[Any]]]:
+    """Compile a function as one graph; also return the list that each graph made is added to."""
+
+    def compile(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[Any]]:
+        torch._dynamo.reset()
+        graphs: list[Any] = []
+
+        def backend(graph: Any, _: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        return torch.compile(function, fullgraph=True, backend=backend), graphs
+
+    return compile

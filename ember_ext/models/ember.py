@@ -16,7 +16,7 @@ from ember_ext.nn import AttentionCache, LIFSelfAttention
 from ember_ext.nn.lif_attention import SelfAttention
 from ember_ext.ops import lif_attention
 from ember_ext.ops._checks import check_shape, fail
-from ember_ext.reference.lif_attention import RefractoryMode, RefractoryState
+from ember_ext.reference.refractory_lif_attention import RefractoryMode, RefractoryState
 
 EmberCondition = Literal["standard", "lif", "lif-fixed", "lif-refractory", "qwen-gate"]
 

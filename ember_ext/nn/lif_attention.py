@@ -11,12 +11,14 @@ from torch.nn import functional as F
 from ember_ext import ops
 from ember_ext.nn.lif_gate import LIFParameters, PresetName
 from ember_ext.reference.lif_attention import (
-    RefractoryMode,
-    RefractoryState,
     attention_probabilities,
     gate_probabilities,
-    refractory_weights,
     visible_keys,
+)
+from ember_ext.reference.refractory_lif_attention import (
+    RefractoryMode,
+    RefractoryState,
+    refractory_weights,
 )
 
 REFRACTORY_RAW = -2.0

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ember_ext.reference.lif_gate import fire_mask
-
-RefractoryMode = Literal["causal", "paper"]
 
 
 class AttentionSummary(NamedTuple):
@@ -36,15 +33,6 @@ class AttentionSummary(NamedTuple):
     """The fraction of visible probabilities above the threshold, [B, H]; over all pairs at once."""
     load: Tensor
     """The probability that each key draws, [B, H, Tk]."""
-
-
-class RefractoryState(NamedTuple):
-    """The attention that each of S keys has drawn, summed over the queries so far."""
-
-    probabilities: Tensor
-    """Before the gate, [B, H, S]."""
-    weights: Tensor
-    """After it, averaged over heads, [B, S]."""
 
 
 def lif_attention(
@@ -74,78 +62,8 @@ def lif_attention(
     p = attention_probabilities(query, key, visible, scale)
     theta, lam, k = (v.to(p.dtype).view(-1, 1, 1) for v in (threshold, leak, steepness))
     w = gate_probabilities(p, theta, lam, k, eps)
-    out = _weighted_sum(w, value, dropout_p, seed).to(query.dtype)
+    out = weighted_sum(w, value, dropout_p, seed).to(query.dtype)
     return (out, w) if return_weights else out
-
-
-def refractory_lif_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    threshold: Tensor,
-    leak: Tensor,
-    steepness: Tensor,
-    within: Tensor,
-    across: Tensor,
-    *,
-    mode: RefractoryMode = "causal",
-    previous_load: Tensor | None = None,
-    past: RefractoryState | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    eps: float = 1e-8,
-    seed: Tensor | None = None,
-    first_batch: int = 0,
-) -> tuple[Tensor, Tensor, RefractoryState]:
-    """Causal LIF attention whose thresholds follow the keys' loads.
-
-    See `ember_ext.ops.refractory_lif_attention`; `first_batch` is the place in the whole batch of
-    the part that is given, for dropout.
-    """
-    w, next_load, state = refractory_weights(
-        query,
-        key,
-        threshold,
-        leak,
-        steepness,
-        within,
-        across,
-        mode=mode,
-        previous_load=previous_load,
-        past=past,
-        scale=scale,
-        eps=eps,
-    )
-    return _weighted_sum(w, value, dropout_p, seed, first_batch).to(query.dtype), next_load, state
-
-
-def refractory_weights(
-    query: Tensor,
-    key: Tensor,
-    threshold: Tensor,
-    leak: Tensor,
-    steepness: Tensor,
-    within: Tensor,
-    across: Tensor,
-    *,
-    mode: RefractoryMode = "causal",
-    previous_load: Tensor | None = None,
-    past: RefractoryState | None = None,
-    scale: float | None = None,
-    eps: float = 1e-8,
-) -> tuple[Tensor, Tensor, RefractoryState]:
-    """The weights of `refractory_lif_attention` before dropout, and its other two results."""
-    p = attention_probabilities(query, key, visible_keys(query, key, None, True), scale)
-    theta, lam, k, r, c = (
-        v.to(p.dtype).view(-1, 1, 1) for v in (threshold, leak, steepness, within, across)
-    )
-    load, sum_p = _mean_over_queries(p, None if past is None else past.probabilities, mode)
-    theta = theta + r * load
-    if previous_load is not None:
-        theta = theta + c * previous_load.to(p.dtype).unsqueeze(1)
-    w = gate_probabilities(p, theta, lam, k, eps)
-    next_load, sum_w = _mean_over_queries(w.mean(1), None if past is None else past.weights, mode)
-    return w, next_load, RefractoryState(sum_p, sum_w)
 
 
 def visible_keys(
@@ -188,13 +106,12 @@ def gate_probabilities(
     return w / (w.sum(-1, keepdim=True) + eps)
 
 
-def _weighted_sum(
-    w: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, first_batch: int = 0
-) -> Tensor:
+def weighted_sum(w: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """dropout(w) value for w [B, H, Tq, Tk] and value [B, G, Tk, D], in the dtype of w."""
     value = value.to(w.dtype).repeat_interleave(w.shape[1] // max(value.shape[1], 1), 1)
     if dropout_p > 0:
         assert seed is not None
-        w = w * dropout_keep(seed, w.shape, dropout_p, first_batch) / (1 - dropout_p)
+        w = w * dropout_keep(seed, w.shape, dropout_p) / (1 - dropout_p)
     return w @ value
 
 
@@ -215,27 +132,8 @@ def summarize(p: Tensor, w: Tensor, threshold: Tensor, visible: Tensor | None) -
     )
 
 
-def _mean_over_queries(
-    weights: Tensor, past: Tensor | None, mode: RefractoryMode
-) -> tuple[Tensor, Tensor]:
-    """Mean of `weights` [..., T, S + T] over all queries, or at each over those up to it; the sum.
-
-    `past` [..., S] is the sum over the S queries before these.
-    """
-    queries, keys = weights.shape[-2:]
-    if mode == "paper":
-        return weights.mean(-2, keepdim=True), weights.sum(-2)
-    sums = weights.cumsum(-2)
-    if past is not None:
-        sums = sums + F.pad(past.to(sums.dtype), (0, queries)).unsqueeze(-2)
-    counts = torch.arange(keys - queries + 1, keys + 1, device=sums.device)
-    return sums / counts.unsqueeze(-1), sums[..., -1, :]
-
-
-def dropout_keep(
-    seed: Tensor, shape: Sequence[int], dropout_p: float, first_batch: int = 0
-) -> Tensor:
-    """Which of the weights [B, H, Tq, Tk] = `shape`, from b = `first_batch` on, dropout keeps.
+def dropout_keep(seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
+    """Which of the weights [B, H, Tq, Tk] = `shape` dropout keeps.
 
     That depends on the seed and on a weight's own place (b, h, i, j) and on nothing else, so every
     implementation and every way of splitting the work drops the same weights.
@@ -247,7 +145,7 @@ def dropout_keep(
         torch.arange((keys + 3) // 4, device=device),
         torch.arange(queries, device=device).view(-1, 1),
         torch.arange(heads, device=device).view(-1, 1, 1),
-        torch.arange(first_batch, first_batch + batch, device=device).view(-1, 1, 1, 1),
+        torch.arange(batch, device=device).view(-1, 1, 1, 1),
     )
     bits = torch.stack(words, -1).flatten(-2)[..., :keys]
     return bits >= min(int(dropout_p * 2**32 + 0.5), 2**32 - 1)

@@ -8,6 +8,11 @@ import torch
 from ember_ext import ops, reference
 from ember_ext.testing.lif_attention import attention_samples, attention_tensors
 from ember_ext.testing.lif_gate import gate_parameters, gate_samples
+from ember_ext.testing.refractory_lif_attention import (
+    refractory_samples,
+    refractory_tensors,
+    with_flat_state,
+)
 from ember_ext.testing.sample import DTYPES, Operator, Sample, check_sample
 from ember_ext.testing.tolerance import assert_close, error_bound
 
@@ -24,6 +29,12 @@ class Registered(NamedTuple):
 OPERATORS = (
     Registered("lif_gate", ops.lif_gate, reference.lif_gate, gate_samples),
     Registered("lif_attention", ops.lif_attention, reference.lif_attention, attention_samples),
+    Registered(
+        "refractory_lif_attention",
+        with_flat_state(ops.refractory_lif_attention),
+        with_flat_state(reference.refractory_lif_attention),
+        refractory_samples,
+    ),
 )
 """What the self-test goes through."""
 
@@ -39,4 +50,7 @@ __all__ = [
     "error_bound",
     "gate_parameters",
     "gate_samples",
+    "refractory_samples",
+    "refractory_tensors",
+    "with_flat_state",
 ]

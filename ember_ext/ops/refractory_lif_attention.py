@@ -1,0 +1,240 @@
+"""Causal LIF attention whose thresholds follow the attention that keys have drawn, fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ember_ext import _native, reference
+from ember_ext.ops import _attention, _checks
+from ember_ext.reference.refractory_lif_attention import RefractoryMode, RefractoryState
+
+_OP = "refractory_lif_attention"
+_MODES = ("causal", "paper")
+_BLOCK = {"cpu": 48, "cuda": 64}
+"""Queries that are worked on together; forward saves the keys' loads where each block begins."""
+
+
+def refractory_lif_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    steepness: Tensor,
+    within: Tensor,
+    across: Tensor,
+    *,
+    mode: RefractoryMode = "causal",
+    previous_load: Tensor | None = None,
+    past: RefractoryState | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    eps: float = 1e-8,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, RefractoryState]:
+    """Causal LIF attention in which a key that has drawn attention gets a higher threshold.
+
+    θ_ij = θ + within · load_ij + across · previous_load_ij, where load_ij is the mean over queries
+    of the probabilities p that key j draws. `mode` says over which queries: "causal", those up to
+    i, so that no output depends on later tokens; "paper", all of them, as in the released code,
+    which lets the future leak into the past. The loads are differentiated. Gates with these
+    thresholds, this is `lif_attention` with `is_causal`.
+
+    Differentiable once in all tensors but the seed, `past` included, and in all results. Mode
+    "causal" keeps one strip of queries at a time, and in memory the loads and the sums over queries
+    at every 48th; mode "paper" keeps one head's matrix, in backward two, for each thread. Computed
+    in fp32 (fp64 for fp64 input), rounded once, at the end; the same bits come out for any number
+    of threads. Autocast as in `lif_attention`.
+
+    Args:
+        query: [B, H, T, D] in float64, float32, bfloat16 or float16.
+        key: [B, G, S + T, D] in query's dtype, G a divisor of H; S tokens lie before the first
+            query.
+        value: as key.
+        threshold: θ, [H], finite. Like the four below of any floating dtype.
+        leak: λ, [H], within [0, 1].
+        steepness: k, [H], finite and > 0.
+        within: [H]: how much the own load raises the threshold.
+        across: [H]: how much the previous layer's does.
+        mode: "causal" or "paper". Default: "causal".
+        previous_load: what the previous layer returned, broadcastable to [B, T, S + T]. Default:
+            none.
+        past: what the call on the S tokens before returned. Default: none. In mode "paper" it must
+            be None: there a sequence cannot be taken in parts.
+        dropout_p: as in `lif_attention`.
+        scale: as in `lif_attention`.
+        eps: as in `lif_attention`.
+        seed: as in `lif_attention`.
+
+    Returns:
+        The output [B, H, T, D] in query's dtype, laid out as [B, T, H, D]; the load of the gated
+        weights, averaged over heads, for the next layer, [B, T, S + T] in mode "causal" and
+        [B, 1, S + T] in mode "paper"; and the sums to carry on from. Load and sums are in fp32
+        (fp64 for fp64 input).
+
+    Raises:
+        TypeError: an argument is not a tensor or not of a supported dtype.
+        ValueError: a shape, device, value or option does not fit. The values of θ, λ and k are
+            checked on CPU tensors only: on a GPU the check would wait for the device.
+    """
+    _attention.check_attention(_OP, query, key, value, dropout_p, scale, eps, seed)
+    heads = {"threshold": threshold, "leak": leak, "steepness": steepness}
+    _attention.check_heads(_OP, query, **heads, within=within, across=across)
+    _check_loads(query, key, mode, previous_load, past)
+    query, key, value = _attention.autocast(query, key, value)
+    seed = _attention.draw_seed(query, dropout_p, seed)
+    scale = _attention.default_scale(query) if scale is None else scale
+    device = query.device.type
+    if not _native.has(device, _OP):
+        if device == "cpu" and not torch.compiler.is_compiling():
+            _checks.check_gate_parameters(_OP, threshold, leak, steepness)
+        with torch.autocast(device, enabled=False):
+            out, load, state = reference.refractory_lif_attention(
+                query,
+                key,
+                value,
+                threshold,
+                leak,
+                steepness,
+                within,
+                across,
+                mode=mode,
+                previous_load=previous_load,
+                past=past,
+                dropout_p=dropout_p,
+                scale=scale,
+                eps=eps,
+                seed=seed,
+            )
+        return _attention.join_heads(out), load, state
+    dtype = _checks.compute_dtype(query.dtype)
+    per_head = (t.to(dtype) for t in (threshold, leak, steepness, within, across))
+    if previous_load is not None:
+        previous_load = previous_load.to(dtype).expand(query.shape[0], -1, key.shape[2])
+    sums = (None, None) if past is None else tuple(t.to(dtype) for t in past)
+    tensors = (query, key, value, *per_head, previous_load, *sums)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    operators = torch.ops.ember_ext
+    operator = (
+        operators.refractory_lif_attention
+        if needs_grad
+        else operators.refractory_lif_attention_forward
+    )
+    try:
+        out, load, probabilities, weights, _, _ = operator(
+            *tensors, seed, dropout_p, mode == "paper", scale, eps, _BLOCK[device]
+        )
+    except RuntimeError:
+        # The kernel looks at the gates' values for free, but only Python words errors well.
+        if not torch.compiler.is_compiling():
+            _checks.check_gate_parameters(_OP, threshold, leak, steepness)
+        raise
+    return out, load, RefractoryState(probabilities, weights)
+
+
+def _check_loads(
+    query: Tensor,
+    key: Tensor,
+    mode: str,
+    previous_load: Tensor | None,
+    past: RefractoryState | None,
+) -> None:
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    if mode not in _MODES:
+        _checks.fail(_OP, "mode", f"one of {list(_MODES)}", repr(mode))
+    if keys < queries:
+        _checks.fail(_OP, "key", f"of at least as many tokens as query = {queries}", keys)
+    if previous_load is not None:
+        _checks.check_tensor(_OP, "previous_load", previous_load)
+        full = (batch, queries, keys)
+        got = list(previous_load.shape)
+        if len(got) != 3 or any(m not in (1, f) for m, f in zip(got, full, strict=True)):
+            expected = f"broadcastable to [B, Tq, Tk] = {list(full)}"
+            _checks.fail(_OP, "previous_load", expected, got)
+        _checks.check_device(_OP, "previous_load", previous_load, query, "query")
+    if past is not None:
+        if not isinstance(past, RefractoryState):
+            _checks.fail(_OP, "past", "a RefractoryState", type(past).__name__, TypeError)
+        if mode == "paper":
+            _checks.fail(_OP, "past", "None in mode 'paper'", type(past).__name__)
+        earlier = keys - queries
+        sums = (
+            ("past.probabilities", past.probabilities, "[B, H, Tk - Tq]", (batch, heads, earlier)),
+            ("past.weights", past.weights, "[B, Tk - Tq]", (batch, earlier)),
+        )
+        for name, value, symbols, shape in sums:
+            _checks.check_tensor(_OP, name, value)
+            _checks.check_shape(_OP, name, value, symbols, shape)
+            _checks.check_device(_OP, name, value, query, "query")
+
+
+def _register() -> None:
+    """Give the operators their fake kernels and gradients."""
+
+    @torch.library.register_fake("ember_ext::refractory_lif_attention")
+    @torch.library.register_fake("ember_ext::refractory_lif_attention_forward")
+    def _(query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, *rest: Any) -> Any:
+        batch, heads, queries, _ = query.shape
+        keys = key.shape[2]
+        look_ahead, _, _, block = rest[-4:]
+        rows = 1 if look_ahead else queries
+        blocks = 1 if look_ahead else (queries + block - 1) // block
+        return (
+            _attention.empty_joined(query),
+            threshold.new_empty(batch, rows, keys),
+            threshold.new_empty(batch, heads, keys),
+            threshold.new_empty(batch, keys),
+            threshold.new_empty(3, batch, heads, queries),
+            threshold.new_empty(batch, heads, blocks, keys),
+        )
+
+    @torch.library.register_fake("ember_ext::refractory_lif_attention_backward")
+    def _(*arguments: Any) -> Any:
+        query, key, value, threshold = arguments[4:8]
+        previous_load = arguments[14]
+        wants_previous, wants_past = arguments[-2:]
+        batch, heads, queries, _ = query.shape
+        earlier = key.shape[2] - queries
+        return (
+            _attention.empty_joined(query),
+            _attention.empty_joined(key),
+            _attention.empty_joined(value),
+            threshold.new_empty(5, heads),
+            threshold.new_empty(previous_load.shape if wants_previous else (0,)),
+            threshold.new_empty((batch, heads, earlier) if wants_past else (0,)),
+            threshold.new_empty((batch, earlier) if wants_past else (0,)),
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors, previous_load, seed, ctx.options = inputs[:8], inputs[8], inputs[11], inputs[12:]
+        ctx.save_for_backward(*tensors, *output[4:], previous_load, seed)
+        # The last layer's load and the sums mostly go nowhere.
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad_out: Tensor | None, *grads: Any) -> tuple[Tensor | None, ...]:
+        query = ctx.saved_tensors[0]
+        if grad_out is None:
+            grad_out = torch.zeros_like(query)
+        wants_previous = ctx.needs_input_grad[8]
+        wants_past = ctx.needs_input_grad[9] or ctx.needs_input_grad[10]
+        grad_query, grad_key, grad_value, grad_gates, *grad_loads = (
+            torch.ops.ember_ext.refractory_lif_attention_backward(
+                grad_out, *grads[:3], *ctx.saved_tensors, *ctx.options, wants_previous, wants_past
+            )
+        )
+        wanted = (wants_previous, wants_past, wants_past)
+        loads = (g if wants else None for g, wants in zip(grad_loads, wanted, strict=True))
+        return grad_query, grad_key, grad_value, *grad_gates.unbind(0), *loads, *(None,) * 6
+
+    torch.library.register_autograd(
+        "ember_ext::refractory_lif_attention", backward, setup_context=setup_context
+    )
+    _checks.forbid_double_backward("ember_ext::refractory_lif_attention_backward", _OP)
+
+
+if _native.has("cpu"):
+    _register()
