@@ -15,7 +15,7 @@
 #define EMBER_FOR_EACH_OPERATOR(X) \
   X(lif_gate) X(lif_attention) X(refractory_lif_attention) X(cfc_scan)
 #else
-#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(lif_attention)
+#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(lif_attention) X(refractory_lif_attention)
 #endif
 
 namespace {

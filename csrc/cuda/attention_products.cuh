@@ -158,7 +158,8 @@ struct AttentionProducts<T, false> {
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) sums[r][c] = 0;
     }
-    for (int first = 0; first < a.size; first += kDepth) {
+    int first = 0;
+    do {
       __syncthreads();
       // Neighbouring threads take neighbouring rows: their stores go to different banks.
       const int row = int(threadIdx.x) % kTile;
@@ -168,7 +169,8 @@ struct AttentionProducts<T, false> {
       }
       __syncthreads();
       multiply(stage, stage + kDepth * kStride, kDepth, sums);
-    }
+      first += kDepth;
+    } while (first < a.size);
   }
 
   // A value as the tile holds it.
@@ -302,7 +304,8 @@ struct AttentionProducts<T, true> {
     using namespace nvcuda::wmma;
     T* const other = stage + kTile * kStride;
     Result products;
-    for (int first = 0; first < a.size; first += kDepth) {
+    int first = 0;
+    do {
       __syncthreads();
       load<kDepth>(a, a_first, first, stage, kStride);
       load<kDepth>(b, b_first, first, other, kStride);
@@ -319,7 +322,8 @@ struct AttentionProducts<T, true> {
           mma_sync(products.pieces[n], left, right, products.pieces[n]);
         }
       }
-    }
+      first += kDepth;
+    } while (first < a.size);
     read_scores(products, sums);
   }
 

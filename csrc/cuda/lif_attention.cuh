@@ -108,8 +108,13 @@ struct GatedProbability {
   C p, smoulder, gate, slope, derivative;  // 1 - f, g, dg/dz, h = d(p g)/dp
 
   template <typename T>
-  __device__ __forceinline__ GatedProbability(const AttentionHead<T>& head, C p) : p(p) {
-    const C odds = gate_odds(p, head.threshold, head.steepness);
+  __device__ __forceinline__ GatedProbability(const AttentionHead<T>& head, C p)
+      : GatedProbability(head, p, head.threshold) {}
+
+  template <typename T>
+  __device__ __forceinline__ GatedProbability(const AttentionHead<T>& head, C p, C threshold)
+      : p(p) {
+    const C odds = gate_odds(p, threshold, head.steepness);
     const C fire = C(1) / (C(1) + odds);
     smoulder = odds * fire;
     gate = gate_value(fire, smoulder, head.leak);
@@ -145,28 +150,20 @@ __device__ __forceinline__ void store_patch(const AttentionTensor& t, int64_t ba
   }
 }
 
-// Grid: batch x heads x tiles of queries x 64 columns of the result.
-template <typename T, bool matrix_units>
-__global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
-    lif_attention_forward_kernel(LifAttentionParams p, AttentionDropout keep) {
-  using C = compute_t<T>;
-  using Products = AttentionProductsFor<T, matrix_units>;
-  Products products;
-  AttentionBlock block;
-  const int column = block.next(attention_tiles(p.size)) * kTile;
-  const int first = block.next(attention_tiles(p.queries)) * kTile;
-  const int head_index = block.next(p.heads);
-  const AttentionHead<T> head(p, keep, int(block.rest), head_index);
-  const int end = head.end_of_keys(first + kTile - 1), row = first + patch_row();
+// Of the patch's queries in the tile from `first` on: the largest score of the keys before `end`,
+// and 1 over the sum of exp(score - largest); 0 if there is none.
+template <typename T, typename Products, typename C>
+__device__ __forceinline__ void row_maxima(Products& products, const AttentionHead<T>& head,
+                                           int first, int end, C (&largest)[kPatch],
+                                           C (&inverse_sum)[kPatch]) {
   const C lowest = C(sizeof(C) == 8 ? -1.7e308 : -3.4e38);
-
-  C largest[kPatch], sum[kPatch];  // over this thread's keys, then over all
+  const int row = first + patch_row();
+  C scores[kPatch][kPatch], sum[kPatch];  // over this thread's keys, then over all
 #pragma unroll
   for (int r = 0; r < kPatch; ++r) {
     largest[r] = lowest;
     sum[r] = 0;
   }
-  C scores[kPatch][kPatch];
   for (int keys = 0; keys < end; keys += kTile) {
     products.rows(head.query, first, head.key, keys, scores);
 #pragma unroll
@@ -186,7 +183,6 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
       }
     }
   }
-  C inverse_sum[kPatch];
 #pragma unroll
   for (int r = 0; r < kPatch; ++r) {
     const C most = across_columns<Maximum>(largest[r]);
@@ -194,6 +190,23 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
     largest[r] = most;
     inverse_sum[r] = total == 0 ? C(0) : C(1) / total;
   }
+}
+
+// Grid: batch x heads x tiles of queries x 64 columns of the result.
+template <typename T, bool matrix_units>
+__global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
+    lif_attention_forward_kernel(LifAttentionParams p, AttentionDropout keep) {
+  using C = compute_t<T>;
+  using Products = AttentionProductsFor<T, matrix_units>;
+  Products products;
+  AttentionBlock block;
+  const int column = block.next(attention_tiles(p.size)) * kTile;
+  const int first = block.next(attention_tiles(p.queries)) * kTile;
+  const int head_index = block.next(p.heads);
+  const AttentionHead<T> head(p, keep, int(block.rest), head_index);
+  const int end = head.end_of_keys(first + kTile - 1), row = first + patch_row();
+  C scores[kPatch][kPatch], largest[kPatch], inverse_sum[kPatch];
+  row_maxima(products, head, first, end, largest, inverse_sum);
 
   // Rows are divided by the sum of what multiplies the values: their weights, rounded or not, then
   // still add up to 1.

@@ -3,6 +3,7 @@
 
 #include "../../csrc/common/lif_attention.h"
 #include "../../csrc/common/lif_gate.h"
+#include "../../csrc/common/refractory_lif_attention.h"
 
 #define ENTRY(name, Params)                             \
   namespace ember {                                     \
@@ -40,4 +41,20 @@ int64_t lif_attention_scratch_bytes(const LifAttentionParams&, bool backward);
 extern "C" int64_t ember_lif_attention_scratch_bytes(const ember::LifAttentionParams* p,
                                                      int backward) {
   return ember::cuda::lif_attention_scratch_bytes(*p, backward);
+}
+
+ENTRY(refractory_lif_attention_forward, RefractoryLifAttentionParams)
+ENTRY(refractory_lif_attention_backward, RefractoryLifAttentionParams)
+
+namespace ember {
+namespace cuda {
+int64_t refractory_lif_attention_scratch_bytes(const RefractoryLifAttentionParams&, bool backward);
+}
+}  // namespace ember
+extern "C" int64_t ember_refractory_lif_attention_scratch_bytes(
+    const ember::RefractoryLifAttentionParams* p, int backward) {
+  return ember::cuda::refractory_lif_attention_scratch_bytes(*p, backward);
+}
+extern "C" size_t ember_refractory_lif_attention_params_size() {
+  return sizeof(ember::RefractoryLifAttentionParams);
 }

@@ -69,9 +69,10 @@ _WITH_STRIDES = {name for name, kind in Params._fields_ if kind is AttentionTens
 Options = dict[str, Any]
 
 
-def _describe(query: Tensor, key: Tensor, options: Options) -> Params:
+def describe(query: Tensor, key: Tensor, options: Options, kind: type[Params] = Params) -> Params:
+    """Parameters with everything set but pointers."""
     batch, heads, queries, size = query.shape
-    return Params(
+    return kind(
         dtype=cuda_shim.DTYPE_CODES[query.dtype],
         batch=batch,
         heads=heads,
@@ -87,13 +88,14 @@ def _describe(query: Tensor, key: Tensor, options: Options) -> Params:
     )
 
 
-def _run(
+def run(
     shim: cuda_shim.Shim,
     name: str,
     p: Params,
     inputs: dict[str, Tensor | None],
     outputs: dict[str, Tensor],
 ) -> dict[str, Tensor]:
+    """Call a launcher with `inputs` and return `outputs`, by the names of the parameters."""
     # Padded tokens: rows that are not next to each other. Whole packs start at whole packs, others
     # at odd addresses.
     pad = 8 if p.size % 8 == 0 else 1
@@ -105,11 +107,11 @@ def _run(
         k: t.new_empty(*t.shape[:-1], t.shape[-1] + pad) if k in _WITH_STRIDES else t
         for k, t in outputs.items()
     }
-    mask = inputs["mask"]
+    mask = inputs.get("mask")
     if mask is not None:
         p.mask_strides[:] = mask.contiguous().stride()
 
-    def run(addresses: dict[str, int | None]) -> int:
+    def launch(addresses: dict[str, int | None]) -> int:
         for key, address in addresses.items():
             if key in _WITH_STRIDES:
                 tensor = strided[key] if key in strided else shapes[key]
@@ -119,12 +121,13 @@ def _run(
                 setattr(p, key, address)
         return int(getattr(shim.library, f"ember_{name}")(ctypes.byref(p)))
 
-    results = shim.call(run, strided, shapes)
+    results = shim.call(launch, strided, shapes)
     return {k: v[..., :-pad] if k in _WITH_STRIDES else v for k, v in results.items()}
 
 
-def _scratch(p: Params, backward: bool) -> Tensor:
-    size = cuda_shim.operators().library.ember_lif_attention_scratch_bytes
+def scratch(name: str, p: Params, backward: bool) -> Tensor:
+    """The scratch memory that a call of the operator `name` needs."""
+    size = getattr(cuda_shim.operators().library, f"ember_{name}_scratch_bytes")
     size.restype = ctypes.c_int64
     return torch.empty(size(ctypes.byref(p), int(backward)) // 8 + 1, dtype=torch.float64)
 
@@ -134,7 +137,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Any:
         *tensors, options = arguments
         query, key, value, threshold, leak, steepness = tensors
-        p = _describe(query, key, options)
+        p = describe(query, key, options)
         inputs = {
             "query": query,
             "key": key,
@@ -151,9 +154,9 @@ class _Attention(torch.autograd.Function):
             outputs["summary"] = threshold.new_empty(4, *rows[:2])
             outputs["load"] = threshold.new_empty(*rows[:2], key.shape[2])
             p.summary = 1  # for the scratch's size; replaced below
-            outputs["scratch"] = _scratch(p, False)
+            outputs["scratch"] = scratch("lif_attention", p, False)
         shim = cuda_shim.operators(options["architecture"])
-        results = _run(shim, "lif_attention_forward", p, inputs, outputs)
+        results = run(shim, "lif_attention_forward", p, inputs, outputs)
         ctx.inputs, ctx.options, ctx.row_stats = inputs, options, results["row_stats"]
         if not options["return_summary"]:
             return results["out"]
@@ -163,13 +166,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         inputs = ctx.inputs
-        p = _describe(inputs["query"], inputs["key"], ctx.options)
+        p = describe(inputs["query"], inputs["key"], ctx.options)
         outputs = {f"grad_{name}": inputs[name] for name in ("query", "key", "value")}
         outputs["grad_gates"] = inputs["leak"].new_empty(3, inputs["leak"].numel())
-        outputs["scratch"] = _scratch(p, True)
+        outputs["scratch"] = scratch("lif_attention", p, True)
         extra = {"grad_out": grad_out, "row_stats": ctx.row_stats}
         shim = cuda_shim.operators(ctx.options["architecture"])
-        results = _run(shim, "lif_attention_backward", p, {**inputs, **extra}, outputs)
+        results = run(shim, "lif_attention_backward", p, {**inputs, **extra}, outputs)
         gradients = [results[f"grad_{name}"] for name in ("query", "key", "value")]
         return *gradients, *results["grad_gates"], None
 
