@@ -45,7 +45,7 @@ template <typename T, bool matrix_units>
 struct Launches {
   using C = compute_t<T>;
   static constexpr size_t kShared =
-      attention_shared_bytes<T, matrix_units>() + RefractoryTile<T, matrix_units, false>::kTotals;
+      attention_shared_bytes<T, matrix_units>() + RefractoryTile<T, matrix_units, false>::kBytes;
 
   const RefractoryLifAttentionParams& p;
   cudaStream_t stream;
@@ -94,8 +94,14 @@ struct Launches {
          static_cast<const C*>(scratch.sums), scratch.ends);
     tiles(pairs * query_tiles * columns,
           refractory_lif_attention_backward_queries_kernel<T, matrix_units>, keep, scratch);
-    tiles(p.batch * p.groups * key_tiles * columns,
-          refractory_lif_attention_backward_keys_kernel<T, matrix_units>, keep, scratch);
+    const int64_t key_blocks = p.batch * p.groups * key_tiles * columns;
+    constexpr bool at_once = sizeof(T) < 8;
+    tiles(key_blocks, refractory_lif_attention_backward_keys_kernel<T, matrix_units, true, at_once>,
+          keep, scratch);
+    if constexpr (!at_once) {
+      tiles(key_blocks, refractory_lif_attention_backward_keys_kernel<T, matrix_units, false, true>,
+            keep, scratch);
+    }
     if (p.grad_previous_load) {
       tiles(p.batch * query_tiles * key_tiles,
             refractory_lif_attention_previous_kernel<T, matrix_units>, keep, scratch);

@@ -83,14 +83,16 @@ struct RefractoryTile {
   using Products = AttentionProductsFor<T, matrix_units>;
   using Head = RefractoryHead<T>;
   using Values = C[kPatch][kPatch];
-  static constexpr size_t kTotals = kAcross * kTile * sizeof(C);
+  static constexpr size_t kBytes = (kAcross + 1) * kTile * sizeof(C);  // beyond the products'
 
   Products products;
-  C* totals;  // [kAcross, kTile]: sums over 4 queries
+  C* totals;      // [kAcross, kTile]: sums over 4 queries
+  C* row_values;  // [kTile]: for the kernel's own use
   int queries = 0, keys = 0;
 
   __device__ __forceinline__ RefractoryTile()
-      : totals(reinterpret_cast<C*>(shared_memory<unsigned char>() + Products::kBytes)) {}
+      : totals(reinterpret_cast<C*>(shared_memory<unsigned char>() + Products::kBytes)),
+        row_values(totals + kAcross * kTile) {}
 
   static __device__ __forceinline__ int first_query() {
     return keys_first ? patch_column() : patch_row();
@@ -240,14 +242,18 @@ struct RefractoryTile {
     }
   }
 
-  // t becomes the gradient of w = p g.
-  __device__ __forceinline__ void weight_gradients(const Head& head, const C* delta, Values& t) {
+  // The gradients of w = p g.
+  __device__ __forceinline__ void weight_gradients(const Head& head,
+                                                   const AttentionRows<T>& grad_out,
+                                                   const RefractoryScratch<C>& scratch, Values& t) {
+    through_weights(head, grad_out, scratch.above, t);
 #pragma unroll
     for (int q = 0; q < kPatch; ++q) {
       const int i = query(q) < int(head.r.queries) ? query(q) : 0;
-      const C inverse = AttentionRowStats<C>(head, i).inverse_weight_sum, mean = delta[head.row(i)];
+      const C delta = scratch.row_sums[head.row(i)];
+      const C inverse = AttentionRowStats<C>(head, i).inverse_weight_sum;
 #pragma unroll
-      for (int k = 0; k < kPatch; ++k) at(t, q, k) = (at(t, q, k) - mean) * inverse;
+      for (int k = 0; k < kPatch; ++k) at(t, q, k) = (at(t, q, k) - delta) * inverse;
     }
   }
 
@@ -258,12 +264,15 @@ struct RefractoryTile {
     return grad_weight * gate_dy_dthreshold(gate.p, head.steepness, gate.slope);
   }
 
-  // t, the gradient of w, becomes that of p: h t + c, where c is `ends` [B, H, tiles, K] where the
-  // tile ends, and what the tile adds to it. The loads are lost.
-  __device__ __forceinline__ void probability_gradients(const Head& head, const C* ends, Values& p,
-                                                        Values& load, Values& t) {
+  // The gradients of p: h d w + c, where c is that of `ends` where the tile ends and what the tile
+  // adds to it. The loads are lost.
+  __device__ __forceinline__ void probability_gradients(const Head& head,
+                                                        const AttentionRows<T>& grad_out,
+                                                        const RefractoryScratch<C>& scratch,
+                                                        Values& p, Values& load, Values& t) {
+    weight_gradients(head, grad_out, scratch, t);
     C end[kPatch];
-    read_keys(head, ends, end);
+    read_keys(head, scratch.ends, end);
 #pragma unroll
     for (int q = 0; q < kPatch; ++q) {
       const C factor = head.within / head.count(query(q));
@@ -552,8 +561,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_backward_rows_kernel(
   for (tile.keys = 0; tile.keys < end; tile.keys += kTile) {
     tile.probabilities(head, values);
     tile.loads(head, values, load);
-    tile.through_weights(head, grad_out, scratch.above, t);
-    tile.weight_gradients(head, scratch.row_sums, t);
+    tile.weight_gradients(head, grad_out, scratch, t);
     C tile_gates[3] = {}, tile_couplings[2] = {};
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
@@ -633,39 +641,40 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_backward_queries_kernel(
 
   C values[kPatch][kPatch], load[kPatch][kPatch], t[kPatch][kPatch];
   C mean[kPatch] = {};
-  typename Tile::Products::Result weighted;
-  for (int sweep = 0; sweep < 2; ++sweep) {
-    for (tile.keys = 0; tile.keys < end; tile.keys += kTile) {
-      tile.probabilities(head, values);
-      tile.loads(head, values, load);
-      tile.through_weights(head, grad_out, scratch.above, t);
-      tile.weight_gradients(head, scratch.row_sums, t);
-      tile.probability_gradients(head, scratch.ends, values, load, t);
+  for (tile.keys = 0; tile.keys < end; tile.keys += kTile) {
+    tile.probabilities(head, values);
+    tile.loads(head, values, load);
+    tile.probability_gradients(head, grad_out, scratch, values, load, t);
 #pragma unroll
-      for (int r = 0; r < kPatch; ++r) {
+    for (int r = 0; r < kPatch; ++r) {
 #pragma unroll
-        for (int c = 0; c < kPatch; ++c) {
-          if (sweep == 0) {
-            mean[r] += values[r][c] * t[r][c];
-          } else {
-            values[r][c] *= t[r][c] - mean[r];
-          }
-        }
-      }
-      if (sweep == 0) continue;
-      tile.products.store_scaled(values);
-      tile.products.template add_tile<true>(head.key, tile.keys, column, weighted);
+      for (int c = 0; c < kPatch; ++c) mean[r] += values[r][c] * t[r][c];
     }
-    if (sweep == 1) break;
-#pragma unroll
-    for (int r = 0; r < kPatch; ++r) mean[r] = across_columns<Sum>(mean[r]);
   }
 #pragma unroll
   for (int r = 0; r < kPatch; ++r) {
     const int i = tile.query(r);
-    if (column == 0 && patch_column() == 0 && i < int(p.queries)) {
-      scratch.row_sums[p.batch * p.heads * p.queries + head.row(i)] = mean[r];
+    const C sum = across_columns<Sum>(mean[r]);
+    if (patch_column() > 0) continue;
+    tile.row_values[patch_row() + r] = sum;
+    if (column > 0 || i >= int(p.queries)) continue;
+    scratch.row_sums[p.batch * p.heads * p.queries + head.row(i)] = sum;
+  }
+  __syncthreads();
+
+  typename Tile::Products::Result weighted;
+  for (tile.keys = 0; tile.keys < end; tile.keys += kTile) {
+    tile.probabilities(head, values);
+    tile.loads(head, values, load);
+    tile.probability_gradients(head, grad_out, scratch, values, load, t);
+#pragma unroll
+    for (int r = 0; r < kPatch; ++r) {
+      const C sum = tile.row_values[patch_row() + r];
+#pragma unroll
+      for (int c = 0; c < kPatch; ++c) values[r][c] *= t[r][c] - sum;
     }
+    tile.products.store_scaled(values);
+    tile.products.template add_tile<true>(head.key, tile.keys, column, weighted);
   }
   tile.products.read(weighted, values);
   scale_patch(values, head.scale);
@@ -673,8 +682,9 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_backward_queries_kernel(
                  column + patch_column(), p.size, values);
 }
 
-// Grid: batch x groups x tiles of keys x 64 columns. Writes grad_key and grad_value.
-template <typename T, bool matrix_units>
+// Grid: batch x groups x tiles of keys x 64 columns. Writes grad_key or grad_value, or both: in
+// fp64 there are not the registers for two results.
+template <typename T, bool matrix_units, bool for_key, bool for_value>
 EMBER_REFRACTORY_KERNEL refractory_lif_attention_backward_keys_kernel(
     RefractoryLifAttentionParams p, AttentionDropout keep,
     RefractoryScratch<compute_t<T>> scratch) {
@@ -700,42 +710,47 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_backward_keys_kernel(
          tile.queries += kTile) {
       tile.probabilities(head, values);
       tile.loads(head, values, load);
+      if constexpr (for_value) {
 #pragma unroll
-      for (int q = 0; q < kPatch; ++q) {
-        const C inverse = AttentionRowStats<C>(head, tile.query(q)).inverse_weight_sum;
-        bool kept[kPatch];
-        head.dropout(tile.query(q), tile.key(0), kept);
+        for (int q = 0; q < kPatch; ++q) {
+          const C inverse = AttentionRowStats<C>(head, tile.query(q)).inverse_weight_sum;
+          bool kept[kPatch];
+          head.dropout(tile.query(q), tile.key(0), kept);
 #pragma unroll
-        for (int k = 0; k < kPatch; ++k) {
-          const GatedProbability<C> gated = tile.gated(head, values, load, q, k);
-          t[k][q] = kept[k] ? gated.p * gated.gate * inverse : C(0);
+          for (int k = 0; k < kPatch; ++k) {
+            const GatedProbability<C> gated = tile.gated(head, values, load, q, k);
+            t[k][q] = kept[k] ? gated.p * gated.gate * inverse : C(0);
+          }
         }
+        tile.products.store(t);
+        tile.products.add_tile(grad_out, tile.queries, column, weighted_grad);
       }
-      tile.products.store(t);
-      tile.products.add_tile(grad_out, tile.queries, column, weighted_grad);
-
-      tile.through_weights(head, grad_out, scratch.above, t);
-      tile.weight_gradients(head, scratch.row_sums, t);
-      tile.probability_gradients(head, scratch.ends, values, load, t);
+      if constexpr (for_key) {
+        tile.probability_gradients(head, grad_out, scratch, values, load, t);
 #pragma unroll
-      for (int q = 0; q < kPatch; ++q) {
-        const int i = tile.query(q) < int(p.queries) ? tile.query(q) : 0;
-        const C mean = scratch.row_sums[p.batch * p.heads * p.queries + head.row(i)];
+        for (int q = 0; q < kPatch; ++q) {
+          const int i = tile.query(q) < int(p.queries) ? tile.query(q) : 0;
+          const C mean = scratch.row_sums[p.batch * p.heads * p.queries + head.row(i)];
 #pragma unroll
-        for (int k = 0; k < kPatch; ++k) values[k][q] *= t[k][q] - mean;
+          for (int k = 0; k < kPatch; ++k) values[k][q] *= t[k][q] - mean;
+        }
+        tile.products.store_scaled(values);
+        tile.products.template add_tile<true>(head.query, tile.queries, column, weighted_query);
       }
-      tile.products.store_scaled(values);
-      tile.products.template add_tile<true>(head.query, tile.queries, column, weighted_query);
     }
   }
-  tile.products.read(weighted_query, values);
-  scale_patch(values, C(p.scale));
-  store_patch<T>(p.grad_key, batch, group, tile.key(0), p.keys, column + patch_column(), p.size,
-                 values);
-  tile.products.read(weighted_grad, values);
-  scale_patch(values, C(keep.factor));
-  store_patch<T>(p.grad_value, batch, group, tile.key(0), p.keys, column + patch_column(), p.size,
-                 values);
+  if constexpr (for_key) {
+    tile.products.read(weighted_query, values);
+    scale_patch(values, C(p.scale));
+    store_patch<T>(p.grad_key, batch, group, tile.key(0), p.keys, column + patch_column(), p.size,
+                   values);
+  }
+  if constexpr (for_value) {
+    tile.products.read(weighted_grad, values);
+    scale_patch(values, C(keep.factor));
+    store_patch<T>(p.grad_value, batch, group, tile.key(0), p.keys, column + patch_column(), p.size,
+                   values);
+  }
 }
 
 // Grid: batch x tiles of queries x tiles of keys. Writes grad_previous_load, or, if that has one
@@ -760,8 +775,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_previous_kernel(
     const AttentionRows<T> grad_out(p.grad_out, batch, h, p.queries, p.size);
     tile.probabilities(head, values);
     tile.loads(head, values, load);
-    tile.through_weights(head, grad_out, scratch.above, t);
-    tile.weight_gradients(head, scratch.row_sums, t);
+    tile.weight_gradients(head, grad_out, scratch, t);
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
 #pragma unroll

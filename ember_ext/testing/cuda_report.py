@@ -298,7 +298,7 @@ def _refractory_workloads() -> Iterator[Workload]:
                 products,
                 80,
                 arrays * array + squares * square + sums,
-                16 * 64 * compute,
+                17 * 64 * compute,
             )
 
 
