@@ -18,11 +18,14 @@ from ember_ext import reference
 from ember_ext.ops import lif_attention
 from ember_ext.reference.lif_attention import (
     attention_probabilities,
+    dropout_keep,
     gate_probabilities,
     summarize,
     visible_keys,
 )
 from ember_ext.testing import DTYPES, Sample, assert_close, attention_samples, check_sample
+from ember_ext.testing.lif_attention import attention_tensors
+from ember_ext.testing.sample import run
 
 operator = cuda_shim.operator_fixture(cuda_shim.lif_attention.lif_attention, lif_attention)
 
@@ -122,6 +125,26 @@ def test_gradients_outside_the_range_of_fp16(operator: Any, values: float, other
     for name, factor in (("query", others), ("key", others), ("value", values)):
         tensors[name] = tensors[name] * factor
     check_sample(operator, reference.lif_attention, replace(one, tensors=tensors))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_drops_the_same_weights_as_the_cpu(operator: Any, dtype: torch.dtype) -> None:
+    """With the unit matrix for values the output is the matrix of weights."""
+    generator = torch.Generator().manual_seed(2)
+    tensors = attention_tensors(2, 3, 3, 70, 70, 70, dtype, generator)
+    tensors["value"] = torch.eye(70, dtype=dtype).expand(2, 3, 70, 70)
+    options = {"is_causal": False, "dropout_p": 0.4, "seed": torch.tensor(2**62 + 5)}
+    kept = operator(**tensors, **options) != 0
+    assert torch.equal(kept, lif_attention(**tensors, **options) != 0)
+    assert torch.equal(kept, dropout_keep(options["seed"], kept.shape, 0.4))
+
+
+def test_repeats_bit_by_bit(operator: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        one = next(s for s in samples(dtype) if s.tensors["query"].shape == (2, 4, 65, 33))
+        first, second = run(operator, one), run(operator, one)
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), name
 
 
 def test_every_kernel_ran() -> None:

@@ -18,6 +18,7 @@ from ember_ext.testing.refractory_lif_attention import (
     refractory_tensors,
     with_flat_state,
 )
+from ember_ext.testing.sample import run
 
 operator = cuda_shim.operator_fixture(
     with_flat_state(cuda_shim.refractory_lif_attention.refractory_lif_attention),
@@ -55,6 +56,13 @@ def test_several_tiles(operator: Any, mode: str) -> None:
     options = {"mode": mode, "dropout_p": 0.3, "seed": torch.tensor(3)}
     one = Sample(f"tiles {mode}", tensors, options, refractory_gradient_scales(tensors))
     check_sample(operator, expected, one)
+
+
+def test_repeats_bit_by_bit(operator: Any) -> None:
+    one = next(s for s in samples(torch.float32) if s.tensors["query"].shape[2] == 101)
+    first, second = run(operator, one), run(operator, one)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def test_every_kernel_ran() -> None:
