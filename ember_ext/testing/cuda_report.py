@@ -231,17 +231,24 @@ def attention_shared_bytes(kind: str) -> int:
 
 
 def _attention_workload(
-    kernel: str, kind: str, units: bool, products: int, work: float, size: float, extra: int = 0
+    kernel: str,
+    kind: str,
+    units: bool,
+    products: int,
+    work: float,
+    size: float,
+    extra: int = 0,
+    variant: str = "",
 ) -> Workload:
     """A kernel with `products` products of pairs and `work` operations for each pair; `size` bytes.
 
-    `extra` is shared memory beyond the products'.
+    `extra` is shared memory beyond the products', `variant` the kernel's further template arguments.
     """
     batch, heads, tokens, columns = _ATTENTION
     pairs = batch * heads * tokens * (tokens + 1) / 2
     multiplied = pairs * 2 * columns * products
     return Workload(
-        f"{kernel}<{kind}, {str(units).lower()}>",
+        f"{kernel}<{kind}, {str(units).lower()}{variant}>",
         f"attention {list(_ATTENTION)}, causal",
         256,
         attention_shared_bytes(kind) + extra,
@@ -283,13 +290,22 @@ def _refractory_workloads() -> Iterator[Workload]:
         # One number for each pair of tokens of a batch entry, and for each tile of queries.
         square = batch * tokens * tokens * compute
         sums = batch * heads * (tokens // 64) * tokens * compute
-        for name, products, arrays, squares in (
-            ("rows", 2, 2, 0),
-            ("out", 2, 4, 0),
-            ("weights", 1, 2, 1),
-            ("backward_rows", 4, 4, 1),
-            ("backward_queries", 5, 5, 1),
-            ("backward_keys", 4, 6, 1),
+        # fp64 makes the gradients of keys and of values in turn.
+        keys = (
+            [
+                ("backward_keys", 3, 5, 1, ", true, false"),
+                ("backward_keys", 2, 4, 0, ", false, true"),
+            ]
+            if kind == "double"
+            else [("backward_keys", 4, 6, 1, ", true, true")]
+        )
+        for name, products, arrays, squares, variant in (
+            ("rows", 2, 2, 0, ""),
+            ("out", 2, 4, 0, ""),
+            ("weights", 1, 2, 1, ""),
+            ("backward_rows", 4, 4, 1, ""),
+            ("backward_queries", 5, 5, 1, ""),
+            *keys,
         ):
             yield _attention_workload(
                 f"refractory_lif_attention_{name}_kernel",
@@ -299,6 +315,7 @@ def _refractory_workloads() -> Iterator[Workload]:
                 80,
                 arrays * array + squares * square + sums,
                 17 * 64 * compute,
+                variant,
             )
 
 
