@@ -242,7 +242,7 @@ def _attention_workload(
 ) -> Workload:
     """A kernel with `products` products of pairs and `work` operations for each pair; `size` bytes.
 
-    `extra` is shared memory beyond the products', `variant` the kernel's further template arguments.
+    `extra` is shared memory beyond the products', `variant` further template arguments.
     """
     batch, heads, tokens, columns = _ATTENTION
     pairs = batch * heads * tokens * (tokens + 1) / 2
