@@ -11,12 +11,8 @@
 #include "binding/device.h"
 
 // Every operator that this library has kernels for: X(<stem>).
-#ifndef EMBER_CUDA
 #define EMBER_FOR_EACH_OPERATOR(X) \
   X(lif_gate) X(lif_attention) X(refractory_lif_attention) X(cfc_scan)
-#else
-#define EMBER_FOR_EACH_OPERATOR(X) X(lif_gate) X(lif_attention) X(cfc_scan)
-#endif
 
 namespace {
 
@@ -31,13 +27,13 @@ constexpr const char* schemas[] = {
     "int norm, int unit_dim, float eps, bool parameter_gradients) -> (Tensor, Tensor)",
     "lif_attention(Tensor query, Tensor key, Tensor value, Tensor threshold, Tensor leak, "
     "Tensor steepness, Tensor? mask, Tensor? seed, float dropout_p, bool is_causal, float scale, "
-    "float eps, bool summary) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float eps, bool tf32, bool summary) -> (Tensor, Tensor, Tensor, Tensor)",
     "lif_attention_forward(Tensor query, Tensor key, Tensor value, Tensor threshold, Tensor leak, "
     "Tensor steepness, Tensor? mask, Tensor? seed, float dropout_p, bool is_causal, float scale, "
-    "float eps, bool summary) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float eps, bool tf32, bool summary) -> (Tensor, Tensor, Tensor, Tensor)",
     "lif_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
     "Tensor threshold, Tensor leak, Tensor steepness, Tensor row_stats, Tensor? mask, "
-    "Tensor? seed, float dropout_p, bool is_causal, float scale, float eps) "
+    "Tensor? seed, float dropout_p, bool is_causal, float scale, float eps, bool tf32) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "refractory_lif_attention(Tensor query, Tensor key, Tensor value, Tensor threshold, "
     "Tensor leak, Tensor steepness, Tensor within, Tensor across, Tensor? previous_load, "

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import cuda_shim
 import cuda_shim.lif_attention
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ember_ext import reference
 from ember_ext.ops import lif_attention
 from ember_ext.reference.lif_attention import (
     attention_probabilities,
+    dropout_keep,
     gate_probabilities,
     summarize,
     visible_keys,
 )
 from ember_ext.testing import DTYPES, Sample, assert_close, attention_samples, check_sample
+from ember_ext.testing.lif_attention import attention_tensors
+from ember_ext.testing.sample import run
 
 operator = cuda_shim.operator_fixture(cuda_shim.lif_attention.lif_attention, lif_attention)
 
@@ -31,6 +39,33 @@ def samples(dtype: torch.dtype) -> list[Sample]:
         if all(one.tensors[name].numel() for name in ("query", "key"))
         and one.tensors["query"].shape[2] * one.tensors["key"].shape[2] <= pairs_at_most
     ]
+
+
+class TF32Products(TorchDispatchMode):
+    """Products of fp32 matrices rounded to tf32, as eager PyTorch may compute them on a GPU."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            args = tuple(self.round(t) if t.dtype == torch.float32 else t for t in args)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def round(values: Tensor) -> Tensor:
+        """To the nearest number with 10 bits of fraction."""
+        return ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Allow tf32 to the kernel, and give it to the reference in fp32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    with TF32Products():
+        yield
+    matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,6 +97,54 @@ def test_summary(operator: Any, dtype: torch.dtype) -> None:
             # A probability within rounding of a cut may count on either side of it.
             scale = 1e5 if name in ("support", "fire_rate") else 1.0
             assert_close(f"{one}: {name}", *values, scale=scale)
+
+
+@pytest.mark.usefixtures("tf32")
+def test_tf32_matches_reference_in_tf32(operator: Any) -> None:
+    # In units of tf32, which has as many bits of fraction as fp16.
+    floor = 4 * torch.finfo(torch.float16).eps / torch.finfo(torch.float32).eps
+    for one in samples(torch.float32):
+        check_sample(operator, reference.lif_attention, one, floor_ulps=floor)
+        operator(**one.tensors, **one.options, return_summary=True)
+
+
+@pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gpus_without_matrix_units_for_a_type(dtype: torch.dtype) -> None:
+    """sm_75, whose matrix units take fp16 only."""
+    operator = functools.partial(cuda_shim.lif_attention.lif_attention, architecture=75)
+    for one in samples(dtype)[:4]:
+        check_sample(operator, reference.lif_attention, one)
+
+
+@pytest.mark.parametrize(("values", "others"), [(1e4, 1e-2), (1e-5, 1.0)])
+def test_gradients_outside_the_range_of_fp16(operator: Any, values: float, others: float) -> None:
+    """Gradients of scores that fp16 cannot hold, or coarsely, though it holds those of inputs."""
+    one = next(s for s in samples(torch.float16) if s.tensors["query"].shape == (3, 2, 64, 64))
+    tensors = dict(one.tensors)
+    for name, factor in (("query", others), ("key", others), ("value", values)):
+        tensors[name] = tensors[name] * factor
+    check_sample(operator, reference.lif_attention, replace(one, tensors=tensors))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_drops_the_same_weights_as_the_cpu(operator: Any, dtype: torch.dtype) -> None:
+    """With the unit matrix for values the output is the matrix of weights."""
+    generator = torch.Generator().manual_seed(2)
+    tensors = attention_tensors(2, 3, 3, 70, 70, 70, dtype, generator)
+    tensors["value"] = torch.eye(70, dtype=dtype).expand(2, 3, 70, 70)
+    options = {"is_causal": False, "dropout_p": 0.4, "seed": torch.tensor(2**62 + 5)}
+    kept = operator(**tensors, **options) != 0
+    assert torch.equal(kept, lif_attention(**tensors, **options) != 0)
+    assert torch.equal(kept, dropout_keep(options["seed"], kept.shape, 0.4))
+
+
+def test_repeats_bit_by_bit(operator: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        one = next(s for s in samples(dtype) if s.tensors["query"].shape == (2, 4, 65, 33))
+        first, second = run(operator, one), run(operator, one)
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), name
 
 
 def test_every_kernel_ran() -> None:

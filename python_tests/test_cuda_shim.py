@@ -28,6 +28,11 @@ def test_sound_kernel_passes(faulty: cuda_shim.Shim) -> None:
     assert torch.equal(run(faulty, "sound"), torch.arange(64.0).flip(0))
 
 
+def test_sound_product_passes(faulty: cuda_shim.Shim) -> None:
+    a = torch.arange(64.0).repeat(2).view(16, 8)
+    assert torch.equal(run(faulty, "sound_product")[:32], (a @ a.T).flatten()[:32])
+
+
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [
@@ -37,6 +42,8 @@ def test_sound_kernel_passes(faulty: cuda_shim.Shim) -> None:
         ("out_of_bounds", "access to memory outside the arrays"),
         ("shared_out_of_bounds", "write past the block's shared memory"),
         ("misaligned", "misaligned access"),
+        ("divergent_product", "some wait for their warp in faulty.cu"),
+        ("misaligned_product", "not aligned to 32 bytes"),
     ],
 )
 def test_fault_is_found(faulty: cuda_shim.Shim, kernel: str, message: str) -> None:
@@ -50,3 +57,7 @@ def test_uninitialised_shared_memory_reads_as_nan(faulty: cuda_shim.Shim) -> Non
     out = run(faulty, "uninitialised")
     assert out.isnan().sum() == 1
     assert out[63].isnan()
+
+
+def test_unloaded_fragment_reads_as_nan(faulty: cuda_shim.Shim) -> None:
+    assert run(faulty, "unloaded_product")[:32].isnan().all()

@@ -119,7 +119,7 @@ def test_opcheck(extras: bool) -> None:
     leaves = [value.requires_grad_() for value in tensors().values()]
     mask = torch.ones(2, 2, 7, 7, dtype=torch.bool) if extras else None
     seed = torch.tensor(5) if extras else None
-    options = (0.2 if extras else 0.0, True, 0.5, 1e-8)
+    options = (0.2 if extras else 0.0, True, 0.5, 1e-8, False)
     operators = torch.ops.ember_ext
     torch.library.opcheck(operators.lif_attention.default, (*leaves, mask, seed, *options, extras))
     detached = [leaf.detach() for leaf in leaves]

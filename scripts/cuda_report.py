@@ -46,10 +46,11 @@ def main() -> int:
 
     gpus = cuda_report.GPUS
     columns = "".join(f"{gpu.name:>16}" for gpu in gpus)
-    print(f"\n{'least time, microseconds':58} {'MB':>7} {'GFLOP':>7} {columns}")
+    print(f"\n{'least time, microseconds':58} {'MB':>7} {'GFLOP':>7} {'on units':>8} {columns}")
     for workload in cuda_report.WORKLOADS:
         times = "".join(f"{1e6 * cuda_report.floor_seconds(workload, g):16.1f}" for g in gpus)
         amounts = f"{workload.bytes / 1e6:7.1f} {workload.operations / 1e9:7.2f}"
+        amounts += f" {workload.products / 1e9:8.2f}"
         print(f"{workload.kernel:58} {amounts} {times}   {workload.shape}")
     if failed:
         print("\nA kernel spills registers or does not fit.", file=sys.stderr)

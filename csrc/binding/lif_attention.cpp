@@ -39,10 +39,11 @@ Tensor new_scratch(LifAttentionParams& p, const Tensor& like, bool backward) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& threshold,
     const Tensor& leak, const Tensor& steepness, const MaybeTensor& mask, const MaybeTensor& seed,
-    double dropout, bool causal, double scale, double eps, bool summary) {
+    double dropout, bool causal, double scale, double eps, bool tf32, bool summary) {
   AttentionInputs<LifAttentionParams> inputs(query, key, value, threshold, leak, steepness, mask,
                                              seed, dropout, causal, scale, eps);
   LifAttentionParams& p = inputs.p;
+  p.tf32 = tf32;
   const Tensor& gates = inputs.threshold;
   Tensor out = new_joined_like(inputs.query);
   Tensor row_stats = torch::stable::new_empty(gates, {3, p.batch, p.heads, p.queries});
@@ -79,10 +80,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_backward(
     const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& threshold, const Tensor& leak, const Tensor& steepness, const Tensor& row_stats_,
     const MaybeTensor& mask, const MaybeTensor& seed, double dropout, bool causal, double scale,
-    double eps) {
+    double eps, bool tf32) {
   AttentionInputs<LifAttentionParams> inputs(query, key, value, threshold, leak, steepness, mask,
                                              seed, dropout, causal, scale, eps);
   LifAttentionParams& p = inputs.p;
+  p.tf32 = tf32;
   const Tensor &gates = inputs.threshold, grad_out = dense_rows(grad_out_),
                row_stats = dense(row_stats_);
   Tensor grad_query = new_joined_like(inputs.query), grad_key = new_joined_like(inputs.key),

@@ -19,6 +19,7 @@ struct LifAttentionParams {
   DType dtype;
   int64_t batch, heads, groups, queries, keys, size;
   bool causal;  // query i sees the keys j <= i + K - Q
+  bool tf32;    // CUDA: fp32 products may round their factors to tf32
   double scale, eps, dropout;
 
   AttentionTensor query, key, value;  // T

@@ -13,10 +13,10 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 
-// The block's dynamic shared memory, aligned for 16-byte accesses.
+// The block's dynamic shared memory, aligned for 16-byte accesses and for matrix units.
 template <typename T>
 __device__ __forceinline__ T* shared_memory() {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  extern __shared__ __align__(32) unsigned char shared_bytes[];
   return reinterpret_cast<T*>(shared_bytes);
 }
 

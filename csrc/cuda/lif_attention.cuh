@@ -11,167 +11,30 @@
 // and then 64 keys past all queries for grad_key and grad_value. No sum is shared between blocks
 // but those of the gates and the summary, which a second kernel adds in a fixed order.
 //
-// Products are sums in registers, 4 x 4 to a thread, over operands staged in shared memory: sizes
-// above 64 are staged piece by piece, and each 64 columns of a result are a block of their own.
+// Scores are computed 64 x 64 at a time (attention_products.cuh), sizes above 64 piece by piece,
+// and each 64 columns of a result are a block of their own. With `matrix_units` products of 16-bit
+// types and, on request, of fp32 run on the GPU's matrix units, which take weights and gradients of
+// scores rounded to T, or to tf32; everything else stays in C.
 #pragma once
 
 #include "../common/lif_attention.h"
 #include "../common/lif_gate_math.h"
 #include "../common/philox.h"
-#include "team.cuh"
+#include "attention_products.cuh"
 
 namespace ember {
 namespace cuda {
-
-constexpr int kAttentionThreads = 256;
-constexpr int kTile = 64;  // queries, keys, and columns of a result
-constexpr int kPatch = 4;  // of each a thread takes, in 16 x 16 threads
-constexpr int kAcross = kTile / kPatch;
-
-// The block's shared memory: a tile, and the stage through which operands pass.
-template <typename C>
-struct AttentionShared {
-  // Terms of a product that are staged at once, for both operands or, twice as many, for one.
-  static constexpr int kDepth = sizeof(C) == 8 ? 16 : 32;
-  static constexpr int kStride = kTile + 16 / int(sizeof(C));  // keeps rows 16-byte aligned
-  static constexpr size_t kBytes = (kTile + 2 * kDepth) * kStride * sizeof(C);
-
-  C* tile;   // [kTile, kStride]
-  C* stage;  // [2 * kDepth, kStride]
-
-  __device__ __forceinline__ AttentionShared()
-      : tile(shared_memory<C>()), stage(tile + kTile * kStride) {}
-};
-
-template <typename C>
-struct alignas(16) Patch {
-  C values[kPatch];
-};
-
-// The row and the column of the thread's patch.
-__device__ __forceinline__ int patch_row() {
-  return int(threadIdx.x) / kAcross * kPatch;
-}
-__device__ __forceinline__ int patch_column() {
-  return int(threadIdx.x) % kAcross * kPatch;
-}
-
-// Rows of a matrix [count, size] in memory; rows and columns past the end read as 0.
-template <typename T>
-struct AttentionRows {
-  const T* data;
-  int64_t stride, count, size;
-
-  __device__ __forceinline__ AttentionRows(const AttentionTensor& t, int64_t batch, int64_t head,
-                                           int64_t count, int64_t size)
-      : data(static_cast<const T*>(t.data) + batch * t.batch + head * t.head),
-        stride(t.token),
-        count(count),
-        size(size) {}
-
-  __device__ __forceinline__ compute_t<T> at(int64_t row, int64_t column) const {
-    return row < count && column < size ? widen(data[row * stride + column]) : compute_t<T>(0);
-  }
-};
-
-// sums += a^T b for the thread's patch; a and b are [depth, kStride] in shared memory.
-template <typename C>
-__device__ __forceinline__ void multiply(const C* a, const C* b, int depth,
-                                         C (&sums)[kPatch][kPatch]) {
-  constexpr int kStride = AttentionShared<C>::kStride;
-#pragma unroll 4
-  for (int k = 0; k < depth; ++k) {
-    const Patch<C> left = *reinterpret_cast<const Patch<C>*>(a + k * kStride + patch_row());
-    const Patch<C> right = *reinterpret_cast<const Patch<C>*>(b + k * kStride + patch_column());
-#pragma unroll
-    for (int r = 0; r < kPatch; ++r) {
-#pragma unroll
-      for (int c = 0; c < kPatch; ++c) sums[r][c] += left.values[r] * right.values[c];
-    }
-  }
-}
-
-// sums = the products of rows [a_first, + kTile) of a with rows [b_first, + kTile) of b.
-template <typename T, typename C>
-__device__ __forceinline__ void multiply_rows(const AttentionShared<C>& shared,
-                                              const AttentionRows<T>& a, int64_t a_first,
-                                              const AttentionRows<T>& b, int64_t b_first,
-                                              C (&sums)[kPatch][kPatch]) {
-  constexpr int kDepth = AttentionShared<C>::kDepth, kStride = AttentionShared<C>::kStride;
-#pragma unroll
-  for (int r = 0; r < kPatch; ++r) {
-#pragma unroll
-    for (int c = 0; c < kPatch; ++c) sums[r][c] = 0;
-  }
-  for (int64_t first = 0; first < a.size; first += kDepth) {
-    __syncthreads();
-    // Neighbouring threads take neighbouring rows: their stores go to different banks.
-    const int row = int(threadIdx.x) % kTile;
-    for (int k = int(threadIdx.x) / kTile; k < kDepth; k += kAttentionThreads / kTile) {
-      shared.stage[k * kStride + row] = a.at(a_first + row, first + k);
-      shared.stage[(kDepth + k) * kStride + row] = b.at(b_first + row, first + k);
-    }
-    __syncthreads();
-    multiply(shared.stage, shared.stage + kDepth * kStride, kDepth, sums);
-  }
-}
-
-// sums += the transposed tile times columns [column, + kTile) of rows [first, + kTile) of b.
-template <typename T, typename C>
-__device__ __forceinline__ void multiply_tile(const AttentionShared<C>& shared,
-                                              const AttentionRows<T>& b, int64_t first,
-                                              int64_t column, C (&sums)[kPatch][kPatch]) {
-  constexpr int kSlice = 2 * AttentionShared<C>::kDepth, kStride = AttentionShared<C>::kStride;
-  for (int slice = 0; slice < kTile; slice += kSlice) {
-    __syncthreads();
-    const int c = int(threadIdx.x) % kTile;
-    for (int k = int(threadIdx.x) / kTile; k < kSlice; k += kAttentionThreads / kTile) {
-      shared.stage[k * kStride + c] = b.at(first + slice + k, column + c);
-    }
-    __syncthreads();
-    multiply(shared.tile + slice * kStride, shared.stage, kSlice, sums);
-  }
-}
-
-// tile[c][r] = values[r][c] for the thread's patch. The tile must no longer be in use, and
-// multiply_tile() waits before it reads.
-template <typename C>
-__device__ __forceinline__ void store_tile(const AttentionShared<C>& shared,
-                                           const C (&values)[kPatch][kPatch]) {
-#pragma unroll
-  for (int c = 0; c < kPatch; ++c) {
-    Patch<C> column;
-#pragma unroll
-    for (int r = 0; r < kPatch; ++r) column.values[r] = values[r][c];
-    *reinterpret_cast<Patch<C>*>(shared.tile + (patch_column() + c) * shared.kStride +
-                                 patch_row()) = column;
-  }
-}
-
-// Combines a value over the 16 threads that share the patch's rows.
-template <typename Operation, typename C>
-__device__ __forceinline__ C across_columns(C value) {
-#pragma unroll
-  for (int offset = kAcross / 2; offset > 0; offset /= 2) {
-    value = Operation::of(value, __shfl_xor_sync(kAllLanes, value, offset));
-  }
-  return value;
-}
 
 // What a block works on, counted down from its index.
 struct AttentionBlock {
   unsigned rest;
   __device__ __forceinline__ AttentionBlock() : rest(blockIdx.x) {}
-  __device__ __forceinline__ int64_t next(int64_t count) {
+  __device__ __forceinline__ int next(int64_t count) {
     const unsigned index = rest % unsigned(count);
     rest /= unsigned(count);
-    return index;
+    return int(index);
   }
 };
-
-__host__ __device__ __forceinline__ int64_t attention_tiles(int64_t n) {
-  return (n + kTile - 1) / kTile;
-}
 
 // What dropout keeps: words from `limit` on, multiplied by `factor`.
 struct AttentionDropout {
@@ -185,17 +48,17 @@ struct AttentionHead {
   using C = compute_t<T>;
 
   const LifAttentionParams& p;
-  int64_t batch, head, group;
+  int batch, head, group;
   AttentionRows<T> query, key, value;
-  C threshold, leak, steepness, scale;
-  AttentionDropout keep;
+  C threshold, leak, steepness, scale, keep_factor;
+  uint32_t keep_limit;
 
   __device__ __forceinline__ AttentionHead(const LifAttentionParams& p, AttentionDropout keep,
-                                           int64_t batch, int64_t head)
+                                           int batch, int head)
       : p(p),
         batch(batch),
         head(head),
-        group(unsigned(head) / (unsigned(p.heads) / unsigned(p.groups))),
+        group(int(unsigned(head) / (unsigned(p.heads) / unsigned(p.groups)))),
         query(p.query, batch, head, p.queries, p.size),
         key(p.key, batch, group, p.keys, p.size),
         value(p.value, batch, group, p.keys, p.size),
@@ -203,67 +66,82 @@ struct AttentionHead {
         leak(static_cast<const C*>(p.leak)[head]),
         steepness(static_cast<const C*>(p.steepness)[head]),
         scale(C(p.scale)),
-        keep(keep) {}
+        keep_factor(C(keep.factor)),
+        keep_limit(keep.limit) {}
 
   // Element of a [B, H, Q] array.
-  __device__ __forceinline__ int64_t row(int64_t i) const {
+  __device__ __forceinline__ int64_t row(int i) const {
     return (batch * p.heads + head) * p.queries + i;
   }
 
-  __device__ __forceinline__ bool visible(int64_t i, int64_t j) const {
-    return i < p.queries && j < p.keys && (!p.causal || j <= i + p.keys - p.queries) &&
+  __device__ __forceinline__ bool visible(int i, int j) const {
+    return i < int(p.queries) && j < int(p.keys) &&
+           (!p.causal || j <= i + int(p.keys) - int(p.queries)) &&
            (!p.mask || p.mask[batch * p.mask_strides[0] + head * p.mask_strides[1] +
                               i * p.mask_strides[2] + j * p.mask_strides[3]]);
   }
 
   // Past the last key that a query up to `last` sees.
-  __device__ __forceinline__ int64_t end_of_keys(int64_t last) const {
-    const int64_t end = p.causal ? last + 1 + p.keys - p.queries : p.keys;
-    return end < p.keys ? end : p.keys;
+  __device__ __forceinline__ int end_of_keys(int last) const {
+    const int keys = int(p.keys), end = last + 1 + keys - int(p.queries);
+    return p.causal && end < keys ? end : keys;
   }
 
-  // The dropout mask M of query i and the keys j ... j + 3; j is a multiple of 4.
-  __device__ __forceinline__ void dropout(int64_t i, int64_t j, C (&factors)[kPatch]) const {
+  // Whether dropout keeps the weights of query i and the keys j ... j + 3; j is a multiple of 4. M
+  // is keep_factor where it does.
+  __device__ __forceinline__ void dropout(int i, int j, bool (&kept)[kPatch]) const {
     if (!p.seed) {
 #pragma unroll
-      for (int n = 0; n < kPatch; ++n) factors[n] = 1;
+      for (int n = 0; n < kPatch; ++n) kept[n] = true;
       return;
     }
     uint32_t words[kPatch] = {uint32_t(j / 4), uint32_t(i), uint32_t(head), uint32_t(batch)};
     philox(uint64_t(*p.seed), words[0], words[1], words[2], words[3]);
 #pragma unroll
-    for (int n = 0; n < kPatch; ++n) factors[n] = words[n] >= keep.limit ? C(keep.factor) : C(0);
+    for (int n = 0; n < kPatch; ++n) kept[n] = words[n] >= keep_limit;
   }
 };
 
 // The gate on one probability.
 template <typename C>
 struct GatedProbability {
-  C p, smoulder, weight, slope, derivative;  // 1 - f, w, dg/dz, h = dw/dp
+  C p, smoulder, gate, slope, derivative;  // 1 - f, g, dg/dz, h = d(p g)/dp
 
   template <typename T>
-  __device__ __forceinline__ GatedProbability(const AttentionHead<T>& head, C p) : p(p) {
-    const C odds = gate_odds(p, head.threshold, head.steepness);
+  __device__ __forceinline__ GatedProbability(const AttentionHead<T>& head, C p)
+      : GatedProbability(head, p, head.threshold) {}
+
+  template <typename T>
+  __device__ __forceinline__ GatedProbability(const AttentionHead<T>& head, C p, C threshold)
+      : p(p) {
+    const C odds = gate_odds(p, threshold, head.steepness);
     const C fire = C(1) / (C(1) + odds);
     smoulder = odds * fire;
-    const C g = gate_value(fire, smoulder, head.leak);
+    gate = gate_value(fire, smoulder, head.leak);
     slope = gate_slope(fire, smoulder, head.leak);
-    weight = p * g;
-    derivative = gate_dy_dx(p, head.steepness, g, slope);
+    derivative = gate_dy_dx(p, head.steepness, gate, slope);
   }
 };
+
+template <typename C>
+__device__ __forceinline__ void scale_patch(C (&values)[kPatch][kPatch], C factor) {
+#pragma unroll
+  for (int r = 0; r < kPatch; ++r) {
+#pragma unroll
+    for (int c = 0; c < kPatch; ++c) values[r][c] *= factor;
+  }
+}
 
 // Writes a patch of a result whose rows are tokens.
 template <typename T>
 __device__ __forceinline__ void store_patch(const AttentionTensor& t, int64_t batch, int64_t head,
-                                            int64_t token, int64_t tokens, int64_t column,
-                                            int64_t columns,
+                                            int token, int64_t tokens, int column, int64_t columns,
                                             const compute_t<T> (&values)[kPatch][kPatch]) {
 #pragma unroll
   for (int r = 0; r < kPatch; ++r) {
 #pragma unroll
     for (int c = 0; c < kPatch; ++c) {
-      if (token + r < tokens && column + c < columns) {
+      if (token + r < int(tokens) && column + c < int(columns)) {
         T* to = static_cast<T*>(t.data) + batch * t.batch + head * t.head + (token + r) * t.token +
                 column + c;
         narrow(values[r][c], *to);
@@ -272,29 +150,22 @@ __device__ __forceinline__ void store_patch(const AttentionTensor& t, int64_t ba
   }
 }
 
-// Grid: batch x heads x tiles of queries x 64 columns of the result.
-template <typename T>
-__global__ void __launch_bounds__(kAttentionThreads, sizeof(T) == 8 ? 1 : 2)
-    lif_attention_forward_kernel(LifAttentionParams p, AttentionDropout keep) {
-  using C = compute_t<T>;
-  const AttentionShared<C> shared;
-  AttentionBlock block;
-  const int64_t column = block.next(attention_tiles(p.size)) * kTile;
-  const int64_t first = block.next(attention_tiles(p.queries)) * kTile;
-  const int64_t head_index = block.next(p.heads);
-  const AttentionHead<T> head(p, keep, block.rest, head_index);
-  const int64_t end = head.end_of_keys(first + kTile - 1), row = first + patch_row();
+// Of the patch's queries in the tile from `first` on: the largest score of the keys before `end`,
+// and 1 over the sum of exp(score - largest); 0 if there is none.
+template <typename T, typename Products, typename C>
+__device__ __forceinline__ void row_maxima(Products& products, const AttentionHead<T>& head,
+                                           int first, int end, C (&largest)[kPatch],
+                                           C (&inverse_sum)[kPatch]) {
   const C lowest = C(sizeof(C) == 8 ? -1.7e308 : -3.4e38);
-
-  C largest[kPatch], sum[kPatch];  // over this thread's keys, then over all
+  const int row = first + patch_row();
+  C scores[kPatch][kPatch], sum[kPatch];  // over this thread's keys, then over all
 #pragma unroll
   for (int r = 0; r < kPatch; ++r) {
     largest[r] = lowest;
     sum[r] = 0;
   }
-  C scores[kPatch][kPatch];
-  for (int64_t keys = 0; keys < end; keys += kTile) {
-    multiply_rows(shared, head.query, first, head.key, keys, scores);
+  for (int keys = 0; keys < end; keys += kTile) {
+    products.rows(head.query, first, head.key, keys, scores);
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
       C most = largest[r];
@@ -312,7 +183,6 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(T) == 8 ? 1 : 2)
       }
     }
   }
-  C inverse_sum[kPatch];
 #pragma unroll
   for (int r = 0; r < kPatch; ++r) {
     const C most = across_columns<Maximum>(largest[r]);
@@ -320,36 +190,62 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(T) == 8 ? 1 : 2)
     largest[r] = most;
     inverse_sum[r] = total == 0 ? C(0) : C(1) / total;
   }
+}
 
-  C weight_sum[kPatch] = {};
-  C out[kPatch][kPatch] = {};
-  for (int64_t keys = 0; keys < end; keys += kTile) {
-    multiply_rows(shared, head.query, first, head.key, keys, scores);
+// Grid: batch x heads x tiles of queries x 64 columns of the result.
+template <typename T, bool matrix_units>
+__global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
+    lif_attention_forward_kernel(LifAttentionParams p, AttentionDropout keep) {
+  using C = compute_t<T>;
+  using Products = AttentionProductsFor<T, matrix_units>;
+  Products products;
+  AttentionBlock block;
+  const int column = block.next(attention_tiles(p.size)) * kTile;
+  const int first = block.next(attention_tiles(p.queries)) * kTile;
+  const int head_index = block.next(p.heads);
+  const AttentionHead<T> head(p, keep, int(block.rest), head_index);
+  const int end = head.end_of_keys(first + kTile - 1), row = first + patch_row();
+  C scores[kPatch][kPatch], largest[kPatch], inverse_sum[kPatch];
+  row_maxima(products, head, first, end, largest, inverse_sum);
+
+  // Rows are divided by the sum of what multiplies the values: their weights, rounded or not, then
+  // still add up to 1.
+  C weight_sum[kPatch] = {}, rounded_sum[kPatch] = {};
+  typename Products::Result weighted;
+  for (int keys = 0; keys < end; keys += kTile) {
+    products.rows(head.query, first, head.key, keys, scores);
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
-      C factors[kPatch];
-      head.dropout(row + r, keys + patch_column(), factors);
+      bool kept[kPatch];
+      head.dropout(row + r, keys + patch_column(), kept);
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
-        C weight = 0;
+        C weight = 0;  // times the row's sum of exponentials
         if (head.visible(row + r, keys + patch_column() + c)) {
           const C e = exponential(scores[r][c] * head.scale - largest[r]);
-          weight = GatedProbability<C>(head, e * inverse_sum[r]).weight;
+          weight = e * GatedProbability<C>(head, e * inverse_sum[r]).gate;
         }
         weight_sum[r] += weight;
-        scores[r][c] = weight * factors[c];
+        weight = Products::rounded(weight);
+        rounded_sum[r] += weight;
+        scores[r][c] = kept[c] ? weight : C(0);
       }
     }
-    store_tile(shared, scores);
-    multiply_tile(shared, head.value, keys, column, out);
+    products.store(scores);
+    products.add_tile(head.value, keys, column, weighted);
   }
+  C out[kPatch][kPatch];
+  products.read(weighted, out);
 #pragma unroll
   for (int r = 0; r < kPatch; ++r) {
-    const C total = across_columns<Sum>(weight_sum[r]);
+    const C total = across_columns<Sum>(weight_sum[r]) * inverse_sum[r];
     const C inverse = inverse_sum[r] == 0 ? C(0) : C(1) / (total + C(p.eps));
+    const C rounded_total = across_columns<Sum>(rounded_sum[r]) * inverse_sum[r];
+    const C factor =
+        inverse_sum[r] == 0 ? C(0) : inverse_sum[r] / (rounded_total + C(p.eps)) * head.keep_factor;
 #pragma unroll
-    for (int c = 0; c < kPatch; ++c) out[r][c] *= inverse;
-    if (column == 0 && patch_column() == 0 && row + r < p.queries) {
+    for (int c = 0; c < kPatch; ++c) out[r][c] *= factor;
+    if (column == 0 && patch_column() == 0 && row + r < int(p.queries)) {
       const int64_t rows = p.batch * p.heads * p.queries;
       C* stats = static_cast<C*>(p.row_stats) + head.row(row + r);
       stats[0] = largest[r];
@@ -367,10 +263,10 @@ struct AttentionRowStats {
   C largest, inverse_sum, inverse_weight_sum;
 
   template <typename T>
-  __device__ __forceinline__ AttentionRowStats(const AttentionHead<T>& head, int64_t i) {
+  __device__ __forceinline__ AttentionRowStats(const AttentionHead<T>& head, int i) {
     const LifAttentionParams& p = head.p;
     const int64_t rows = p.batch * p.heads * p.queries;
-    const C* stats = static_cast<const C*>(p.row_stats) + head.row(i < p.queries ? i : 0);
+    const C* stats = static_cast<const C*>(p.row_stats) + head.row(i < int(p.queries) ? i : 0);
     largest = stats[0];
     inverse_sum = stats[rows];
     inverse_weight_sum = stats[2 * rows];
@@ -384,37 +280,38 @@ struct AttentionRowStats {
 
 // Grid: batch x heads x tiles of queries x 64 columns. Writes grad_query, `row_gradients` [2, B, H,
 // Q] (delta and E) and `gate_partials` [B, H, tiles of queries, 3].
-template <typename T>
-__global__ void __launch_bounds__(kAttentionThreads, 1)
+template <typename T, bool matrix_units>
+__global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
     lif_attention_backward_queries_kernel(LifAttentionParams p, AttentionDropout keep,
                                           compute_t<T>* row_gradients, double* gate_partials) {
   using C = compute_t<T>;
-  const AttentionShared<C> shared;
+  using Products = AttentionProductsFor<T, matrix_units>;
+  Products products;
   AttentionBlock block;
-  const int64_t column = block.next(attention_tiles(p.size)) * kTile;
-  const int64_t tiles = attention_tiles(p.queries), tile = block.next(tiles);
-  const int64_t head_index = block.next(p.heads);
-  const AttentionHead<T> head(p, keep, block.rest, head_index);
+  const int column = block.next(attention_tiles(p.size)) * kTile;
+  const int tiles = int(attention_tiles(p.queries)), tile = block.next(tiles);
+  const int head_index = block.next(p.heads);
+  const AttentionHead<T> head(p, keep, int(block.rest), head_index);
   const AttentionRows<T> grad_out(p.grad_out, head.batch, head.head, p.queries, p.size);
-  const int64_t first = tile * kTile, row = first + patch_row();
-  const int64_t end = head.end_of_keys(first + kTile - 1);
+  const int first = tile * kTile, row = first + patch_row();
+  const int end = head.end_of_keys(first + kTile - 1);
 
   C scores[kPatch][kPatch], through_value[kPatch][kPatch];
   C delta[kPatch] = {}, with_value[kPatch] = {}, without[kPatch] = {};
-  for (int64_t keys = 0; keys < end; keys += kTile) {
-    multiply_rows(shared, head.query, first, head.key, keys, scores);
-    multiply_rows(shared, grad_out, first, head.value, keys, through_value);
+  for (int keys = 0; keys < end; keys += kTile) {
+    products.rows(head.query, first, head.key, keys, scores);
+    products.rows(grad_out, first, head.value, keys, through_value);
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
       const AttentionRowStats<C> stats(head, row + r);
-      C factors[kPatch];
-      head.dropout(row + r, keys + patch_column(), factors);
+      bool kept[kPatch];
+      head.dropout(row + r, keys + patch_column(), kept);
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
         if (!head.visible(row + r, keys + patch_column() + c)) continue;
         const GatedProbability<C> gated(head, stats.probability(head, scores[r][c]));
-        const C t = through_value[r][c] * factors[c];
-        delta[r] += gated.weight * t;
+        const C t = kept[c] ? through_value[r][c] * head.keep_factor : C(0);
+        delta[r] += gated.p * gated.gate * t;
         with_value[r] += gated.p * gated.derivative * t;
         without[r] += gated.p * gated.derivative;
       }
@@ -427,31 +324,31 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     delta[r] = across_columns<Sum>(delta[r]) * inverse;
     mean[r] =
         (across_columns<Sum>(with_value[r]) - delta[r] * across_columns<Sum>(without[r])) * inverse;
-    if (column == 0 && patch_column() == 0 && row + r < p.queries) {
+    if (column == 0 && patch_column() == 0 && row + r < int(p.queries)) {
       row_gradients[head.row(row + r)] = delta[r];
       row_gradients[p.batch * p.heads * p.queries + head.row(row + r)] = mean[r];
     }
   }
 
   double gates[3] = {};
-  C grad_query[kPatch][kPatch] = {};
-  for (int64_t keys = 0; keys < end; keys += kTile) {
-    multiply_rows(shared, head.query, first, head.key, keys, scores);
-    multiply_rows(shared, grad_out, first, head.value, keys, through_value);
+  typename Products::Result weighted;
+  for (int keys = 0; keys < end; keys += kTile) {
+    products.rows(head.query, first, head.key, keys, scores);
+    products.rows(grad_out, first, head.value, keys, through_value);
     C tile_gates[3] = {};
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
       const AttentionRowStats<C> stats(head, row + r);
-      C factors[kPatch];
-      head.dropout(row + r, keys + patch_column(), factors);
+      bool kept[kPatch];
+      head.dropout(row + r, keys + patch_column(), kept);
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
         C grad_score = 0;
         if (head.visible(row + r, keys + patch_column() + c)) {
           const GatedProbability<C> gated(head, stats.probability(head, scores[r][c]));
-          const C grad_weight =
-              (through_value[r][c] * factors[c] - delta[r]) * stats.inverse_weight_sum;
-          grad_score = gated.p * (gated.derivative * grad_weight - mean[r]) * head.scale;
+          const C t = kept[c] ? through_value[r][c] * head.keep_factor : C(0);
+          const C grad_weight = (t - delta[r]) * stats.inverse_weight_sum;
+          grad_score = gated.p * (gated.derivative * grad_weight - mean[r]);
           tile_gates[0] += grad_weight * gate_dy_dthreshold(gated.p, head.steepness, gated.slope);
           tile_gates[1] += grad_weight * gated.p * gated.smoulder;
           tile_gates[2] +=
@@ -462,9 +359,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     }
 #pragma unroll
     for (int k = 0; k < 3; ++k) gates[k] += double(tile_gates[k]);
-    store_tile(shared, scores);
-    multiply_tile(shared, head.key, keys, column, grad_query);
+    products.store_scaled(scores);
+    products.template add_tile<true>(head.key, keys, column, weighted);
   }
+  C grad_query[kPatch][kPatch];
+  products.read(weighted, grad_query);
+  scale_patch(grad_query, head.scale);
   store_patch<T>(p.grad_query, head.batch, head.head, row, p.queries, column + patch_column(),
                  p.size, grad_query);
   if (column > 0) return;
@@ -478,91 +378,97 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 
 // Grid: batch x groups x tiles of keys x 64 columns. Writes grad_key and grad_value. Patches have
 // keys for rows and queries for columns.
-template <typename T>
-__global__ void __launch_bounds__(kAttentionThreads, 1)
+template <typename T, bool matrix_units>
+__global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
     lif_attention_backward_keys_kernel(LifAttentionParams p, AttentionDropout keep,
                                        const compute_t<T>* row_gradients) {
   using C = compute_t<T>;
-  const AttentionShared<C> shared;
+  using Products = AttentionProductsFor<T, matrix_units>;
+  Products products;
   AttentionBlock block;
-  const int64_t column = block.next(attention_tiles(p.size)) * kTile;
-  const int64_t first = block.next(attention_tiles(p.keys)) * kTile;
-  const int64_t group = block.next(p.groups), batch = block.rest;
-  const int64_t key = first + patch_row();
-  const int64_t heads = unsigned(p.heads) / unsigned(p.groups);
+  const int column = block.next(attention_tiles(p.size)) * kTile;
+  const int first = block.next(attention_tiles(p.keys)) * kTile;
+  const int group = block.next(p.groups), batch = int(block.rest);
+  const int key = first + patch_row();
+  const int heads = int(unsigned(p.heads) / unsigned(p.groups));
   // Queries before this one do not see the tile.
-  const int64_t begin = p.causal && first > p.keys - p.queries ? first - (p.keys - p.queries) : 0;
+  const int later = int(p.keys) - int(p.queries);
+  const int begin = p.causal && first > later ? first - later : 0;
 
   C scores[kPatch][kPatch], through_value[kPatch][kPatch];
-  C grad_key[kPatch][kPatch] = {}, grad_value[kPatch][kPatch] = {};
-  for (int64_t h = group * heads; h < (group + 1) * heads; ++h) {
+  typename Products::Result weighted_query, weighted_grad;
+  for (int h = group * heads; h < (group + 1) * heads; ++h) {
     const AttentionHead<T> head(p, keep, batch, h);
     const AttentionRows<T> grad_out(p.grad_out, batch, h, p.queries, p.size);
-    for (int64_t queries = begin / kTile * kTile; queries < p.queries; queries += kTile) {
-      multiply_rows(shared, head.key, first, head.query, queries, scores);
-      multiply_rows(shared, head.value, first, grad_out, queries, through_value);
+    for (int queries = begin / kTile * kTile; queries < int(p.queries); queries += kTile) {
+      products.rows(head.key, first, head.query, queries, scores);
+      products.rows(head.value, first, grad_out, queries, through_value);
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
-        const int64_t i = queries + patch_column() + c;
+        const int i = queries + patch_column() + c;
         const AttentionRowStats<C> stats(head, i);
-        const int64_t row = head.row(i < p.queries ? i : 0);
+        const int64_t row = head.row(i < int(p.queries) ? i : 0);
         const C delta = row_gradients[row];
         const C mean = row_gradients[p.batch * p.heads * p.queries + row];
-        C factors[kPatch];
-        head.dropout(i, key, factors);
+        bool kept[kPatch];
+        head.dropout(i, key, kept);
 #pragma unroll
         for (int r = 0; r < kPatch; ++r) {
           C grad_score = 0, weight = 0;
           if (head.visible(i, key + r)) {
             const GatedProbability<C> gated(head, stats.probability(head, scores[r][c]));
-            const C grad_weight =
-                (through_value[r][c] * factors[r] - delta) * stats.inverse_weight_sum;
-            grad_score = gated.p * (gated.derivative * grad_weight - mean) * head.scale;
-            weight = gated.weight * stats.inverse_weight_sum * factors[r];
+            const C t = kept[r] ? through_value[r][c] * head.keep_factor : C(0);
+            const C grad_weight = (t - delta) * stats.inverse_weight_sum;
+            grad_score = gated.p * (gated.derivative * grad_weight - mean);
+            weight = kept[r] ? gated.p * gated.gate * stats.inverse_weight_sum : C(0);
           }
           scores[r][c] = grad_score;
           through_value[r][c] = weight;
         }
       }
-      store_tile(shared, scores);
-      multiply_tile(shared, head.query, queries, column, grad_key);
+      products.store(through_value);
+      products.add_tile(grad_out, queries, column, weighted_grad);
       __syncthreads();
-      store_tile(shared, through_value);
-      multiply_tile(shared, grad_out, queries, column, grad_value);
+      products.store_scaled(scores);
+      products.template add_tile<true>(head.query, queries, column, weighted_query);
     }
   }
-  store_patch<T>(p.grad_key, batch, group, key, p.keys, column + patch_column(), p.size, grad_key);
-  store_patch<T>(p.grad_value, batch, group, key, p.keys, column + patch_column(), p.size,
-                 grad_value);
+  products.read(weighted_query, scores);
+  scale_patch(scores, C(p.scale));
+  store_patch<T>(p.grad_key, batch, group, key, p.keys, column + patch_column(), p.size, scores);
+  products.read(weighted_grad, scores);
+  scale_patch(scores, C(keep.factor));
+  store_patch<T>(p.grad_value, batch, group, key, p.keys, column + patch_column(), p.size, scores);
 }
 
 // Grid: batch x heads x tiles of keys; after forward. Writes the keys' loads, and `partials` [B, H,
 // tiles of keys, 6]: entropy, support, first token, probabilities above the threshold, visible
 // pairs, nothing. Patches as in backward_keys.
-template <typename T>
-__global__ void __launch_bounds__(kAttentionThreads, 1)
+template <typename T, bool matrix_units>
+__global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
     lif_attention_summary_kernel(LifAttentionParams p, double* partials) {
   using C = compute_t<T>;
-  const AttentionShared<C> shared;
+  using Products = AttentionProductsFor<T, matrix_units>;
+  Products products;
   AttentionBlock block;
-  const int64_t tile = block.next(attention_tiles(p.keys)), first = tile * kTile;
-  const int64_t head_index = block.next(p.heads);
-  const AttentionHead<T> head(p, {}, block.rest, head_index);
-  const int64_t key = first + patch_row();
+  const int tile = block.next(attention_tiles(p.keys)), first = tile * kTile;
+  const int head_index = block.next(p.heads);
+  const AttentionHead<T> head(p, {}, int(block.rest), head_index);
+  const int key = first + patch_row();
 
   C scores[kPatch][kPatch], load[kPatch] = {};
   double sums[3] = {}, counts[3] = {};
-  for (int64_t queries = 0; queries < p.queries; queries += kTile) {
-    multiply_rows(shared, head.key, first, head.query, queries, scores);
+  for (int queries = 0; queries < int(p.queries); queries += kTile) {
+    products.rows(head.key, first, head.query, queries, scores);
 #pragma unroll
     for (int c = 0; c < kPatch; ++c) {
-      const int64_t i = queries + patch_column() + c;
+      const int i = queries + patch_column() + c;
       const AttentionRowStats<C> stats(head, i);
 #pragma unroll
       for (int r = 0; r < kPatch; ++r) {
         if (!head.visible(i, key + r)) continue;
         const GatedProbability<C> gated(head, stats.probability(head, scores[r][c]));
-        const C weight = gated.weight * stats.inverse_weight_sum;
+        const C weight = gated.p * gated.gate * stats.inverse_weight_sum;
         load[r] += gated.p;
         if (weight > 0) sums[0] -= double(weight * log(weight));
         sums[1] += weight > C(0.01);
@@ -575,7 +481,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 #pragma unroll
   for (int r = 0; r < kPatch; ++r) {
     const C total = across_columns<Sum>(load[r]);
-    if (patch_column() == 0 && key + r < p.keys) {
+    if (patch_column() == 0 && key + r < int(p.keys)) {
       static_cast<C*>(p.load)[(head.batch * p.heads + head.head) * p.keys + key + r] =
           total / C(p.queries);
     }

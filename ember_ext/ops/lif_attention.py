@@ -79,7 +79,9 @@ def lif_attention(
     divided by their sum plus eps; the result is dropout(w) value. A query that sees no key gets
     zeros. Memory grows with Tq + Tk, not with their product. Differentiable once in query, key,
     value, θ, λ and k. Computed in fp32 (fp64 for fp64 input), rounded once, at the end; the same
-    bits come out for any number of threads.
+    bits come out for any number of threads. On a GPU 16-bit types use its matrix units, for which
+    weights and gradients of scores are rounded to query's dtype; fp32 does so, rounding its factors
+    to tf32, where PyTorch's own products may (`torch.set_float32_matmul_precision`).
 
     Under autocast query, key and value are rounded to autocast's dtype, unless they are fp64.
 
@@ -138,9 +140,9 @@ def lif_attention(
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     operators = torch.ops.ember_ext
     operator = operators.lif_attention if needs_grad else operators.lif_attention_forward
-    arguments = (*tensors, attn_mask, seed, dropout_p, is_causal, scale, eps, return_summary)
+    options = (attn_mask, seed, dropout_p, is_causal, scale, eps, _tf32(query), return_summary)
     out, _, summary, load = _attention.call_kernel(
-        _OP, operator, arguments, (threshold, leak, steepness)
+        _OP, operator, (*tensors, *options), (threshold, leak, steepness)
     )
     if not return_summary:
         return out  # type: ignore[no-any-return]
@@ -179,6 +181,15 @@ def _check_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> None:
     _checks.check_device(_OP, "attn_mask", mask, query, "query")
 
 
+def _tf32(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype == torch.float32 and _allows_tf32()
+
+
+@torch.compiler.assume_constant_result
+def _allows_tf32() -> bool:
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def _register() -> None:
     """Give the operators their fake kernels and gradients."""
 
@@ -206,14 +217,15 @@ def _register() -> None:
         )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, mask, seed, ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.eps, _ = inputs
+        *tensors, mask, seed = inputs[:8]
+        *ctx.options, _ = inputs[8:]
         ctx.save_for_backward(*tensors, output[1], mask, seed)
 
     def backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad_query, grad_key, grad_value, grad_gates = torch.ops.ember_ext.lif_attention_backward(
-            grad_out, *ctx.saved_tensors, ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.eps
+            grad_out, *ctx.saved_tensors, *ctx.options
         )
-        return grad_query, grad_key, grad_value, *grad_gates.unbind(0), *(None,) * 7
+        return grad_query, grad_key, grad_value, *grad_gates.unbind(0), *(None,) * 8
 
     torch.library.register_autograd(
         "ember_ext::lif_attention", backward, setup_context=setup_context

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +43,10 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates of a data sheet: bytes a second, and operations a second in fp32 and fp64.
+    """Rates of a data sheet: bytes a second, and operations a second.
 
-    `block_bytes` is what one multiprocessor gets from the second-level cache: 64 bytes a clock.
+    Those of matrix units are without sparsity; `half` is that for bf16 and fp16. `block_bytes` is
+    what one multiprocessor gets from the second-level cache: 64 bytes a clock.
     """
 
     name: str
@@ -55,11 +56,13 @@ class Gpu:
     fp32: float
     fp64: float
     block_bytes: float
+    tf32: float
+    half: float
 
 
 GPUS = (
-    Gpu("A100 SXM 80 GB", 80, 108, 2.039e12, 19.5e12, 9.7e12, 64 * 1.41e9),
-    Gpu("H100 SXM", 90, 132, 3.35e12, 67e12, 34e12, 64 * 1.98e9),
+    Gpu("A100 SXM 80 GB", 80, 108, 2.039e12, 19.5e12, 9.7e12, 64 * 1.41e9, 156e12, 312e12),
+    Gpu("H100 SXM", 90, 132, 3.35e12, 67e12, 34e12, 64 * 1.98e9, 494.7e12, 989.4e12),
 )
 
 
@@ -167,6 +170,8 @@ class Workload:
         blocks: of the launch, where they are too few to fill a GPU.
         steps: how often a block reads what would have been in shared memory, had it fit.
         elastic: whether a block takes as much shared memory as the device has.
+        products: further operations, those of products that run on matrix units.
+        tf32: whether these units take tf32, not bf16 or fp16.
     """
 
     kernel: str
@@ -179,6 +184,8 @@ class Workload:
     blocks: int | None = None
     steps: int = 0
     elastic: bool = False
+    products: float = 0.0
+    tf32: bool = False
 
     def shared_on(self, architecture: int) -> int:
         """The shared memory that a block gets there, in bytes."""
@@ -188,66 +195,147 @@ class Workload:
 
 
 def floor_seconds(workload: Workload, gpu: Gpu) -> float:
-    """The time below which a workload split into these blocks cannot go, without matrix units."""
-    rate = gpu.fp64 if workload.fp64 else gpu.fp32
-    if workload.blocks is not None:
-        rate *= min(1.0, workload.blocks / gpu.multiprocessors)
+    """The time below which a workload split into these blocks cannot go, were all parts to overlap.
+
+    fp64's products are counted as arithmetic, not as work for matrix units.
+    """
+    filled = 1.0 if workload.blocks is None else min(1.0, workload.blocks / gpu.multiprocessors)
     streamed = workload.steps * (workload.shared_bytes - workload.shared_on(gpu.architecture))
-    return max(workload.bytes / gpu.bytes, workload.operations / rate, streamed / gpu.block_bytes)
+    return max(
+        workload.bytes / gpu.bytes,
+        workload.operations / (filled * (gpu.fp64 if workload.fp64 else gpu.fp32)),
+        workload.products / (filled * (gpu.tf32 if workload.tf32 else gpu.half)),
+        streamed / gpu.block_bytes,
+    )
 
 
-def _workloads() -> list[Workload]:
-    workloads = []
+def _gate_workloads() -> Iterator[Workload]:
     elements, columns = 64 * 256 * 384, 384
-    heads, tokens, size = 64 * 6, 256, 64
-    pairs = heads * tokens * (tokens + 1) / 2
     for kind, width in (("float", 4), ("__nv_bfloat16", 2), ("double", 8)):
         fp64, compute = width == 8, max(width, 4)
         gate = "gate [64, 256, 384], l2"
         pack = 2 if fp64 else 4
-        workloads.append(
-            Workload(
-                f"lif_gate_forward_kernel<{kind}, true>",
-                gate,
-                256,
-                2 * 8 * compute,
-                2 * width * elements + 3 * compute * columns,
-                30 * elements,
-                fp64,
-            )
+        yield Workload(
+            f"lif_gate_forward_kernel<{kind}, true>",
+            gate,
+            256,
+            2 * 8 * compute,
+            2 * width * elements + 3 * compute * columns,
+            30 * elements,
+            fp64,
         )
-        workloads.append(
-            Workload(
-                f"lif_gate_backward_kernel<{kind}, true, true>",
-                gate,
-                256,
-                3 * pack * 256 * compute,
-                3 * width * elements + 6 * compute * columns,
-                65 * elements,
-                fp64,
-            )
+        yield Workload(
+            f"lif_gate_backward_kernel<{kind}, true, true>",
+            gate,
+            256,
+            3 * pack * 256 * compute,
+            3 * width * elements + 6 * compute * columns,
+            65 * elements,
+            fp64,
         )
-        depth = 16 if fp64 else 32
-        shared = (64 + 2 * depth) * (64 + 16 // compute) * compute
-        rows = heads * tokens * size * width
-        # Products of a pair, each 2 * size operations; a gate and two exponentials are about 40.
+
+
+_ATTENTION = (64, 6, 256, 64)
+"""Batch, heads, tokens and head size of the attention workloads, which are causal."""
+
+_KINDS = {"double": 8, "float": 4, "__nv_bfloat16": 2, "__half": 2}
+
+
+def attention_shared_bytes(kind: str) -> int:
+    """Shared memory of a block of attention kernels: the larger of those with and without units."""
+    # csrc/cuda/attention_products.cuh, AttentionProducts::kBytes.
+    if kind == "double":
+        return (64 + 2 * 16) * (64 + 2) * 8
+    return 64 * (64 + 4) * 4 + 2 * 64 * (128 + 16) + 8 * 4
+
+
+def _attention_workload(
+    kernel: str,
+    kind: str,
+    units: bool,
+    products: int,
+    work: float,
+    size: float,
+    extra: int = 0,
+    variant: str = "",
+) -> Workload:
+    """A kernel with `products` products of pairs and `work` operations for each pair; `size` bytes.
+
+    `extra` is shared memory beyond the products', `variant` further template arguments.
+    """
+    batch, heads, tokens, columns = _ATTENTION
+    pairs = batch * heads * tokens * (tokens + 1) / 2
+    multiplied = pairs * 2 * columns * products
+    return Workload(
+        f"{kernel}<{kind}, {str(units).lower()}{variant}>",
+        f"attention {list(_ATTENTION)}, causal",
+        256,
+        attention_shared_bytes(kind) + extra,
+        size,
+        pairs * work + (0 if units else multiplied),
+        kind == "double",
+        products=multiplied if units else 0.0,
+        tf32=kind == "float",
+    )
+
+
+def _attention_workloads() -> Iterator[Workload]:
+    batch, heads, tokens, columns = _ATTENTION
+    for kind, units in (
+        ("double", False),
+        ("float", False),
+        ("float", True),
+        ("__nv_bfloat16", True),
+        ("__half", True),
+    ):
+        array = batch * heads * tokens * columns * _KINDS[kind]
+        # A gate and two exponentials are about 40 operations. Forward computes scores twice,
+        # backward's first kernel scores and grad_out values twice.
         for name, products, arrays in (
             ("forward", 3, 4),
             ("backward_queries", 5, 5),
             ("backward_keys", 4, 6),
         ):
-            workloads.append(
-                Workload(
-                    f"lif_attention_{name}_kernel<{kind}>",
-                    "attention [64, 6, 256, 64], causal",
-                    256,
-                    shared,
-                    arrays * rows,
-                    pairs * (2 * size * products + 40),
-                    fp64,
-                )
+            yield _attention_workload(
+                f"lif_attention_{name}_kernel", kind, units, products, 40, arrays * array
             )
-    return workloads
+
+
+def _refractory_workloads() -> Iterator[Workload]:
+    batch, heads, tokens, columns = _ATTENTION
+    for kind, width in _KINDS.items():
+        units, compute = width == 2, max(width, 4)
+        array = batch * heads * tokens * columns * width
+        # One number for each pair of tokens of a batch entry, and for each tile of queries.
+        square = batch * tokens * tokens * compute
+        sums = batch * heads * (tokens // 64) * tokens * compute
+        # fp64 makes the gradients of keys and of values in turn.
+        keys = (
+            [
+                ("backward_keys", 3, 5, 1, ", true, false"),
+                ("backward_keys", 2, 4, 0, ", false, true"),
+            ]
+            if kind == "double"
+            else [("backward_keys", 4, 6, 1, ", true, true")]
+        )
+        for name, products, arrays, squares, variant in (
+            ("rows", 2, 2, 0, ""),
+            ("out", 2, 4, 0, ""),
+            ("weights", 1, 2, 1, ""),
+            ("backward_rows", 4, 4, 1, ""),
+            ("backward_queries", 5, 5, 1, ""),
+            *keys,
+        ):
+            yield _attention_workload(
+                f"refractory_lif_attention_{name}_kernel",
+                kind,
+                units,
+                products,
+                80,
+                arrays * array + squares * square + sums,
+                17 * 64 * compute,
+                variant,
+            )
 
 
 def _cfc_workloads() -> list[Workload]:
@@ -298,4 +386,9 @@ def _cfc_workloads() -> list[Workload]:
     return workloads
 
 
-WORKLOADS = (*_workloads(), *_cfc_workloads())
+WORKLOADS = (
+    *_gate_workloads(),
+    *_attention_workloads(),
+    *_refractory_workloads(),
+    *_cfc_workloads(),
+)

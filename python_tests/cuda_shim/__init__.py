@@ -50,9 +50,11 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
-def _compile(source: Path, objects: Path) -> Path:
+def _compile(source: Path, objects: Path, architecture: int) -> Path:
     target = objects / f"{source.stem}.o"
-    flags = ["-std=c++17", "-O1", "-fPIC"] if source.stem == "shim" else _FLAGS + _DEVICE_FLAGS
+    flags = [*_FLAGS, *_DEVICE_FLAGS, f"-D__CUDA_ARCH__={architecture}0"]
+    if source.stem == "shim":
+        flags = ["-std=c++17", "-O1", "-fPIC"]
     command = [str(compiler()), *flags, "-c", str(source), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
@@ -60,10 +62,13 @@ def _compile(source: Path, objects: Path) -> Path:
     return target
 
 
-def build(sources: Sequence[Path]) -> Path:
-    """Build a library of the shim and `sources`; kept until one of the files changes."""
+def build(sources: Sequence[Path], architecture: int) -> Path:
+    """Build a library of the shim and `sources`; kept until one of the files changes.
+
+    Kernels see `architecture`, such as 80, as the one that they are compiled for.
+    """
     inputs = [HERE / "shim.cpp", *sources]
-    digest = hashlib.sha256(f"{compiler()} {_FLAGS} {sources}".encode())
+    digest = hashlib.sha256(f"{compiler()} {_FLAGS} {sources} {architecture}".encode())
     headers = [*HERE.glob("*.h"), *SOURCES.glob("common/*"), *SOURCES.glob("cuda/*.cuh")]
     for file in [*inputs, *sorted(headers)]:
         digest.update(file.read_bytes())
@@ -73,7 +78,9 @@ def build(sources: Sequence[Path]) -> Path:
     if library.exists():
         return library
     with tempfile.TemporaryDirectory(dir=folder) as objects, ThreadPoolExecutor(2) as pool:
-        built = [str(o) for o in pool.map(lambda s: _compile(s, Path(objects)), inputs)]
+        built = [
+            str(o) for o in pool.map(lambda s: _compile(s, Path(objects), architecture), inputs)
+        ]
         unfinished = f"{objects}/library.so"
         link = [str(compiler()), "-shared", "-Wl,--no-undefined", "-o", unfinished, *built, "-ldl"]
         subprocess.run(link, check=True)
@@ -98,8 +105,8 @@ class KernelFaultError(AssertionError):
 class Shim:
     """A built library."""
 
-    def __init__(self, sources: Sequence[Path]) -> None:
-        self.path = build(sources)
+    def __init__(self, sources: Sequence[Path], architecture: int = 80) -> None:
+        self.path = build(sources, architecture)
         self.library = ctypes.CDLL(str(self.path))
         self.library.cuda_shim_allocate.restype = ctypes.c_void_p
         self.library.cuda_shim_allocate.argtypes = [ctypes.c_size_t]
@@ -192,9 +199,9 @@ def _bits(value: Tensor) -> Tensor:
 
 
 @functools.cache
-def operators() -> Shim:
-    """The launchers of all operators."""
-    return Shim([HERE / "entry.cpp", *sorted(SOURCES.glob("cuda/*.cu"))])
+def operators(architecture: int = 80) -> Shim:
+    """The launchers of all operators, their kernels compiled for an architecture."""
+    return Shim([HERE / "entry.cpp", *sorted(SOURCES.glob("cuda/*.cu"))], architecture)
 
 
 def fill(params: ctypes.Structure, addresses: dict[str, int | None]) -> None:

@@ -6,11 +6,13 @@
 // shuffle, vote), then the next in the order that the test chose.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <utility>
 
 #define __global__
@@ -58,6 +60,9 @@ void wait_for_block(Place place);
 // Every lane of the mask hands in `value` and gets the values of all lanes.
 const uint64_t* wait_for_warp(unsigned mask, uint64_t value, Place place);
 bool block_or(bool condition, Place place);
+// All 32 lanes of a warp hand in an argument; once they have, `together` is called with all of
+// them.
+void meet(void* argument, void (*together)(void* const* arguments), Place place);
 [[noreturn]] void fault(const char* what, Place place);
 
 void allow_shared_memory(const void* kernel, int bytes);

@@ -4,6 +4,7 @@
 #include "../../csrc/common/cfc_scan.h"
 #include "../../csrc/common/lif_attention.h"
 #include "../../csrc/common/lif_gate.h"
+#include "../../csrc/common/refractory_lif_attention.h"
 
 #define ENTRY(name, Params)                             \
   namespace ember {                                     \
@@ -62,4 +63,20 @@ extern "C" int64_t ember_cfc_scan_tape_size(const ember::CfcScanParams* p) {
 }
 extern "C" size_t ember_cfc_scan_params_size() {
   return sizeof(ember::CfcScanParams);
+}
+
+ENTRY(refractory_lif_attention_forward, RefractoryLifAttentionParams)
+ENTRY(refractory_lif_attention_backward, RefractoryLifAttentionParams)
+
+namespace ember {
+namespace cuda {
+int64_t refractory_lif_attention_scratch_bytes(const RefractoryLifAttentionParams&, bool backward);
+}
+}  // namespace ember
+extern "C" int64_t ember_refractory_lif_attention_scratch_bytes(
+    const ember::RefractoryLifAttentionParams* p, int backward) {
+  return ember::cuda::refractory_lif_attention_scratch_bytes(*p, backward);
+}
+extern "C" size_t ember_refractory_lif_attention_params_size() {
+  return sizeof(ember::RefractoryLifAttentionParams);
 }

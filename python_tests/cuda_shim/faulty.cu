@@ -1,5 +1,6 @@
 // Kernels with one fault each, and their sound twin: what the shim must and must not report.
 #include <cuda_runtime.h>
+#include <mma.h>
 
 #include "../../csrc/cuda/team.cuh"
 
@@ -58,19 +59,57 @@ __global__ void misaligned(const float* in, float* out) {
   out[threadIdx.x] = reinterpret_cast<const Four*>(in + 1)->values[0];
 }
 
+// Writes 8 of the 256 products of a matrix with itself: of tf32 [16, 8] from shared memory.
+__device__ void multiply(const float* in, float* out, int offset, bool loads, bool takes_part) {
+  using namespace nvcuda::wmma;
+  float* shared = shared_memory<float>();
+  for (int i = threadIdx.x; i < 136; i += 64) shared[i] = in[i % 64];
+  __syncthreads();
+  fragment<matrix_a, 16, 16, 8, precision::tf32, row_major> a;
+  fragment<matrix_b, 16, 16, 8, precision::tf32, col_major> b;
+  fragment<accumulator, 16, 16, 8, float> sums;
+  fill_fragment(sums, 0.0f);
+  if (loads) load_matrix_sync(a, shared + offset, 8);
+  load_matrix_sync(b, shared + offset, 8);
+  if (takes_part) mma_sync(sums, a, b, sums);
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  store_matrix_sync(shared, sums, 16, mem_row_major);
+  __syncwarp();
+  out[threadIdx.x] = shared[threadIdx.x];
+  out[threadIdx.x + 32] = 0;
+}
+__global__ void sound_product(const float* in, float* out) {
+  multiply(in, out, 0, true, true);
+}
+__global__ void divergent_product(const float* in, float* out) {
+  multiply(in, out, 0, true, threadIdx.x != 7);
+}
+__global__ void misaligned_product(const float* in, float* out) {
+  multiply(in, out, 4, true, true);
+}
+__global__ void unloaded_product(const float* in, float* out) {
+  multiply(in, out, 0, false, true);
+}
+
 }  // namespace cuda
 }  // namespace ember
 
 // in and out: float [64].
-#define FAULT(name)                                                                             \
-  extern "C" int name(const float* in, float* out) {                                            \
-    return ember::cuda::launch(ember::cuda::name, 1, 64, 64 * sizeof(float), nullptr, in, out); \
+#define FAULT(name, shared)                                                                   \
+  extern "C" int name(const float* in, float* out) {                                          \
+    return ember::cuda::launch(ember::cuda::name, 1, 64, shared * sizeof(float), nullptr, in, \
+                               out);                                                          \
   }
-FAULT(sound)
-FAULT(missing_barrier)
-FAULT(divergent_barrier)
-FAULT(divergent_shuffle)
-FAULT(out_of_bounds)
-FAULT(shared_out_of_bounds)
-FAULT(uninitialised)
-FAULT(misaligned)
+FAULT(sound, 64)
+FAULT(missing_barrier, 64)
+FAULT(divergent_barrier, 64)
+FAULT(divergent_shuffle, 64)
+FAULT(out_of_bounds, 64)
+FAULT(shared_out_of_bounds, 64)
+FAULT(uninitialised, 64)
+FAULT(misaligned, 64)
+FAULT(sound_product, 256)
+FAULT(divergent_product, 256)
+FAULT(misaligned_product, 256)
+FAULT(unloaded_product, 256)

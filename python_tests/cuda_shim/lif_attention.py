@@ -36,6 +36,7 @@ class Params(ctypes.Structure):
         ("keys", ctypes.c_int64),
         ("size", ctypes.c_int64),
         ("causal", ctypes.c_bool),
+        ("tf32", ctypes.c_bool),
         ("scale", ctypes.c_double),
         ("eps", ctypes.c_double),
         ("dropout", ctypes.c_double),
@@ -68,9 +69,10 @@ _WITH_STRIDES = {name for name, kind in Params._fields_ if kind is AttentionTens
 Options = dict[str, Any]
 
 
-def _describe(query: Tensor, key: Tensor, options: Options) -> Params:
+def describe(query: Tensor, key: Tensor, options: Options, kind: type[Params] = Params) -> Params:
+    """Parameters with everything set but pointers."""
     batch, heads, queries, size = query.shape
-    return Params(
+    return kind(
         dtype=cuda_shim.DTYPE_CODES[query.dtype],
         batch=batch,
         heads=heads,
@@ -79,30 +81,37 @@ def _describe(query: Tensor, key: Tensor, options: Options) -> Params:
         keys=key.shape[2],
         size=size,
         causal=options["is_causal"],
+        tf32=query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
         scale=options["scale"],
         eps=options["eps"],
         dropout=options["dropout_p"],
     )
 
 
-def _run(
-    name: str, p: Params, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor]
+def run(
+    shim: cuda_shim.Shim,
+    name: str,
+    p: Params,
+    inputs: dict[str, Tensor | None],
+    outputs: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    shim = cuda_shim.operators()
-    # Tokens padded by one element: rows that are not next to each other, and odd addresses.
+    """Call a launcher with `inputs` and return `outputs`, by the names of the parameters."""
+    # Padded tokens: rows that are not next to each other. Whole packs start at whole packs, others
+    # at odd addresses.
+    pad = 8 if p.size % 8 == 0 else 1
     strided = {
-        k: torch.nn.functional.pad(t, (0, 1)) if k in _WITH_STRIDES and t is not None else t
+        k: torch.nn.functional.pad(t, (0, pad)) if k in _WITH_STRIDES and t is not None else t
         for k, t in inputs.items()
     }
     shapes = {
-        k: t.new_empty(*t.shape[:-1], t.shape[-1] + 1) if k in _WITH_STRIDES else t
+        k: t.new_empty(*t.shape[:-1], t.shape[-1] + pad) if k in _WITH_STRIDES else t
         for k, t in outputs.items()
     }
-    mask = inputs["mask"]
+    mask = inputs.get("mask")
     if mask is not None:
         p.mask_strides[:] = mask.contiguous().stride()
 
-    def run(addresses: dict[str, int | None]) -> int:
+    def launch(addresses: dict[str, int | None]) -> int:
         for key, address in addresses.items():
             if key in _WITH_STRIDES:
                 tensor = strided[key] if key in strided else shapes[key]
@@ -112,12 +121,13 @@ def _run(
                 setattr(p, key, address)
         return int(getattr(shim.library, f"ember_{name}")(ctypes.byref(p)))
 
-    results = shim.call(run, strided, shapes)
-    return {k: v[..., :-1] if k in _WITH_STRIDES else v for k, v in results.items()}
+    results = shim.call(launch, strided, shapes)
+    return {k: v[..., :-pad] if k in _WITH_STRIDES else v for k, v in results.items()}
 
 
-def _scratch(p: Params, backward: bool) -> Tensor:
-    size = cuda_shim.operators().library.ember_lif_attention_scratch_bytes
+def scratch(name: str, p: Params, backward: bool) -> Tensor:
+    """The scratch memory that a call of the operator `name` needs."""
+    size = getattr(cuda_shim.operators().library, f"ember_{name}_scratch_bytes")
     size.restype = ctypes.c_int64
     return torch.empty(size(ctypes.byref(p), int(backward)) // 8 + 1, dtype=torch.float64)
 
@@ -127,7 +137,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Any:
         *tensors, options = arguments
         query, key, value, threshold, leak, steepness = tensors
-        p = _describe(query, key, options)
+        p = describe(query, key, options)
         inputs = {
             "query": query,
             "key": key,
@@ -144,8 +154,9 @@ class _Attention(torch.autograd.Function):
             outputs["summary"] = threshold.new_empty(4, *rows[:2])
             outputs["load"] = threshold.new_empty(*rows[:2], key.shape[2])
             p.summary = 1  # for the scratch's size; replaced below
-            outputs["scratch"] = _scratch(p, False)
-        results = _run("lif_attention_forward", p, inputs, outputs)
+            outputs["scratch"] = scratch("lif_attention", p, False)
+        shim = cuda_shim.operators(options["architecture"])
+        results = run(shim, "lif_attention_forward", p, inputs, outputs)
         ctx.inputs, ctx.options, ctx.row_stats = inputs, options, results["row_stats"]
         if not options["return_summary"]:
             return results["out"]
@@ -155,12 +166,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         inputs = ctx.inputs
-        p = _describe(inputs["query"], inputs["key"], ctx.options)
+        p = describe(inputs["query"], inputs["key"], ctx.options)
         outputs = {f"grad_{name}": inputs[name] for name in ("query", "key", "value")}
         outputs["grad_gates"] = inputs["leak"].new_empty(3, inputs["leak"].numel())
-        outputs["scratch"] = _scratch(p, True)
+        outputs["scratch"] = scratch("lif_attention", p, True)
         extra = {"grad_out": grad_out, "row_stats": ctx.row_stats}
-        results = _run("lif_attention_backward", p, {**inputs, **extra}, outputs)
+        shim = cuda_shim.operators(ctx.options["architecture"])
+        results = run(shim, "lif_attention_backward", p, {**inputs, **extra}, outputs)
         gradients = [results[f"grad_{name}"] for name in ("query", "key", "value")]
         return *gradients, *results["grad_gates"], None
 
@@ -180,8 +192,9 @@ def lif_attention(
     eps: float = 1e-8,
     seed: Tensor | None = None,
     return_summary: bool = False,
+    architecture: int = 80,
 ) -> Tensor | tuple[Tensor, AttentionSummary]:
-    """As ember_ext.ops.lif_attention."""
+    """As ember_ext.ops.lif_attention, with kernels compiled for `architecture`."""
     compute = torch.promote_types(query.dtype, torch.float32)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
@@ -193,6 +206,7 @@ def lif_attention(
         "eps": eps,
         "seed": seed,
         "return_summary": return_summary,
+        "architecture": architecture,
     }
     gate = [p.to(compute) for p in (threshold, leak, steepness)]
     result = _Attention.apply(query, key, value, *gate, options)

@@ -35,7 +35,7 @@ constexpr size_t kSharedMost = 227 * 1024, kSharedGuard = 4096;  // the H100's l
 
 namespace ember {
 namespace cuda {
-alignas(16) unsigned char shared_bytes[kSharedMost + kSharedGuard];
+alignas(32) unsigned char shared_bytes[kSharedMost + kSharedGuard];
 }  // namespace cuda
 }  // namespace ember
 
@@ -55,10 +55,11 @@ struct Thread {
   State state;
   Place place;
   unsigned mask;
-  uint64_t value;         // handed in at a warp's meeting
-  uint64_t received[32];  // taken from it
-  bool condition;         // handed in at block_or
-  bool started;           // whether `resume` holds a point to go on from
+  uint64_t value;                            // handed in at a warp's meeting
+  void (*together)(void* const* arguments);  // called there with all values, unless null
+  uint64_t received[32];                     // taken from it
+  bool condition;                            // handed in at block_or
+  bool started;                              // whether `resume` holds a point to go on from
   jmp_buf resume;
   ucontext_t start;
 };
@@ -161,6 +162,14 @@ bool release_warps(int count) {
                  same(other.place, threads[i].place);
     }
     if (!complete) continue;
+    if (threads[i].together) {
+      void* arguments[32];
+      for (int lane = 0; lane < 32; ++lane) {
+        arguments[lane] = reinterpret_cast<void*>(threads[first + lane].value);
+      }
+      current = i;
+      threads[i].together(arguments);
+    }
     uint64_t values[32] = {};
     for (int lane = 0; lane < 32; ++lane) {
       if (mask >> lane & 1) values[lane] = threads[first + lane].value;
@@ -245,8 +254,16 @@ const uint64_t* wait_for_warp(unsigned mask, uint64_t value, Place place) {
   const int self = current;
   threads[self].mask = mask;
   threads[self].value = value;
+  threads[self].together = nullptr;
   yield(State::at_warp, place);
   return threads[self].received;
+}
+
+void meet(void* argument, void (*together)(void* const* arguments), Place place) {
+  threads[current].mask = 0xffffffffu;
+  threads[current].value = reinterpret_cast<uint64_t>(argument);
+  threads[current].together = together;
+  yield(State::at_warp, place);
 }
 
 void fault(const char* what, Place place) {

@@ -1,0 +1,485 @@
+// Products of 64 x 64 tiles for the attention kernels, whose elements each thread then works on.
+//
+// A block of 256 threads multiplies rows of two matrices in memory, a tile of scores, and hands
+// every thread a patch of 4 x 4 scores. From the patches the block makes a tile of weights or of
+// gradients and adds its product with rows of a third matrix to a result that stays in registers:
+//
+//   Products products;  Products::Result out;
+//   products.rows(query, i, key, j, scores);     scores = query rows times key rows
+//   products.store(scores);                      the tile = scores, changed in between
+//   products.add_tile(value, j, column, out);    out += tile times columns of value rows
+//
+// Kernels are written once for both kinds of AttentionProducts: sums in registers, for any type,
+// and nvcuda::wmma's matrix units, for 16-bit types and for fp32 rounded to tf32.
+#pragma once
+
+#include <mma.h>
+
+#include <type_traits>
+
+#include "../common/lif_attention.h"
+#include "team.cuh"
+
+namespace ember {
+namespace cuda {
+
+constexpr int kAttentionThreads = 256;
+constexpr int kTile = 64;  // queries, keys, and columns of a result
+constexpr int kPatch = 4;  // of each a thread takes, in 16 x 16 threads
+constexpr int kAcross = kTile / kPatch;
+
+__host__ __device__ __forceinline__ int64_t attention_tiles(int64_t n) {
+  return (n + kTile - 1) / kTile;
+}
+
+// Kernels count tokens and columns in int, which saves registers.
+inline bool attention_fits(const LifAttentionParams& p) {
+  const int64_t most = 0x7fffffff - 2 * kTile;
+  return p.queries <= most && p.keys <= most && p.size <= most && p.queries + p.keys <= most;
+}
+
+template <typename T>
+struct alignas(kPatch * sizeof(T)) Patch {
+  T values[kPatch];
+};
+template <>
+struct alignas(16) Patch<double> {
+  double values[kPatch];
+};
+
+// The row and the column of the thread's patch. The 16 threads with the same rows are of one warp.
+__device__ __forceinline__ int patch_row() {
+  return int(threadIdx.x) / kAcross * kPatch;
+}
+__device__ __forceinline__ int patch_column() {
+  return int(threadIdx.x) % kAcross * kPatch;
+}
+
+// Combines a value over the 16 threads that share the patch's rows.
+template <typename Operation, typename C>
+__device__ __forceinline__ C across_columns(C value) {
+#pragma unroll
+  for (int offset = kAcross / 2; offset > 0; offset /= 2) {
+    value = Operation::of(value, __shfl_xor_sync(kAllLanes, value, offset));
+  }
+  return value;
+}
+
+// Elements that one 16-byte load brings.
+template <typename T>
+struct alignas(16) Pack {
+  static constexpr int kElements = 16 / int(sizeof(T));
+  T values[kElements];
+};
+
+// Rows of a matrix [count, size] in memory; rows and columns past the end read as 0.
+template <typename T>
+struct AttentionRows {
+  const T* data;
+  int64_t stride;
+  int count, size;
+
+  __device__ __forceinline__ AttentionRows(const AttentionTensor& t, int64_t batch, int64_t head,
+                                           int64_t count, int64_t size)
+      : data(static_cast<const T*>(t.data) + batch * t.batch + head * t.head),
+        stride(t.token),
+        count(int(count)),
+        size(int(size)) {}
+
+  __device__ __forceinline__ compute_t<T> at(int row, int column) const {
+    return row < count && column < size ? widen(data[row * stride + column]) : compute_t<T>(0);
+  }
+
+  // Whether every row begins where a pack may be loaded.
+  __device__ __forceinline__ bool packed() const {
+    return ((reinterpret_cast<uintptr_t>(data) | uintptr_t(stride * int64_t(sizeof(T)))) & 15) == 0;
+  }
+
+  // `packed` is packed().
+  __device__ __forceinline__ Pack<T> pack(int row, int column, bool packed) const {
+    Pack<T> result;
+    if (packed && row < count && column + result.kElements <= size) {
+      return *reinterpret_cast<const Pack<T>*>(data + row * stride + column);
+    }
+#pragma unroll
+    for (int n = 0; n < result.kElements; ++n) narrow(at(row, column + n), result.values[n]);
+    return result;
+  }
+};
+
+// Whether matrix units take T where the code is compiled for; for fp32 these round to tf32.
+template <typename T>
+constexpr bool has_matrix_units() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return std::is_same<T, float16>::value;
+#else
+  return !std::is_same<T, double>::value;
+#endif
+}
+
+// Blocks that share a multiprocessor: 128 registers a thread, and on sm_75 all of its shared
+// memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostBlocks = 1;
+#else
+constexpr int kMostBlocks = 2;
+#endif
+
+template <typename T, bool matrix_units>
+struct AttentionProducts;
+
+// Sums in registers, 4 x 4 to a thread, over operands staged in shared memory.
+template <typename T>
+struct AttentionProducts<T, false> {
+  using C = compute_t<T>;
+  // Terms of a product that are staged at once, for both operands or, twice as many, for one.
+  static constexpr int kDepth = sizeof(C) == 8 ? 16 : 32;
+  static constexpr int kStride = kTile + 16 / int(sizeof(C));  // keeps rows 16-byte aligned
+  static constexpr size_t kBytes = (kTile + 2 * kDepth) * kStride * sizeof(C);
+  // Blocks that share a multiprocessor.
+  static constexpr int kBlocks = sizeof(C) == 8 ? 1 : kMostBlocks;
+
+  struct Result {
+    C values[kPatch][kPatch] = {};
+  };
+
+  C* tile;   // transposed, [kTile, kStride]
+  C* stage;  // [2 * kDepth, kStride]
+
+  __device__ __forceinline__ AttentionProducts()
+      : tile(shared_memory<C>()), stage(tile + kTile * kStride) {}
+
+  // sums = the products of rows [a_first, + kTile) of a with rows [b_first, + kTile) of b.
+  __device__ __forceinline__ void rows(const AttentionRows<T>& a, int a_first,
+                                       const AttentionRows<T>& b, int b_first,
+                                       C (&sums)[kPatch][kPatch]) {
+#pragma unroll
+    for (int r = 0; r < kPatch; ++r) {
+#pragma unroll
+      for (int c = 0; c < kPatch; ++c) sums[r][c] = 0;
+    }
+    int first = 0;
+    do {
+      __syncthreads();
+      // Neighbouring threads take neighbouring rows: their stores go to different banks.
+      const int row = int(threadIdx.x) % kTile;
+      for (int k = int(threadIdx.x) / kTile; k < kDepth; k += kAttentionThreads / kTile) {
+        stage[k * kStride + row] = a.at(a_first + row, first + k);
+        stage[(kDepth + k) * kStride + row] = b.at(b_first + row, first + k);
+      }
+      __syncthreads();
+      multiply(stage, stage + kDepth * kStride, kDepth, sums);
+      first += kDepth;
+    } while (first < a.size);
+  }
+
+  // A value as the tile holds it.
+  static __device__ __forceinline__ C rounded(C value) { return value; }
+
+  // tile = the threads' patches. It must no longer be in use; add_tile() waits before it reads.
+  __device__ __forceinline__ void store(const C (&values)[kPatch][kPatch]) {
+#pragma unroll
+    for (int c = 0; c < kPatch; ++c) {
+      Patch<C> column;
+#pragma unroll
+      for (int r = 0; r < kPatch; ++r) column.values[r] = values[r][c];
+      *reinterpret_cast<Patch<C>*>(tile + (patch_column() + c) * kStride + patch_row()) = column;
+    }
+  }
+
+  // The same for values of any size, whose product add_tile<true>() adds.
+  __device__ __forceinline__ void store_scaled(C (&values)[kPatch][kPatch]) { store(values); }
+
+  // sums += the tile times columns [column, + kTile) of rows [first, + kTile) of b.
+  template <bool scaled = false>
+  __device__ __forceinline__ void add_tile(const AttentionRows<T>& b, int first, int column,
+                                           Result& sums) {
+    constexpr int kSlice = 2 * kDepth;
+    for (int slice = 0; slice < kTile; slice += kSlice) {
+      __syncthreads();
+      const int c = int(threadIdx.x) % kTile;
+      for (int k = int(threadIdx.x) / kTile; k < kSlice; k += kAttentionThreads / kTile) {
+        stage[k * kStride + c] = b.at(first + slice + k, column + c);
+      }
+      __syncthreads();
+      multiply(tile + slice * kStride, stage, kSlice, sums.values);
+    }
+  }
+
+  // The thread's patch of a result.
+  __device__ __forceinline__ void read(const Result& sums, C (&values)[kPatch][kPatch]) {
+#pragma unroll
+    for (int r = 0; r < kPatch; ++r) {
+#pragma unroll
+      for (int c = 0; c < kPatch; ++c) values[r][c] = sums.values[r][c];
+    }
+  }
+
+ private:
+  // sums += a^T b for the thread's patch; a and b are [depth, kStride] in shared memory.
+  static __device__ __forceinline__ void multiply(const C* a, const C* b, int depth,
+                                                  C (&sums)[kPatch][kPatch]) {
+#pragma unroll 2
+    for (int k = 0; k < depth; ++k) {
+      const Patch<C> left = *reinterpret_cast<const Patch<C>*>(a + k * kStride + patch_row());
+      const Patch<C> right = *reinterpret_cast<const Patch<C>*>(b + k * kStride + patch_column());
+#pragma unroll
+      for (int r = 0; r < kPatch; ++r) {
+#pragma unroll
+        for (int c = 0; c < kPatch; ++c) sums[r][c] += left.values[r] * right.values[c];
+      }
+    }
+  }
+};
+
+// What wmma calls an operand's element, and the terms of a product that one step takes.
+template <typename T>
+struct MatrixUnit {
+  using Element = T;
+  static constexpr int kStep = 16;
+  static __device__ __forceinline__ T round(T x) { return x; }
+};
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+template <>
+struct MatrixUnit<float> {
+  using Element = nvcuda::wmma::precision::tf32;
+  static constexpr int kStep = 8;
+  static __device__ __forceinline__ float round(float x) {
+    return nvcuda::wmma::__float_to_tf32(x);
+  }
+};
+#endif
+
+// Matrix units, 16 x 16 at a time: each of the 8 warps has two such pieces of every tile, side by
+// side. Where elements lie within a warp's registers is not known, so scores go through shared
+// memory on their way to the patches. The tile of weights takes the scores' place.
+template <typename T>
+struct AttentionProducts<T, true> {
+  using C = float;
+  using Unit = MatrixUnit<T>;
+  static constexpr int kStep = Unit::kStep, kPiece = 16, kPieces = 2;
+  static constexpr int kDepth = 128 / int(sizeof(T));  // of a product, staged at once
+  // Strides keep rows aligned as wmma needs them and spread them over the banks.
+  static constexpr int kScoreStride = kTile + 4;                                 // of C
+  static constexpr int kTileStride = kScoreStride * int(sizeof(C) / sizeof(T));  // of T, in place
+  static constexpr int kPad = 16 / int(sizeof(T));
+  static constexpr int kStride = kDepth + kPad, kWideStride = kTile + kPad;  // of staged operands
+  static constexpr int kStage =
+      2 * kStride > kWideStride ? 2 * kTile * kStride : kTile * kWideStride;
+  static constexpr size_t kBytes =
+      kTile * kScoreStride * sizeof(C) + kStage * sizeof(T) + kAttentionThreads / kWarp * sizeof(C);
+  static constexpr int kBlocks = kMostBlocks;
+  // fp16 ends at 65504 and is coarse below 1e-4, where gradients may lie.
+  static constexpr bool kScales = std::is_same<T, float16>::value;
+
+  template <typename Use, typename Layout>
+  using Operand =
+      nvcuda::wmma::fragment<Use, kPiece, kPiece, kStep, typename Unit::Element, Layout>;
+  using Accumulator = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, kPiece, kPiece, kStep, C>;
+
+  struct Result {
+    Accumulator pieces[kPieces];
+
+    __device__ __forceinline__ Result() {
+#pragma unroll
+      for (int n = 0; n < kPieces; ++n) nvcuda::wmma::fill_fragment(pieces[n], C(0));
+    }
+  };
+
+  C* scores;   // [kTile, kScoreStride]
+  T* tile;     // in the same place, [kTile, kTileStride]
+  T* stage;    // two of [kTile, kStride], or one of [kTile, kWideStride]
+  C* maximum;  // one for each warp
+  C unit = 1;  // of the tile's values
+
+  __device__ __forceinline__ AttentionProducts()
+      : scores(shared_memory<C>()),
+        tile(shared_memory<T>()),
+        stage(reinterpret_cast<T*>(scores + kTile * kScoreStride)),
+        maximum(reinterpret_cast<C*>(stage + kStage)) {}
+
+  __device__ __forceinline__ void rows(const AttentionRows<T>& a, int a_first,
+                                       const AttentionRows<T>& b, int b_first,
+                                       C (&sums)[kPatch][kPatch]) {
+    using namespace nvcuda::wmma;
+    T* const other = stage + kTile * kStride;
+    Result products;
+    int first = 0;
+    do {
+      __syncthreads();
+      load<kDepth>(a, a_first, first, stage, kStride);
+      load<kDepth>(b, b_first, first, other, kStride);
+      __syncthreads();
+#pragma unroll 2
+      for (int k = 0; k < kDepth; k += kStep) {
+        if (first + k >= a.size) break;
+        Operand<matrix_a, row_major> left;
+        load_matrix_sync(left, stage + piece_row() * kStride + k, kStride);
+#pragma unroll
+        for (int n = 0; n < kPieces; ++n) {
+          Operand<matrix_b, col_major> right;
+          load_matrix_sync(right, other + piece_column(n) * kStride + k, kStride);
+          mma_sync(products.pieces[n], left, right, products.pieces[n]);
+        }
+      }
+      first += kDepth;
+    } while (first < a.size);
+    read_scores(products, sums);
+  }
+
+  static __device__ __forceinline__ C rounded(C value) {
+    T result;
+    narrow(value, result);
+    return widen(Unit::round(result));
+  }
+
+  __device__ __forceinline__ void store(const C (&values)[kPatch][kPatch]) {
+    // The warp's own rows alone are overwritten, once all of its lanes have read theirs.
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < kPatch; ++r) {
+      Patch<T> row;
+#pragma unroll
+      for (int c = 0; c < kPatch; ++c) {
+        narrow(values[r][c], row.values[c]);
+        row.values[c] = Unit::round(row.values[c]);
+      }
+      *reinterpret_cast<Patch<T>*>(tile + (patch_row() + r) * kTileStride + patch_column()) = row;
+    }
+  }
+
+  // fp16 holds the values as multiples of a power of two that suits the largest of them; `values`
+  // are lost.
+  __device__ __forceinline__ void store_scaled(C (&values)[kPatch][kPatch]) {
+    if constexpr (!kScales) {
+      store(values);
+    } else {
+      C most = 0;
+#pragma unroll
+      for (int r = 0; r < kPatch; ++r) {
+#pragma unroll
+        for (int c = 0; c < kPatch; ++c) most = Maximum::of(absolute(values[r][c]), most);
+      }
+#pragma unroll
+      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        most = Maximum::of(most, __shfl_xor_sync(kAllLanes, most, offset));
+      }
+      if (threadIdx.x % kWarp == 0) maximum[threadIdx.x / kWarp] = most;
+      __syncthreads();
+#pragma unroll
+      for (int w = 0; w < kAttentionThreads / kWarp; ++w) most = Maximum::of(maximum[w], most);
+      // The largest value becomes one within [2^13, 2^14).
+      uint32_t exponent = bit_cast<uint32_t>(most) >> 23;
+      exponent = exponent < 20 ? 20 : exponent > 253 ? 253 : exponent;
+      const C factor = bit_cast<float>((267 - exponent) << 23);
+      unit = bit_cast<float>((exponent - 13) << 23);
+#pragma unroll
+      for (int r = 0; r < kPatch; ++r) {
+#pragma unroll
+        for (int c = 0; c < kPatch; ++c) values[r][c] *= factor;
+      }
+      store(values);
+    }
+  }
+
+  template <bool scaled = false>
+  __device__ __forceinline__ void add_tile(const AttentionRows<T>& b, int first, int column,
+                                           Result& sums) {
+    using namespace nvcuda::wmma;
+    load<kTile>(b, first, column, stage, kWideStride);
+    __syncthreads();
+    if constexpr (scaled && kScales) {
+      Result products;
+      multiply_tile(products);
+#pragma unroll
+      for (int n = 0; n < kPieces; ++n) {
+#pragma unroll
+        for (int i = 0; i < Accumulator::num_elements; ++i) {
+          sums.pieces[n].x[i] += products.pieces[n].x[i] * unit;
+        }
+      }
+    } else {
+      multiply_tile(sums);
+    }
+  }
+
+  __device__ __forceinline__ void read(const Result& sums, C (&values)[kPatch][kPatch]) {
+    __syncthreads();
+    read_scores(sums, values);
+  }
+
+ private:
+  static __device__ __forceinline__ int piece_row() {
+    return int(threadIdx.x) / (2 * kWarp) * kPiece;
+  }
+  static __device__ __forceinline__ int piece_column(int n) {
+    return (int(threadIdx.x) / kWarp % 2 * kPieces + n) * kPiece;
+  }
+
+  // Stages columns [column, + columns) of rows [first, + kTile).
+  template <int columns>
+  static __device__ __forceinline__ void load(const AttentionRows<T>& rows, int first, int column,
+                                              T* to, int stride) {
+    constexpr int kElements = Pack<T>::kElements, kPacks = columns / kElements;
+    const bool packed = rows.packed();
+    // Unrolled, the loop would take registers that the scores need.
+#pragma unroll 1
+    for (int n = 0; n < kTile * kPacks / kAttentionThreads; ++n) {
+      const int index = n * kAttentionThreads + int(threadIdx.x);
+      const int row = index / kPacks, offset = index % kPacks * kElements;
+      Pack<T> pack = rows.pack(first + row, column + offset, packed);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) pack.values[i] = Unit::round(pack.values[i]);
+      *reinterpret_cast<Pack<T>*>(to + row * stride + offset) = pack;
+    }
+  }
+
+  // sums += the tile times the stage.
+  __device__ __forceinline__ void multiply_tile(Result& sums) const {
+    using namespace nvcuda::wmma;
+#pragma unroll 1
+    for (int k = 0; k < kTile; k += kStep) {
+      Operand<matrix_a, row_major> left;
+      load_matrix_sync(left, tile + piece_row() * kTileStride + k, kTileStride);
+#pragma unroll
+      for (int n = 0; n < kPieces; ++n) {
+        Operand<matrix_b, row_major> right;
+        load_matrix_sync(right, stage + k * kWideStride + piece_column(n), kWideStride);
+        mma_sync(sums.pieces[n], left, right, sums.pieces[n]);
+      }
+    }
+  }
+
+  // Nobody may be reading scores or the tile any more.
+  __device__ __forceinline__ void read_scores(const Result& sums, C (&values)[kPatch][kPatch]) {
+    using namespace nvcuda::wmma;
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n) {
+      store_matrix_sync(scores + piece_row() * kScoreStride + piece_column(n), sums.pieces[n],
+                        kScoreStride, mem_row_major);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kPatch; ++r) {
+      const Patch<C> row = *reinterpret_cast<const Patch<C>*>(
+          scores + (patch_row() + r) * kScoreStride + patch_column());
+#pragma unroll
+      for (int c = 0; c < kPatch; ++c) values[r][c] = row.values[c];
+    }
+  }
+};
+
+// What a kernel of T uses if it asks for matrix units or not. Both kinds run with any launch of
+// attention_shared_bytes(), so that the host need not know what the device's code was compiled for.
+template <typename T, bool matrix_units>
+using AttentionProductsFor = AttentionProducts<T, matrix_units && has_matrix_units<T>()>;
+
+template <typename T, bool matrix_units>
+constexpr size_t attention_shared_bytes() {
+  const size_t plain = AttentionProducts<T, false>::kBytes;
+  const size_t other = AttentionProducts<T, matrix_units>::kBytes;
+  return plain > other ? plain : other;
+}
+
+}  // namespace cuda
+}  // namespace ember

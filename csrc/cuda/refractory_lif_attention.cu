@@ -1,0 +1,156 @@
+// Launchers of refractory LIF attention's kernels.
+#include <type_traits>
+
+#include "refractory_lif_attention.cuh"
+
+namespace ember {
+namespace cuda {
+namespace {
+
+constexpr size_t kReductionBytes = 3 * kAttentionThreads / kWarp * sizeof(double);
+
+// Lays arrays out one after the other; with a null `base`, only counts their bytes.
+struct Arena {
+  char* base;
+  int64_t bytes = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* const array = base ? reinterpret_cast<T*>(base + bytes) : nullptr;
+    bytes += (count * int64_t(sizeof(T)) + 15) / 16 * 16;
+    return array;
+  }
+};
+
+template <typename C>
+RefractoryScratch<C> lay_out(const RefractoryLifAttentionParams& p, bool backward, Arena& arena) {
+  const int64_t tiles = attention_tiles(p.queries), pairs = p.batch * p.heads;
+  RefractoryScratch<C> scratch{};
+  // Without look_ahead forward's sums begin in block_loads and next_load.
+  if (backward || p.look_ahead) scratch.sums = arena.take<C>(pairs * tiles * p.keys);
+  if (!backward) {
+    if (p.look_ahead) scratch.mean_sums = arena.take<C>(p.batch * tiles * p.keys);
+    return scratch;
+  }
+  scratch.ends = p.look_ahead ? arena.take<C>(pairs * p.keys) : scratch.sums;
+  scratch.gates = arena.take<double>(pairs * tiles * 5);
+  scratch.above = arena.take<C>(p.batch * (p.look_ahead ? 1 : p.queries) * p.keys);
+  scratch.row_sums = arena.take<C>(2 * pairs * p.queries);
+  if (p.previous_strides[1] == 0) scratch.mean_sums = arena.take<C>(p.batch * tiles * p.keys);
+  return scratch;
+}
+
+// What the launches of one call have in common.
+template <typename T, bool matrix_units>
+struct Launches {
+  using C = compute_t<T>;
+  static constexpr size_t kShared =
+      attention_shared_bytes<T, matrix_units>() + RefractoryTile<T, matrix_units, false>::kBytes;
+
+  const RefractoryLifAttentionParams& p;
+  cudaStream_t stream;
+  AttentionDropout keep{dropout_limit(p.dropout), 1 / (1 - p.dropout)};
+  int64_t pairs = p.batch * p.heads, query_tiles = attention_tiles(p.queries),
+          key_tiles = attention_tiles(p.keys), columns = attention_tiles(p.size > 0 ? p.size : 1);
+  cudaError_t status = cudaSuccess;
+
+  // Does nothing once a launch has failed.
+  template <typename... P, typename... A>
+  void tiles(int64_t blocks, void (*kernel)(RefractoryLifAttentionParams, P...), A... arguments) {
+    if (status != cudaSuccess) return;
+    status = launch(kernel, blocks, kAttentionThreads, kShared, stream, p, arguments...);
+  }
+
+  // A thread for each of `count`.
+  template <typename... P, typename... A>
+  void each(int64_t count, void (*kernel)(RefractoryLifAttentionParams, P...), A... arguments) {
+    if (status != cudaSuccess) return;
+    status = launch(kernel, (count + kAttentionThreads - 1) / kAttentionThreads, kAttentionThreads,
+                    0, stream, p, arguments...);
+  }
+
+  cudaError_t forward() {
+    Arena arena{static_cast<char*>(p.scratch)};
+    const auto scratch = lay_out<C>(p, false, arena);
+    C* const sums = p.look_ahead ? scratch.sums : static_cast<C*>(p.block_loads);
+    tiles(pairs * query_tiles, refractory_lif_attention_rows_kernel<T, matrix_units>, sums);
+    each(pairs * p.keys, refractory_lif_attention_scan_kernel<C>, static_cast<const C*>(sums));
+    tiles(pairs * query_tiles * columns, refractory_lif_attention_out_kernel<T, matrix_units>,
+          keep);
+    tiles(p.batch * query_tiles * key_tiles,
+          refractory_lif_attention_weights_kernel<T, matrix_units>, scratch.mean_sums);
+    each(p.batch * p.keys, refractory_lif_attention_next_load_kernel<C>,
+         static_cast<const C*>(scratch.mean_sums));
+    return status;
+  }
+
+  cudaError_t backward() {
+    Arena arena{static_cast<char*>(p.scratch)};
+    const auto scratch = lay_out<C>(p, true, arena);
+    each(p.batch * p.keys, refractory_lif_attention_above_kernel<C>, scratch.above);
+    tiles(pairs * query_tiles, refractory_lif_attention_backward_rows_kernel<T, matrix_units>, keep,
+          scratch);
+    each(pairs * p.keys, refractory_lif_attention_backward_scan_kernel<C>,
+         static_cast<const C*>(scratch.sums), scratch.ends);
+    tiles(pairs * query_tiles * columns,
+          refractory_lif_attention_backward_queries_kernel<T, matrix_units>, keep, scratch);
+    const int64_t key_blocks = p.batch * p.groups * key_tiles * columns;
+    constexpr bool at_once = sizeof(T) < 8;
+    tiles(key_blocks, refractory_lif_attention_backward_keys_kernel<T, matrix_units, true, at_once>,
+          keep, scratch);
+    if constexpr (!at_once) {
+      tiles(key_blocks, refractory_lif_attention_backward_keys_kernel<T, matrix_units, false, true>,
+            keep, scratch);
+    }
+    if (p.grad_previous_load) {
+      tiles(p.batch * query_tiles * key_tiles,
+            refractory_lif_attention_previous_kernel<T, matrix_units>, keep, scratch);
+      if (p.previous_strides[1] == 0) {
+        each(p.batch * p.keys, refractory_lif_attention_sum_previous_kernel<C>,
+             static_cast<const C*>(scratch.mean_sums));
+      }
+    }
+    if (status != cudaSuccess) return status;
+    return launch(refractory_lif_attention_sum_gates_kernel<C>, p.heads, kAttentionThreads,
+                  kReductionBytes, stream, p, static_cast<const double*>(scratch.gates));
+  }
+};
+
+// Calls `body` with the launches for the type that `p` names; 16-bit types use matrix units.
+template <typename Body>
+cudaError_t dispatch(const RefractoryLifAttentionParams& p, cudaStream_t stream, const Body& body) {
+  // Loads are saved where tiles begin.
+  if (!attention_fits(p) || (!p.look_ahead && p.block != kTile)) return cudaErrorInvalidValue;
+  cudaError_t status = cudaErrorInvalidValue;
+  dispatch_dtype(p.dtype, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    status = body(Launches<T, sizeof(T) == 2>{p, stream});
+  });
+  return status;
+}
+
+}  // namespace
+
+int64_t refractory_lif_attention_scratch_bytes(const RefractoryLifAttentionParams& p,
+                                               bool backward) {
+  Arena arena{nullptr};
+  if (p.dtype == DType::f64) {
+    lay_out<double>(p, backward, arena);
+  } else {
+    lay_out<float>(p, backward, arena);
+  }
+  return arena.bytes;
+}
+
+cudaError_t refractory_lif_attention_forward(const RefractoryLifAttentionParams& p,
+                                             cudaStream_t stream) {
+  return dispatch(p, stream, [](auto launches) { return launches.forward(); });
+}
+
+cudaError_t refractory_lif_attention_backward(const RefractoryLifAttentionParams& p,
+                                              cudaStream_t stream) {
+  return dispatch(p, stream, [](auto launches) { return launches.backward(); });
+}
+
+}  // namespace cuda
+}  // namespace ember
