@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import multiprocessing
 import platform
 import statistics
 import sys
@@ -220,13 +221,54 @@ def _time_case(
         )  # fmt: skip
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write rows, replacing the file."""
+def write_csv(rows: Sequence[Row], path: Path, *, merge: bool = False) -> None:
+    """Write rows, replacing the file, or with `merge` only what it has of the same measurements."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [asdict(row) for row in rows]
+    if merge and path.exists():
+
+        def key(line: dict[str, Any]) -> tuple[str, ...]:
+            return line["config"], line["mode"], line["contender"]
+
+        measured = {key(line) for line in lines}
+        with path.open(newline="") as file:
+            lines = [old for old in csv.DictReader(file) if key(old) not in measured] + lines
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(lines)
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS, this process's memory in use, or VmHWM, the most that ever was; Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _measure_peak(make: Callable[..., Call], arguments: tuple[Any, ...], queue: Any) -> None:
+    call = make(*arguments)
+    before = resident_bytes("VmRSS")
+    call()
+    queue.put(resident_bytes("VmHWM") - before)
+
+
+def peak_megabytes(make: Callable[..., Call], *arguments: Any) -> float:
+    """How far a call drives the memory of a fresh process, beyond what it had before.
+
+    Args:
+        make: a function of a module, which returns the call; what it allocates, and what it runs
+            so that threads and libraries are there, does not count.
+        arguments: of `make`; pickled, like `make`.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.Queue()
+    process = spawn.Process(target=_measure_peak, args=(make, arguments, queue))
+    process.start()
+    peak = float(queue.get()) / 1e6
+    process.join()
+    return peak
 
 
 def plot_csv(path: Path, image: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -73,8 +73,8 @@ def cfc_scan(
             lengths are checked on CPU tensors only: on a GPU the check would wait for the device.
     """
     _check(x, weights, h0, mode, activation, dropout_scale, chunk_size)
-    _check_timespans(timespans, x)
-    _check_lengths(lengths, x)
+    check_timespans(timespans, x)
+    check_lengths(lengths, x)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         low = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(low), _round_matrices(weights, low)
@@ -101,53 +101,99 @@ def _native_scan(
     h0: Tensor | None,
     timespans: Tensor | float,
     lengths: Tensor | None,
-    mode: str,
-    activation: str,
+    mode: Mode,
+    activation: Activation,
     dropout_scale: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = _checks.compute_dtype(x.dtype)
-    batch, steps, _ = x.shape
     if isinstance(timespans, Tensor):
         timespans = timespans.to(dtype)
     varying = isinstance(timespans, Tensor) and timespans.dim() > 0
-    maps = [_joined(affine, dtype) for affine in weights.backbone]
-    maps.append(_joined_heads(weights, mode, None if varying else timespans, dtype))
-    decay = spans = None
-    if mode == "pure":
-        decay = _decay(weights, dtype)
-        if not isinstance(timespans, Tensor):
-            spans = x.new_full((batch, steps), timespans, dtype=dtype)
-        elif not varying:
-            spans = timespans.expand(batch, steps)
-    if varying:
-        spans = timespans.reshape(batch, steps)  # type: ignore[union-attr]
+    cell = JoinedCell(weights, mode, activation, None if varying else timespans, dtype)
     if h0 is None:
-        state = x.new_zeros(batch, weights.ff1.bias.shape[0], dtype=dtype)
-    else:
-        state = h0.to(dtype)
-    tensors = (
+        h0 = x.new_zeros(x.shape[0], weights.ff1.bias.shape[0], dtype=dtype)
+    y, h_last = cell.scan(
         x,
-        state,
-        maps,
-        spans,
-        None if lengths is None else lengths.to(torch.int64),
-        None if dropout_scale is None else dropout_scale.to(dtype),
-        decay,
+        h0.to(dtype),
+        timespans if varying else None,  # type: ignore[arg-type]
+        lengths=lengths,
+        dropout_scale=dropout_scale,
+        chunk_size=chunk_size,
     )
-    options = (MODES.index(mode), ACTIVATIONS.index(activation))
-    differentiable = [x, state, *maps, spans, decay]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        if chunk_size is None:
-            chunk_size = 0 if steps <= MAX_UNCHUNKED else DEFAULT_CHUNK
-        y, h_last, _ = torch.ops.ember_ext.cfc_scan(*tensors, *options, chunk_size)
-    else:
-        y, h_last, _ = torch.ops.ember_ext.cfc_scan_forward(*tensors, *options, -1)
     return y, h_last.to(x.dtype)
 
 
+class JoinedCell:
+    """A cell's weights as the operators take them, for one or several differentiable scans.
+
+    Args:
+        weights: of the cell.
+        mode: see `cfc_scan`.
+        activation: of the backbone.
+        timespan: the Δt of every step, or None if it is given with each scan.
+        dtype: what to compute in.
+    """
+
+    def __init__(
+        self,
+        weights: CfCWeights,
+        mode: Mode,
+        activation: Activation,
+        timespan: Tensor | float | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.maps = [_joined(affine, dtype) for affine in weights.backbone]
+        self.maps.append(_joined_heads(weights, mode, timespan, dtype))
+        self.decay = _decay(weights, dtype) if mode == "pure" else None
+        self._options = (MODES.index(mode), ACTIVATIONS.index(activation))
+        self._timespan, self._dtype = timespan, dtype
+
+    def scan(
+        self,
+        x: Tensor,
+        h0: Tensor,
+        timespans: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        dropout_scale: Tensor | None = None,
+        chunk_size: int | None = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """As `cfc_scan`, unchecked; `h0` and the final state are in the cell's dtype.
+
+        `timespans` are given exactly if the time span was not fixed.
+        """
+        batch, steps, _ = x.shape
+        dtype, spans = self._dtype, None
+        if timespans is not None:
+            spans = timespans.reshape(batch, steps).to(dtype)
+        elif isinstance(self._timespan, Tensor) and self.decay is not None:
+            spans = self._timespan.expand(batch, steps)
+        elif self.decay is not None:
+            spans = x.new_full((batch, steps), self._timespan, dtype=dtype)  # type: ignore[arg-type]
+        tensors = (
+            x,
+            h0,
+            self.maps,
+            spans,
+            None if lengths is None else lengths.to(torch.int64),
+            None if dropout_scale is None else dropout_scale.to(dtype),
+            self.decay,
+        )
+        differentiable = [x, h0, *self.maps, spans, self.decay]
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in differentiable
+        ):
+            if chunk_size is None:
+                chunk_size = 0 if steps <= MAX_UNCHUNKED else DEFAULT_CHUNK
+            y, h_last, _ = torch.ops.ember_ext.cfc_scan(*tensors, *self._options, chunk_size)
+        else:
+            y, h_last, _ = torch.ops.ember_ext.cfc_scan_forward(*tensors, *self._options, -1)
+        return y, h_last
+
+
 class PackedCells:
-    """Cells stacked on each other, with their weights laid out once for many single steps.
+    """Cells stacked on each other, with their weights laid out once for many calls.
 
     A copy: it does not follow later changes of the weights. CPU only, and not differentiable.
 
@@ -155,7 +201,7 @@ class PackedCells:
         cells: each cell's weights; a cell's input is the state of the one before.
         mode: of all cells, see `cfc_scan`.
         activation: of all backbones.
-        timespan: the Δt of every step, or None if it is given with each step. Default: 1.
+        timespan: the Δt of every step, or None if it is given with each call. Default: 1.
     """
 
     def __init__(
@@ -181,24 +227,34 @@ class PackedCells:
         self._plan = tuple(plan)
         self._packed = torch.ops.ember_ext.cfc_scan_pack(tensors, self._plan)
         # Looking the overload up takes as long as the arithmetic of a small cell.
-        self._step: Callable[..., Tensor] = torch.ops.ember_ext.cfc_scan_step.default
+        self._run: Callable[..., tuple[Tensor, Tensor]] = (
+            torch.ops.ember_ext.cfc_scan_packed.default
+        )
 
-    def step(self, x: Tensor, h: Tensor, timespans: Tensor | None = None) -> Tensor:
-        """The states [B, S] of all cells after one step, in h's dtype.
+    def run(
+        self,
+        x: Tensor,
+        h: Tensor,
+        timespans: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The last cell's states in x's dtype, shaped as x, and all cells' final states in h's.
 
         Args:
-            x: input, [B, I], in the dtype of the weights.
+            x: input, [B, T, I], or [B, I] for a single step; in the dtype of the weights.
             h: states of all cells side by side, [B, S].
-            timespans: [B], exactly if the time span was not fixed.
+            timespans: [B, T], or [B] for a single step; exactly if the time span was not fixed.
+            lengths: [B], int64, see `cfc_scan`.
         """
         if timespans is None:
             if self._timespan is not None:
-                timespans = h.new_full((h.shape[0],), self._timespan, dtype=self.dtype)
+                timespans = h.new_full(x.shape[:-1], self._timespan, dtype=self.dtype)
         elif timespans.dtype != self.dtype:
             timespans = timespans.to(self.dtype)
         if h.dtype == self.dtype:
-            return self._step(x, h, timespans, self._packed, self._plan)
-        return self.step(x, h.to(self.dtype), timespans).to(h.dtype)
+            return self._run(x, h, timespans, lengths, self._packed, self._plan)
+        y, last = self.run(x, h.to(self.dtype), timespans, lengths)
+        return y, last.to(h.dtype)
 
 
 def _decay(weights: CfCWeights, dtype: torch.dtype) -> Tensor:
@@ -316,7 +372,8 @@ def _check_affine(
     _check_fits(f"{argument}.bias", affine.bias, "[out]", (out,), x)
 
 
-def _check_timespans(timespans: Tensor | float, x: Tensor) -> None:
+def check_timespans(timespans: Tensor | float, x: Tensor) -> None:
+    """Raise unless `timespans` are what `cfc_scan` takes for `x`."""
     batch, steps, _ = x.shape
     if not isinstance(timespans, Tensor):
         if isinstance(timespans, bool) or not isinstance(timespans, (int, float)):
@@ -338,7 +395,8 @@ def _check_timespans(timespans: Tensor | float, x: Tensor) -> None:
             _checks.fail(_OP, "timespans", "finite and >= 0", got)
 
 
-def _check_lengths(lengths: Tensor | None, x: Tensor) -> None:
+def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
+    """Raise unless `lengths` are what `cfc_scan` takes for `x`."""
     if lengths is None:
         return
     batch, steps, _ = x.shape
@@ -381,6 +439,24 @@ def _saved_size(
     return (steps * row + first) * batch
 
 
+def _planned_cells(plan: Sequence[int]) -> Iterator[tuple[int, int, int, list[int]]]:
+    """(inputs, hidden, heads, the backbone's widths) of each cell of a plan."""
+    at = 2
+    while at < len(plan):
+        inputs, hidden, heads, layers = plan[at : at + 4]
+        at += 3 + layers
+        yield inputs, hidden, heads, list(plan[at - layers + 1 : at])
+
+
+def _packed_size(inputs: int, hidden: int, heads: int, backbone: list[int]) -> int:
+    """Elements of a packed cell; csrc/common/cfc_scan.h says what they are."""
+    lanes, size, width = 32, 0, inputs + hidden
+    for units in backbone:
+        size += (units + lanes) * (1 + width)
+        width = units
+    return size + heads * (hidden + lanes) * (1 + width) + 2 * hidden
+
+
 def _register() -> None:
     """Give the operators their fake kernels and gradients."""
 
@@ -398,9 +474,21 @@ def _register() -> None:
             h0.new_empty(size),
         )
 
-    @torch.library.register_fake("ember_ext::cfc_scan_step")
-    def _(x: Tensor, h: Tensor, *_: Any) -> Tensor:
-        return h.new_empty(h.shape)
+    @torch.library.register_fake("ember_ext::cfc_scan_pack")
+    def _(weights: list[Tensor], plan: list[int]) -> Tensor:
+        return weights[0].new_empty(sum(_packed_size(*cell) for cell in _planned_cells(plan)))
+
+    @torch.library.register_fake("ember_ext::cfc_scan_packed")
+    def _(
+        x: Tensor,
+        h: Tensor,
+        spans: Tensor | None,
+        lengths: Tensor | None,
+        packed: Tensor,
+        plan: list[int],
+    ) -> tuple[Tensor, Tensor]:
+        *_, (_, hidden, _, _) = _planned_cells(plan)
+        return x.new_empty(*x.shape[:-1], hidden), h.new_empty(h.shape)
 
     @torch.library.register_fake("ember_ext::cfc_scan_backward")
     def _(
