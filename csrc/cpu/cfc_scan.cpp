@@ -958,7 +958,9 @@ class Scan {
 
   // ---- gradients of the weights
 
-  static constexpr int tile_vectors = 3, tile_rows = vector_sums / tile_vectors;
+  // Three vectors by four rows, or with twice as many registers two by twelve.
+  static constexpr int tile_vectors = vector_sums < 24 ? 3 : 2;
+  static constexpr int tile_rows = vector_sums / tile_vectors;
   static constexpr int64_t group_units = 32;
 
   int64_t weight_grads_size() const {

@@ -107,8 +107,6 @@ def _native_scan(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = _checks.compute_dtype(x.dtype)
-    if isinstance(timespans, Tensor):
-        timespans = timespans.to(dtype)
     varying = isinstance(timespans, Tensor) and timespans.dim() > 0
     cell = JoinedCell(weights, mode, activation, None if varying else timespans, dtype)
     if h0 is None:
@@ -143,6 +141,8 @@ class JoinedCell:
         timespan: Tensor | float | None,
         dtype: torch.dtype,
     ) -> None:
+        if isinstance(timespan, Tensor):
+            timespan = timespan.to(dtype)
         self.maps = [_joined(affine, dtype) for affine in weights.backbone]
         self.maps.append(_joined_heads(weights, mode, timespan, dtype))
         self.decay = _decay(weights, dtype) if mode == "pure" else None
