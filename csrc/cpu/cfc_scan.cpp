@@ -82,7 +82,9 @@ void product(const C* a, const Rows<C>& rows, const C* panel, C* out) {
 // Rows that a product of N vectors takes at once: its sums must fit the registers. Products that
 // resume are those of few rows.
 template <int N, bool resumes>
-constexpr int max_rows = vector_sums / N < (resumes ? 4 : 12) ? vector_sums / N : resumes ? 4 : 12;
+constexpr int max_rows = vector_sums / N < (resumes ? 4 : 12) ? vector_sums / N
+                         : resumes                            ? 4
+                                                              : 12;
 
 template <typename C, int N, bool resumes, int R = max_rows<N, resumes>>
 void product_of(int count, const C* a, const Rows<C>& rows, const C* panel, C* out) {
