@@ -7,8 +7,9 @@ matrix product of a good shape, and as many tanh and sigmoid, as PyTorch's vecto
 buffer that stays in the cache. GRU and LSTM have rows of their own, whose rates can be compared
 with ours.
 
-`--what` picks the measurements and `--help` lists the flags. Prints tables, and writes cfc.csv,
-cfc.png and cfc_memory.csv into --out, where measurements of earlier runs are kept.
+`--what` picks the measurements and `--help` lists the flags. Prints tables, and writes cfc.csv and
+cfc.png, cfc_sweep.csv and cfc_sweep.png, and cfc_memory.csv into --out, where measurements of
+earlier runs are kept.
 """
 
 from __future__ import annotations
@@ -298,17 +299,20 @@ def cases(options: Options) -> Iterator[Case]:
         for name in NETWORKS:
             yield cfc_case(name, 1, 1024, "forward", options)
             yield step_case(name, options)
-    if "sweep" in options.what:
-        for batch, steps in SWEEP:
-            for mode in MODES:
-                for name in NETWORKS:
-                    yield cfc_case(name, batch, steps, mode, options)
     if "mixed" in options.what:
         for mode in MODES:
             for name in NETWORKS:
                 yield mixed_case(name, mode, options)
     if "model" in options.what:
         yield model_case(options)
+
+
+def sweep_cases(options: Options) -> Iterator[Case]:
+    """Other batches and lengths, if `options` asks for them."""
+    for batch, steps in SWEEP if "sweep" in options.what else ():
+        for mode in MODES:
+            for name in NETWORKS:
+                yield cfc_case(name, batch, steps, mode, options)
 
 
 def make_training(name: str, chunk_size: int, batch: int, steps: int) -> Callable[[], Any]:
@@ -381,11 +385,12 @@ def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console(width=120)
     device = torch.device("cpu")
-    if set(options.what) - {"memory"}:
-        rows = run_cases("cfc_scan", cases(options), device=device, seconds=options.seconds)
-        console.print(roofline_table(rows))
-        write_csv(rows, options.out / "cfc.csv", merge=True)
-        plot_csv(options.out / "cfc.csv", options.out / "cfc.png")
+    for stem, found in (("cfc", cases(options)), ("cfc_sweep", sweep_cases(options))):
+        rows = run_cases("cfc_scan", found, device=device, seconds=options.seconds)
+        if rows:
+            console.print(roofline_table(rows))
+            write_csv(rows, options.out / f"{stem}.csv", merge=True)
+            plot_csv(options.out / f"{stem}.csv", options.out / f"{stem}.png")
     if "memory" in options.what:
         memory_table(console, options.out / "cfc_memory.csv")
 
