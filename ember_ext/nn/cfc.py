@@ -22,7 +22,6 @@ from ember_ext.ops.cfc_scan import (
     ACTIVATIONS,
     MODES,
     Activation,
-    JoinedCell,
     PackedCells,
     cfc_scan,
     check_lengths,
@@ -297,11 +296,10 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         check_timespans(timespans, x)
         check_lengths(lengths, x)
         advance = self._mixed_step(x, timespans)
-        # The input's part of the LSTM has no recurrence.
-        inputs = self.lstm.input_map(x)
         outputs = []
-        for t in range(x.shape[1]):
-            mixed, new_c = _lstm(inputs[:, t] + self.lstm.recurrent_map(h), c)
+        # The input's part of the LSTM has no recurrence.
+        for t, z in enumerate(self.lstm.input_map(x).unbind(1)):
+            mixed, new_c = _lstm(z + self.lstm.recurrent_map(h), c)
             value, new_h = advance(t, mixed)
             if lengths is not None:
                 running = (t < lengths)[:, None]
@@ -316,50 +314,37 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         self, x: Tensor, timespans: Tensor | float
     ) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
         """What takes step t of the cells from a state [B, S] to the output and the next state."""
+        # Taken apart at once: the gradient of one step's slice is as large as the whole.
+        inputs = x.unbind(1)
         varying = isinstance(timespans, Tensor) and timespans.dim() > 0
-
-        def span(t: int) -> Tensor | float:
-            return timespans[:, t] if varying else timespans  # type: ignore[index]
-
-        if not torch.is_grad_enabled() and x.shape[1] > 0:
+        spans = timespans.unbind(1) if varying else (timespans,) * len(inputs)  # type: ignore[union-attr]
+        if not torch.is_grad_enabled() and inputs:
             zeros = x.new_zeros(x.shape[0], int(self.state_size))
-            if self._run_packed(x[:, 0], zeros, span(0)) is not None:
+            if self._run_packed(inputs[0], zeros, spans[0]) is not None:
                 # Nothing changes between the steps, so that the answer holds for all of them.
                 packed = self._packed
                 assert packed is not None
-                return lambda t, h: packed.run(x[:, t], h, span(t), None)  # type: ignore[return-value]
+                return lambda t, h: packed.run(inputs[t], h, spans[t], None)  # type: ignore[return-value]
         cells = [(cell, *_weights(cell)) for cell in self._cells]
-        scales = [_dropout_scale(cell, x) for cell in self._cells]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        joined: list[JoinedCell] | None = None
-        if _native.has(x.device.type, "cfc_scan") and not torch.is_autocast_enabled(x.device.type):
-            fixed = None if varying else timespans
-            joined = [JoinedCell(w, cell.mode, name, fixed, dtype) for cell, w, name in cells]
+        scales = [
+            None if scale is None else scale.unbind(1)
+            for scale in (_dropout_scale(cell, x) for cell in self._cells)
+        ]
 
         def advance(t: int, h: Tensor) -> tuple[Tensor, Tensor]:
-            value, states = x[:, t], []
+            value, states = inputs[t], []
             parts = h.split(self._layer_sizes, 1)
             for i, ((cell, weights, name), part) in enumerate(zip(cells, parts, strict=True)):
-                scale = scales[i]
-                if joined is not None:
-                    value = joined[
-                        i
-                    ].scan(
-                        value[:, None],
-                        part.to(dtype),
-                        span(t) if varying else None,  # type: ignore[arg-type]
-                        dropout_scale=None if scale is None else scale[:, t : t + 1],
-                    )[0][:, 0]
-                else:
-                    value = cfc_cell(
-                        value,
-                        part,
-                        weights,
-                        span(t),
-                        mode=cell.mode,
-                        activation=name,
-                        dropout_scale=None if scale is None else scale[:, t],
-                    )
+                steps = scales[i]
+                value = cfc_cell(
+                    value,
+                    part,
+                    weights,
+                    spans[t],
+                    mode=cell.mode,
+                    activation=name,
+                    dropout_scale=None if steps is None else steps[t],
+                )
                 states.append(value)
             return value, states[0] if len(states) == 1 else torch.cat(states, 1)
 

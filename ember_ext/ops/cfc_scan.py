@@ -101,95 +101,49 @@ def _native_scan(
     h0: Tensor | None,
     timespans: Tensor | float,
     lengths: Tensor | None,
-    mode: Mode,
-    activation: Activation,
+    mode: str,
+    activation: str,
     dropout_scale: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = _checks.compute_dtype(x.dtype)
+    batch, steps, _ = x.shape
+    if isinstance(timespans, Tensor):
+        timespans = timespans.to(dtype)
     varying = isinstance(timespans, Tensor) and timespans.dim() > 0
-    cell = JoinedCell(weights, mode, activation, None if varying else timespans, dtype)
+    maps = [_joined(affine, dtype) for affine in weights.backbone]
+    maps.append(_joined_heads(weights, mode, None if varying else timespans, dtype))
+    decay = spans = None
+    if mode == "pure":
+        decay = _decay(weights, dtype)
+        if not isinstance(timespans, Tensor):
+            spans = x.new_full((batch, steps), timespans, dtype=dtype)
+        elif not varying:
+            spans = timespans.expand(batch, steps)
+    if varying:
+        spans = timespans.reshape(batch, steps)  # type: ignore[union-attr]
     if h0 is None:
-        h0 = x.new_zeros(x.shape[0], weights.ff1.bias.shape[0], dtype=dtype)
-    y, h_last = cell.scan(
+        state = x.new_zeros(batch, weights.ff1.bias.shape[0], dtype=dtype)
+    else:
+        state = h0.to(dtype)
+    tensors = (
         x,
-        h0.to(dtype),
-        timespans if varying else None,  # type: ignore[arg-type]
-        lengths=lengths,
-        dropout_scale=dropout_scale,
-        chunk_size=chunk_size,
+        state,
+        maps,
+        spans,
+        None if lengths is None else lengths.to(torch.int64),
+        None if dropout_scale is None else dropout_scale.to(dtype),
+        decay,
     )
+    options = (MODES.index(mode), ACTIVATIONS.index(activation))
+    differentiable = [x, state, *maps, spans, decay]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        if chunk_size is None:
+            chunk_size = 0 if steps <= MAX_UNCHUNKED else DEFAULT_CHUNK
+        y, h_last, _ = torch.ops.ember_ext.cfc_scan(*tensors, *options, chunk_size)
+    else:
+        y, h_last, _ = torch.ops.ember_ext.cfc_scan_forward(*tensors, *options, -1)
     return y, h_last.to(x.dtype)
-
-
-class JoinedCell:
-    """A cell's weights as the operators take them, for one or several differentiable scans.
-
-    Args:
-        weights: of the cell.
-        mode: see `cfc_scan`.
-        activation: of the backbone.
-        timespan: the Δt of every step, or None if it is given with each scan.
-        dtype: what to compute in.
-    """
-
-    def __init__(
-        self,
-        weights: CfCWeights,
-        mode: Mode,
-        activation: Activation,
-        timespan: Tensor | float | None,
-        dtype: torch.dtype,
-    ) -> None:
-        if isinstance(timespan, Tensor):
-            timespan = timespan.to(dtype)
-        self.maps = [_joined(affine, dtype) for affine in weights.backbone]
-        self.maps.append(_joined_heads(weights, mode, timespan, dtype))
-        self.decay = _decay(weights, dtype) if mode == "pure" else None
-        self._options = (MODES.index(mode), ACTIVATIONS.index(activation))
-        self._timespan, self._dtype = timespan, dtype
-
-    def scan(
-        self,
-        x: Tensor,
-        h0: Tensor,
-        timespans: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        dropout_scale: Tensor | None = None,
-        chunk_size: int | None = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """As `cfc_scan`, unchecked; `h0` and the final state are in the cell's dtype.
-
-        `timespans` are given exactly if the time span was not fixed.
-        """
-        batch, steps, _ = x.shape
-        dtype, spans = self._dtype, None
-        if timespans is not None:
-            spans = timespans.reshape(batch, steps).to(dtype)
-        elif isinstance(self._timespan, Tensor) and self.decay is not None:
-            spans = self._timespan.expand(batch, steps)
-        elif self.decay is not None:
-            spans = x.new_full((batch, steps), self._timespan, dtype=dtype)  # type: ignore[arg-type]
-        tensors = (
-            x,
-            h0,
-            self.maps,
-            spans,
-            None if lengths is None else lengths.to(torch.int64),
-            None if dropout_scale is None else dropout_scale.to(dtype),
-            self.decay,
-        )
-        differentiable = [x, h0, *self.maps, spans, self.decay]
-        if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in differentiable
-        ):
-            if chunk_size is None:
-                chunk_size = 0 if steps <= MAX_UNCHUNKED else DEFAULT_CHUNK
-            y, h_last, _ = torch.ops.ember_ext.cfc_scan(*tensors, *self._options, chunk_size)
-        else:
-            y, h_last, _ = torch.ops.ember_ext.cfc_scan_forward(*tensors, *self._options, -1)
-        return y, h_last
 
 
 class PackedCells:
