@@ -308,8 +308,8 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def sweep_cases(options: Options) -> Iterator[Case]:
-    """Other batches and lengths, if `options` asks for them."""
-    for batch, steps in SWEEP if "sweep" in options.what else ():
+    """Other batches and lengths."""
+    for batch, steps in SWEEP:
         for mode in MODES:
             for name in NETWORKS:
                 yield cfc_case(name, batch, steps, mode, options)
@@ -385,9 +385,13 @@ def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console(width=120)
     device = torch.device("cpu")
-    for stem, found in (("cfc", cases(options)), ("cfc_sweep", sweep_cases(options))):
-        rows = run_cases("cfc_scan", found, device=device, seconds=options.seconds)
-        if rows:
+    what = set(options.what)
+    for stem, wanted, make in (
+        ("cfc", what - {"sweep", "memory"}, cases),
+        ("cfc_sweep", what & {"sweep"}, sweep_cases),
+    ):
+        if wanted:
+            rows = run_cases("cfc_scan", make(options), device=device, seconds=options.seconds)
             console.print(roofline_table(rows))
             write_csv(rows, options.out / f"{stem}.csv", merge=True)
             plot_csv(options.out / f"{stem}.csv", options.out / f"{stem}.png")

@@ -293,7 +293,16 @@ def plot_csv(path: Path, image: Path) -> None:
         1, len(modes), figsize=(5.5 * len(modes), height), sharey=True, squeeze=False
     )
     # Okabe and Ito's colours can be told apart with any colour vision.
-    colours = ["#999999", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
+    colours = [
+        "#999999",
+        "#E69F00",
+        "#0072B2",
+        "#009E73",
+        "#CC79A7",
+        "#56B4E9",
+        "#D55E00",
+        "#F0E442",
+    ]
     labelled: dict[str, Any] = {}
     for axis, mode in zip(axes[0], modes, strict=True):
         for row in (row for row in rows if row["mode"] == mode):
