@@ -11,7 +11,6 @@ refractory_attention or attention_step. `--help` lists the flags.
 from __future__ import annotations
 
 import csv
-import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +29,11 @@ from ember_ext.benchmarking import (
     Call,
     Case,
     open_device,
+    peak_megabytes,
     plot_csv,
-    read_csv,
     relative_error,
     run_cases,
+    with_earlier,
     write_csv,
 )
 from ember_ext.models import Ember, EmberConfig
@@ -270,28 +270,14 @@ def model_case(options: Options) -> Case:
     return Case("6 layers, 6 heads, 384 wide, [64, 256]", "step", calls, lambda: {})
 
 
-def _resident_bytes(field: str) -> int:
-    """VmRSS, the memory in use, or VmHWM, the most that ever was; Linux only."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def _measure_memory(
-    what: What, name: str, shape: Shape | None, queue: multiprocessing.Queue[int]
-) -> None:
-    # Started first, so that threads and libraries count as there before.
+def make_measured(what: What, name: str, shape: Shape | None) -> Call:
+    """A step of the model, or forward and backward of a shape, whose memory is to be measured."""
     small = make_leaves("attention", (1, 1, 64, 64), "cpu")
     make_call(eager, small, 0.0, "forward+backward")()
     if shape is None:
-        call = make_step(name, "cpu")
-    else:
-        function = contenders(what, shape[2], False)[name]
-        call = make_call(function, make_leaves(what, shape, "cpu"), 0.0, "forward+backward")
-    before = _resident_bytes("VmRSS")
-    call()
-    queue.put(_resident_bytes("VmHWM") - before)
+        return make_step(name, "cpu")
+    function = contenders(what, shape[2], False)[name]
+    return make_call(function, make_leaves(what, shape, "cpu"), 0.0, "forward+backward")
 
 
 def memory_table(options: Options, path: Path, console: Console) -> None:
@@ -299,7 +285,6 @@ def memory_table(options: Options, path: Path, console: Console) -> None:
     beyond = "model" if options.what == "model" else "inputs"
     table = Table("config", "contender", f"peak MB beyond the {beyond}")
     table.columns[2].justify = "right"
-    spawn = multiprocessing.get_context("spawn")
     shapes = [None] if options.what == "model" else chosen_shapes(options)
     rows: list[tuple[str, str, str]] = []
     for shape in shapes:
@@ -308,11 +293,8 @@ def memory_table(options: Options, path: Path, console: Console) -> None:
             names = tuple(contenders(options.what, shape[2], False))
         config = "training step" if shape is None else f"{list(shape)}"
         for name in names:
-            queue: multiprocessing.Queue[int] = spawn.Queue()
-            process = spawn.Process(target=_measure_memory, args=(options.what, name, shape, queue))
-            process.start()
-            rows.append((config, name, f"{queue.get() / 1e6:.1f}"))
-            process.join()
+            peak = peak_megabytes(make_measured, options.what, name, shape)
+            rows.append((config, name, f"{peak:.1f}"))
             table.add_row(*rows[-1])
         table.add_section()
     console.print(table)
@@ -334,9 +316,8 @@ def main(options: Options) -> None:
         cases = iter([model_case(options)]) if options.what == "model" else attention_cases(options)
         rows = run_cases(name, cases, device=device, seconds=options.seconds, least=3)
         path = options.out / f"{name}.csv"
-        if options.append and path.exists():
-            timed = {(row.config, row.mode) for row in rows}
-            rows = [row for row in read_csv(path) if (row.config, row.mode) not in timed] + rows
+        if options.append:
+            rows = with_earlier(rows, path)
         if options.what == "model":
             write_csv(rows, path)
         else:

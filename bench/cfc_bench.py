@@ -2,15 +2,20 @@
 
 Every contender is checked against ncps in fp64 before anything is timed. ncps runs at whichever of
 one thread and all threads is faster: its threads spin when the machine is busy, which would flatter
-us. "the same work" is a yardstick: the same matrix products and activations without the recurrence,
-as library calls over the whole sequence. GRU and LSTM have rows of their own, whose rates can be
-compared with ours. Prints tables and writes cfc.csv and cfc.png into --out. `--help` lists the
-flags.
+us. "roofline" is what the arithmetic alone takes: as many multiply-adds as the network has, as one
+matrix product of a good shape, and as many tanh and sigmoid, as PyTorch's vectorised loops over a
+buffer that stays in the cache. GRU and LSTM have rows of their own, whose rates can be compared
+with ours.
+
+`--what` picks the measurements and `--help` lists the flags. Prints tables, and writes cfc.csv and
+cfc.png, cfc_sweep.csv and cfc_sweep.png, and cfc_memory.csv into --out, where measurements of
+earlier runs are kept.
 """
 
 from __future__ import annotations
 
 import copy
+import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,37 +30,48 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import ember_ext
-from ember_ext import reference
+from ember_ext import _native, reference
 from ember_ext.benchmarking import (
     Case,
     Clock,
-    clock_of,
+    Row,
     open_device,
+    peak_megabytes,
     plot_csv,
     relative_error,
     run_cases,
+    with_earlier,
     write_csv,
 )
+from ember_ext.models import LiquidEmber, LiquidEmberConfig
 from ember_ext.nn.cfc import _weights
 
 INPUTS, UNITS, MOTOR = 128, 192, 128
 NETWORKS: dict[str, Any] = {"wired": AutoNCP(UNITS, MOTOR), "dense": UNITS}
 MAIN = (64, 256)
-SWEEP = [(1, 16), (1, 1024), (8, 256), (256, 64), (16, 4096)]
+SWEEP = [(1, 16), (1, 256), (1, 4096), (8, 256), (64, 16), (256, 64), (16, 4096)]
+MODES = ("forward", "forward+backward")
+CHUNKS = (0, 128, 64, 32, 16)
+OURS = f"ember_ext {_native.isa or 'reference'}"
+
+What = Literal["layer", "stream", "sweep", "mixed", "model", "memory"]
 
 
 @dataclass
 class Options:
-    """What to time, for how long, and where to write it."""
+    """What to measure, for how long, and where to write it."""
 
-    device: str = "cpu"
-    """Where to run: on "cpu", or on "cuda", which is timed by CUDA events."""
+    what: tuple[What, ...] = ("layer", "stream", "memory", "model")
+    """layer: 64 rows of 256 steps, with GRU and LSTM; stream: one row, in one call and step by
+    step; sweep: other batches and lengths; mixed: with mixed memory; model: a training step of
+    LiquidEmber; memory: peak memory against chunk_size, and of the model, on
+    the CPU of a Linux machine only."""
     seconds: float = 2.0
     """How long to time each case, in seconds, and five rounds at least."""
-    sizes: Literal["main", "sweep", "all"] = "main"
-    """main: 64 rows of 256 steps, streaming and memory; sweep: other batches and lengths."""
-    compare_ncps: bool = True
-    """ncps takes most of the time."""
+    device: str = "cpu"
+    """Where to run: on "cpu", or on "cuda", which is timed by CUDA events."""
+    compare: bool = True
+    """Also time ncps and our reference, which take most of the time."""
     out: Path = Path("bench/results")
 
 
@@ -69,21 +85,29 @@ def cell_sizes(network: ember_ext.nn.CfC) -> list[tuple[int, int]]:
     return sizes
 
 
-def same_work(network: ember_ext.nn.CfC, rows: int, passes: int) -> Callable[[], None]:
-    """The matrix products of `passes` (1 forward, 3 with backward) and the activations."""
-    products = []
-    device = next(network.parameters()).device
-    for inputs, outputs in cell_sizes(network):
-        left = torch.randn(rows, inputs, device=device)
-        right = torch.randn(inputs, outputs, device=device)
-        products.append((left, right, torch.empty(rows, outputs, device=device)))
+def multiply_adds(network: ember_ext.nn.CfC, mode: str) -> int:
+    """Of one step of one row."""
+    return sum(i * o for i, o in cell_sizes(network)) * (1 if mode == "forward" else 3)
+
+
+def roofline(network: ember_ext.nn.CfC, rows: int, mode: str) -> Callable[[], None]:
+    """The arithmetic of `rows` steps of one row, see the top of this file."""
+    width, device = 512, next(network.parameters()).device
+    height = max(1, multiply_adds(network, mode) * rows // width**2)
+    left, right = (torch.randn(n, width, device=device) for n in (height, width))
+    out = torch.empty_like(left)
+    sigmoids = rows * UNITS
+    tanhs = rows * sum(outputs for _, outputs in cell_sizes(network)) - sigmoids
+    values = torch.randn(1 << 16, device=device)
+    activated = torch.empty_like(values)
 
     def run() -> None:
-        for left, right, out in products:
-            for _ in range(passes):
-                torch.mm(left, right, out=out)
-            # Two tanh for each sigmoid, or a backbone's tanh: one value costs about the same.
-            torch.tanh(out, out=out)
+        torch.mm(left, right, out=out)
+        for function, count in ((torch.tanh, tanhs), (torch.sigmoid, sigmoids)):
+            for _ in range(count // len(values)):
+                function(values, out=activated)
+            few = count % len(values)
+            function(values[:few], out=activated[:few])
 
     return run
 
@@ -111,7 +135,7 @@ def training_call(network: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 
 def at_best_threads(call: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """`call` at one thread or at all, whichever is faster; on a GPU at all."""
+    """`call` at one thread or at all, whichever is faster on a CPU."""
     if device != "cpu":
         return call
     threads = torch.get_num_threads()
@@ -126,9 +150,12 @@ def at_best_threads(call: Callable[[], Any], device: str) -> Callable[[], Any]:
 
         return run
 
+    def best_of_two(run: Callable[[], Any]) -> float:
+        return min(Clock().seconds(run) for _ in range(2))
+
     choices = {count: at(count) for count in {1, threads}}
     call()
-    return choices[min(choices, key=lambda count: Clock().seconds(choices[count]))]
+    return choices[min(choices, key=lambda count: best_of_two(choices[count]))]
 
 
 class Reference(nn.Module):
@@ -148,45 +175,49 @@ class Reference(nn.Module):
         return x, torch.cat(finals, 1)
 
 
+def networks(name: str, device: str, **options: Any) -> tuple[nn.Module, ember_ext.nn.CfC]:
+    """A network of ncps, and ours with the same weights."""
+    torch.manual_seed(0)
+    theirs = ncps.torch.CfC(INPUTS, copy.deepcopy(NETWORKS[name]), **options)
+    ours = ember_ext.nn.CfC(INPUTS, copy.deepcopy(NETWORKS[name]), **options)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.to(device), ours.to(device)
+
+
 def cfc_case(name: str, batch: int, steps: int, mode: str, options: Options) -> Case:
     """The contenders for one network and size."""
-    torch.manual_seed(0)
-    theirs = ncps.torch.CfC(INPUTS, copy.deepcopy(NETWORKS[name])).to(options.device)
-    ours = copy.deepcopy(theirs)
-    ember_ext.accelerate(ours)
-    x = torch.randn(batch, steps, INPUTS).to(options.device)
+    theirs, ours = networks(name, options.device)
+    x = torch.randn(batch, steps, INPUTS, device=options.device)
     make = forward_call if mode == "forward" else training_call
     calls = {}
-    if options.compare_ncps:
+    if options.compare:
         calls["ncps"] = at_best_threads(make(theirs, x), options.device)
         calls["our reference"] = at_best_threads(make(Reference(ours), x), options.device)
-    calls["ember_ext"] = make(ours, x)
-    passes = 1 if mode == "forward" else 3
-    calls["the same work"] = same_work(ours, batch * steps, passes)
+    calls[OURS] = make(ours, x)
+    calls["roofline"] = roofline(ours, batch * steps, mode)
 
     def verify() -> dict[str, float]:
         few = x[:4, :64]
-        exact, _ = copy.deepcopy(theirs).double()(
-            few.double(), few.new_zeros(len(few), UNITS).double()
-        )
-        errors = {}
-        for label, network in (("ncps", theirs), ("ember_ext", ours)):
-            errors[label] = relative_error(network(few)[0], exact.detach())
-        if not errors["ember_ext"] <= 2 * errors["ncps"] + 1e-6:
+        zeros = few.new_zeros(len(few), UNITS, dtype=torch.float64)
+        exact, _ = copy.deepcopy(theirs).double()(few.double(), zeros)
+        errors = {
+            label: relative_error(network(few)[0], exact.detach())
+            for label, network in (("ncps", theirs), (OURS, ours))
+        }
+        if not errors[OURS] <= 2 * errors["ncps"] + 1e-6:
             raise AssertionError(f"{name}: {errors}")
         return errors
 
-    macs = sum(inputs * outputs for inputs, outputs in cell_sizes(ours)) * batch * steps
+    work = multiply_adds(ours, mode) * batch * steps
     config = f"{name} [{batch}, {steps}, {INPUTS}] -> {UNITS}"
-    return Case(config, mode, calls, verify, gigaflops=2e-9 * macs * passes)
+    return Case(config, mode, calls, verify, gigaflops=2e-9 * work)
 
 
-def rnn_case(
-    kind: type[nn.RNNBase], gates: int, batch: int, steps: int, mode: str, device: str
-) -> Case:
+def rnn_case(kind: type[nn.RNNBase], gates: int, mode: str, device: str) -> Case:
     """A GRU or LSTM of as many units."""
+    batch, steps = MAIN
     network = kind(INPUTS, UNITS, batch_first=True).to(device)
-    x = torch.randn(batch, steps, INPUTS).to(device)
+    x = torch.randn(batch, steps, INPUTS, device=device)
     make = forward_call if mode == "forward" else training_call
     macs = gates * UNITS * (INPUTS + UNITS) * batch * steps * (1 if mode == "forward" else 3)
     name = kind.__name__
@@ -194,13 +225,11 @@ def rnn_case(
     return Case(config, mode, {name: make(network, x)}, dict, gigaflops=2e-9 * macs)
 
 
-def step_case(name: str, device: str) -> Case:
+def step_case(name: str, options: Options) -> Case:
     """One streaming step of one row."""
-    torch.manual_seed(0)
-    theirs = ncps.torch.CfC(INPUTS, copy.deepcopy(NETWORKS[name])).to(device)
-    ours = copy.deepcopy(theirs)
-    ember_ext.accelerate(ours)
-    x, h = torch.randn(1, INPUTS).to(device), torch.zeros(1, UNITS, device=device)
+    theirs, ours = networks(name, options.device)
+    x = torch.randn(1, INPUTS, device=options.device)
+    h = x.new_zeros(1, UNITS)
     products = [(x.new_ones(o, i), x.new_ones(i)) for i, o in cell_sizes(ours)]
 
     def bare() -> None:
@@ -214,76 +243,169 @@ def step_case(name: str, device: str) -> Case:
                 for _ in range(100):
                     call()
 
-        return at_best_threads(run, device)
+        return at_best_threads(run, options.device)
 
-    calls = {
-        "ncps": repeated(lambda: theirs(x[:, None], h)),
-        "ember_ext": repeated(lambda: ours.step(x, h)),
-        "its products alone": repeated(bare),
-    }
+    calls = {"ncps": repeated(lambda: theirs(x[:, None], h))} if options.compare else {}
+    calls[OURS] = repeated(lambda: ours.step(x, h))
+    calls["its products alone"] = repeated(bare)
     return Case(f"{name}, 100 steps of [1, {INPUTS}]", "forward", calls, dict)
 
 
+def mixed_case(name: str, mode: str, options: Options) -> Case:
+    """With an LSTM cell between the steps."""
+    theirs, ours = networks(name, options.device, mixed_memory=True)
+    x = torch.randn(*MAIN, INPUTS, device=options.device)
+    make = forward_call if mode == "forward" else training_call
+    calls = {"ncps": at_best_threads(make(theirs, x), options.device)} if options.compare else {}
+    calls[OURS] = at_best_threads(make(ours, x), options.device)
+    return Case(f"{name}, mixed memory {[*MAIN, INPUTS]}", mode, calls, dict)
+
+
+def training_step(kind: str, device: str) -> Callable[[], None]:
+    """A training step of LiquidEmber, 4 layers of 128 and 192 units, with our CfC or with ncps'."""
+    torch.manual_seed(0)
+    batch, steps = MAIN
+    model = LiquidEmber(LiquidEmberConfig(n_layer=4, n_embd=MOTOR, cfc_units=UNITS))
+    if kind == "ncps":
+        for block in model.blocks:
+            theirs = ncps.torch.CfC(MOTOR, copy.deepcopy(NETWORKS["wired"]))
+            theirs.load_state_dict(block.cfc.state_dict())
+            block.cfc = theirs
+    model.to(device)
+    idx = torch.randint(model.config.vocab_size, (batch, steps), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        _, loss, _ = model(idx, idx)
+        assert loss is not None
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def model_case(options: Options) -> Case:
+    """A training step of the language model."""
+    device = options.device
+    calls = {}
+    if options.compare:
+        calls["ncps"] = at_best_threads(training_step("ncps", device), device)
+    calls[OURS] = training_step("ours", device)
+    return Case(f"LiquidEmber 4/{MOTOR}/{UNITS} {list(MAIN)}", "training step", calls, dict)
+
+
 def cases(options: Options) -> Iterator[Case]:
-    """All that `options` asks for."""
-    shapes = {"main": [MAIN], "sweep": SWEEP, "all": [MAIN, *SWEEP]}[options.sizes]
-    for batch, steps in shapes:
-        for mode in ("forward", "forward+backward"):
+    """All that `options` asks for and that is timed."""
+    if "layer" in options.what:
+        for mode in MODES:
+            for name in NETWORKS:
+                yield cfc_case(name, *MAIN, mode, options)
+            yield rnn_case(nn.GRU, 3, mode, options.device)
+            yield rnn_case(nn.LSTM, 4, mode, options.device)
+    if "stream" in options.what:
+        for name in NETWORKS:
+            yield cfc_case(name, 1, 1024, "forward", options)
+            yield step_case(name, options)
+    if "mixed" in options.what:
+        for mode in MODES:
+            for name in NETWORKS:
+                yield mixed_case(name, mode, options)
+    if "model" in options.what:
+        yield model_case(options)
+
+
+def sweep_cases(options: Options) -> Iterator[Case]:
+    """Other batches and lengths."""
+    for batch, steps in SWEEP:
+        for mode in MODES:
             for name in NETWORKS:
                 yield cfc_case(name, batch, steps, mode, options)
-            yield rnn_case(nn.GRU, 3, batch, steps, mode, options.device)
-            yield rnn_case(nn.LSTM, 4, batch, steps, mode, options.device)
-    if options.sizes != "sweep":
+
+
+def make_training(name: str, chunk_size: int, batch: int, steps: int) -> Callable[[], Any]:
+    """A forward and backward pass whose memory is to be measured."""
+    network = ember_ext.nn.CfC(INPUTS, copy.deepcopy(NETWORKS[name]), chunk_size=chunk_size)
+    training_call(network, torch.randn(2, 3, INPUTS))()
+    return training_call(network, torch.randn(batch, steps, INPUTS))
+
+
+def make_step(kind: str) -> Callable[[], Any]:
+    """A training step whose memory is to be measured."""
+    make_training("wired", 0, 2, 3)
+    return training_step(kind, "cpu")
+
+
+def memory_table(console: Console, path: Path) -> None:
+    """Peak memory of training beyond the inputs and weights, and its time, against chunk_size."""
+    columns = ("network", "chunk_size", "peak MB", "of all", "forward+backward ms", "of all")
+    table = Table(*columns, title="memory")
+    lines: list[tuple[str, ...]] = []
+    for batch, steps, chunks in ((*MAIN, CHUNKS), (4, 4096, CHUNKS[:3])):
+        x = torch.randn(batch, steps, INPUTS)
         for name in NETWORKS:
-            yield step_case(name, options.device)
+            calls = {}
+            for chunk_size in chunks:
+                network = ember_ext.nn.CfC(
+                    INPUTS, copy.deepcopy(NETWORKS[name]), chunk_size=chunk_size
+                )
+                calls[chunk_size] = training_call(network, x)
+            times: dict[int, list[float]] = {chunk_size: [] for chunk_size in chunks}
+            for _ in range(5):
+                for chunk_size, call in calls.items():
+                    times[chunk_size].append(Clock().seconds(call))
+            first: tuple[float, float] | None = None
+            for chunk_size in chunks:
+                milliseconds = 1e3 * min(times[chunk_size])
+                peak = peak_megabytes(make_training, name, chunk_size, batch, steps)
+                first = first or (peak, milliseconds)
+                lines.append((
+                    f"{name} {[batch, steps, INPUTS]}", str(chunk_size or "all"), f"{peak:.0f}",
+                    f"{peak / first[0]:.0%}", f"{milliseconds:.0f}",
+                    f"{milliseconds / first[1]:.2f}",
+                ))  # fmt: skip
+    theirs, ours = (peak_megabytes(make_step, kind) for kind in ("ncps", "ours"))
+    model = f"LiquidEmber 4/{MOTOR}/{UNITS} {list(MAIN)}"
+    lines.append((f"{model}, ncps", "", f"{theirs:.0f}", "100%", "", ""))
+    lines.append((f"{model}, ours", "all", f"{ours:.0f}", f"{ours / theirs:.0%}", "", ""))
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow((*columns[:3], "peak of all", *columns[4:5], "time of all"))
+        writer.writerows(lines)
 
 
-def memory_table(batch: int, steps: int, device: torch.device) -> Table:
-    """What forward leaves for backward, and how long both take, against chunk_size."""
-    columns = ("network", "chunk_size", "saved MB", "of all", "forward+backward ms", "of all")
-    table = Table(*columns, title=f"memory, {[batch, steps, INPUTS]}")
-    x = torch.randn(batch, steps, INPUTS).to(device)
-    for name in NETWORKS:
-        network = ember_ext.nn.CfC(INPUTS, copy.deepcopy(NETWORKS[name])).to(device)
-        # At the border a chunk's tape is needed again: what counts is the peak of both.
-        whole: tuple[float, float] | None = None
-        for chunk_size in (0, 128, 32, 16):
-            network.chunk_size = chunk_size
-            call = training_call(network, x)
-            milliseconds = min(clock_of(device).seconds(call) for _ in range(4)) * 1e3
-            saved = _saved_megabytes(lambda network=network: network(x))
-            if chunk_size and whole:
-                saved += whole[0] * min(1.0, chunk_size / steps)
-            whole = whole or (saved, milliseconds)
-            table.add_row(
-                name, str(chunk_size or "all"), f"{saved:.0f}", f"{saved / whole[0]:.0%}",
-                f"{milliseconds:.0f}", f"{milliseconds / whole[1]:.2f}",
-            )  # fmt: skip
+def roofline_table(rows: list[Row]) -> Table:
+    """Our share of the roofline, case by case."""
+    table = Table("config", "mode", "of the roofline")
+    limits = {(row.config, row.mode): row for row in rows if row.contender == "roofline"}
+    for row in rows:
+        limit = limits.get((row.config, row.mode))
+        if row.contender == OURS and limit:
+            table.add_row(row.config, row.mode, f"{limit.median_ms / row.median_ms:.0%}")
     return table
-
-
-def _saved_megabytes(call: Callable[[], Any]) -> float:
-    total = 0
-
-    def pack(value: Tensor) -> Tensor:
-        nonlocal total
-        total += value.numel() * value.element_size()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        call()
-    return total / 1e6
 
 
 def main(options: Options) -> None:
     """Verify, time, print, write."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=120)
     device = open_device(options.device)
-    rows = run_cases("cfc_scan", cases(options), device=device, seconds=options.seconds)
-    if options.sizes != "sweep":
-        Console(width=120).print(memory_table(*MAIN, device))
-    write_csv(rows, options.out / "cfc.csv")
-    plot_csv(options.out / "cfc.csv", options.out / "cfc.png")
-    print(f"Wrote {options.out / 'cfc.csv'} and {options.out / 'cfc.png'}")
+    what = set(options.what)
+    for stem, wanted, make in (
+        ("cfc", what - {"sweep", "memory"}, cases),
+        ("cfc_sweep", what & {"sweep"}, sweep_cases),
+    ):
+        if wanted:
+            rows = run_cases("cfc_scan", make(options), device=device, seconds=options.seconds)
+            console.print(roofline_table(rows))
+            path = options.out / f"{stem}.csv"
+            write_csv(with_earlier(rows, path), path)
+            plot_csv(path, path.with_suffix(".png"))
+    if "memory" in options.what and device.type == "cpu":
+        memory_table(console, options.out / "cfc_memory.csv")
 
 
 if __name__ == "__main__":

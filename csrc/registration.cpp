@@ -61,9 +61,10 @@ constexpr const char* schemas[] = {
     "Tensor[] weights, Tensor? timespans, Tensor? lengths, Tensor? dropout_scale, Tensor? decay, "
     "int mode, int activation, int chunk, bool input_gradient, bool weight_gradients) "
     "-> (Tensor, Tensor, Tensor[], Tensor, Tensor)",
-    // One step of stacked cells from weights packed once; CPU only.
+    // Inference by stacked cells from weights packed once; CPU only.
     "cfc_scan_pack(Tensor[] weights, int[] plan) -> Tensor",
-    "cfc_scan_step(Tensor x, Tensor h, Tensor? timespans, Tensor packed, int[] plan) -> Tensor",
+    "cfc_scan_packed(Tensor x, Tensor h, Tensor? timespans, Tensor? lengths, Tensor packed, "
+    "int[] plan) -> (Tensor, Tensor)",
 };
 
 }  // namespace

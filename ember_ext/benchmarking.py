@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import multiprocessing
 import statistics
 import sys
 import time
@@ -275,6 +276,49 @@ def read_csv(path: Path) -> list[Row]:
     return [Row(**{name: types[name](value) for name, value in line.items()}) for line in lines]
 
 
+def with_earlier(rows: Sequence[Row], path: Path) -> list[Row]:
+    """The rows that a file has of other measurements, if there is one, and then `rows`."""
+
+    def key(row: Row) -> tuple[str, str, str]:
+        return row.config, row.mode, row.contender
+
+    measured = {key(row) for row in rows}
+    earlier = read_csv(path) if path.exists() else []
+    return [*(row for row in earlier if key(row) not in measured), *rows]
+
+
+def _resident_bytes(field: str) -> int:
+    """VmRSS, this process's memory in use, or VmHWM, the most that ever was; Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _measure_peak(make: Callable[..., Call], arguments: tuple[Any, ...], queue: Any) -> None:
+    call = make(*arguments)
+    before = _resident_bytes("VmRSS")
+    call()
+    queue.put(_resident_bytes("VmHWM") - before)
+
+
+def peak_megabytes(make: Callable[..., Call], *arguments: Any) -> float:
+    """How far a call drives the memory of a fresh process, beyond what it had before.
+
+    Args:
+        make: a function of a module, which returns the call; what it allocates, and what it runs
+            so that threads and libraries are there, does not count.
+        arguments: of `make`; pickled, like `make`.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.Queue()
+    process = spawn.Process(target=_measure_peak, args=(make, arguments, queue))
+    process.start()
+    peak = float(queue.get()) / 1e6
+    process.join()
+    return peak
+
+
 def plot_csv(path: Path, image: Path) -> None:
     """Draw the times of a CSV file that `write_csv` wrote as grouped bars, one panel per mode."""
     import matplotlib
@@ -297,7 +341,16 @@ def plot_csv(path: Path, image: Path) -> None:
         1, len(modes), figsize=(5.5 * len(modes), height), sharey=True, squeeze=False
     )
     # Okabe and Ito's colours can be told apart with any colour vision.
-    colours = ["#999999", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
+    colours = [
+        "#999999",
+        "#E69F00",
+        "#0072B2",
+        "#009E73",
+        "#CC79A7",
+        "#56B4E9",
+        "#D55E00",
+        "#F0E442",
+    ]
     labelled: dict[str, Any] = {}
     for axis, mode in zip(axes[0], modes, strict=True):
         for row in (row for row in rows if row["mode"] == mode):

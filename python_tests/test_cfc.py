@@ -176,6 +176,33 @@ def test_steps_equal_the_sequence(options: dict[str, Any]) -> None:
         torch.testing.assert_close(single, network.step(x[:1, 0], None, 0.5)[0][0])
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spans", ["none", "number", "scalar", "rows"])
+def test_inference_equals_training(mode: str, spans: str) -> None:
+    x, lengths = torch.randn(3, 6, 5), torch.tensor([6, 0, 2])
+    timespans = {
+        "none": None,
+        "number": 0.4,
+        "scalar": torch.tensor(0.4),
+        "rows": torch.rand(3, 6),
+    }[spans]
+    for network in (
+        nn.CfC(5, AutoNCP(20, 4), mode=mode),
+        nn.CfC(5, 9, proj_size=2, backbone_layers=2, backbone_dropout=0.5, mode=mode).eval(),
+        nn.CfC(5, 9, return_sequences=False, mode=mode),
+        nn.CfC(5, 9, mode=mode, mixed_memory=True),
+    ):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            network.to(dtype)
+            spans_ = timespans.to(dtype) if isinstance(timespans, Tensor) else timespans
+            expected = network(x.to(dtype), timespans=spans_, lengths=lengths)
+            with torch.no_grad():
+                actual = network(x.to(dtype), timespans=spans_, lengths=lengths)
+            for a, b in zip(actual, expected, strict=True):
+                close = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
+                torch.testing.assert_close(a, b, **close)
+
+
 def test_step_notices_changed_weights() -> None:
     network = nn.CfC(3, AutoNCP(12, 2))
     x, hx = torch.randn(1, 3), torch.randn(1, 12)
@@ -287,6 +314,12 @@ def test_compiles_whole() -> None:
         x = torch.randn(batch, steps, 4)
         torch.testing.assert_close(compiled(x)[0], network(x)[0])
     assert graphs <= 2
+    # Inference, where the uncompiled network packs its weights.
+    with torch.no_grad():
+        for batch, steps in ((4, 5), (3, 7), (8, 2), (6, 11)):
+            x = torch.randn(batch, steps, 4)
+            torch.testing.assert_close(compiled(x)[0], network(x)[0])
+    assert graphs <= 4
 
 
 SIZE = {"input_size": 4, "units": 6}
@@ -332,13 +365,53 @@ X = torch.zeros(3, 8, 4)
         ({"timespans": -1.0}, ValueError, "timespans must be finite and >= 0"),
         ({"timespans": torch.full((3, 8), float("inf"))}, ValueError, "timespans must be finite"),
         ({"lengths": torch.tensor([1, 2, 9])}, ValueError, r"lengths must be within \[0, T\]"),
+        ({"lengths": torch.tensor([1, -2, 3])}, ValueError, r"lengths must be within \[0, T\]"),
+        ({"lengths": torch.tensor([1, 2])}, ValueError, r"lengths must be \[B\] = \[3\], got"),
+        ({"lengths": torch.ones(3)}, TypeError, "lengths must be int64 or int32, got torch.fl"),
+        ({"lengths": [1, 2, 3]}, TypeError, "lengths must be a torch.Tensor, got list"),
         ({"input": X[0], "lengths": torch.tensor([1])}, ValueError, "lengths must be None for an"),
     ],
     ids=str,
 )
+@pytest.mark.parametrize("grad", [True, False])
 def test_bad_call_arguments(
-    arguments: dict[str, Any], error: type[Exception], message: str
+    arguments: dict[str, Any], error: type[Exception], message: str, grad: bool
 ) -> None:
     network = nn.CfC(4, 6)
-    with pytest.raises(error, match=r"ember_ext\.(nn\.CfC|cfc_scan): .*" + message):
-        network(**{"input": X} | arguments)
+    with torch.set_grad_enabled(grad):
+        network(X)
+        with pytest.raises(error, match=r"ember_ext\.(nn\.CfC|cfc_scan): .*" + message):
+            network(**{"input": X} | arguments)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("steps", [0, 4])
+def test_bad_arguments_with_mixed_memory(grad: bool, steps: int) -> None:
+    network = nn.CfC(4, 6, mixed_memory=True)
+    zeros = torch.zeros(3, 6)
+    with torch.set_grad_enabled(grad):
+        for arguments, error, message in (
+            ({"hx": zeros}, TypeError, r"hx must be a pair \(h, c\) with mixed memory, got Tensor"),
+            ({"hx": (zeros, zeros[:2])}, ValueError, r"hx\[1\] must be \[B, S\] = \[3, 6\], got"),
+            ({"timespans": -0.5}, ValueError, "timespans must be finite and >= 0, got -0.5"),
+            ({"lengths": torch.tensor([1, 2, 9])}, ValueError, r"lengths must be within \[0, T\]"),
+        ):
+            with pytest.raises(error, match=message):
+                network(X[:, :steps], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X,), r"input must be \[B, C\] or \[C\], got \[3, 8, 4\]"),
+        ((X[:, 0, :3], torch.zeros(3, 6)), r"C = 4"),
+        ((X[:, 0], torch.zeros(2, 6)), r"hx must be \[B, S\] = \[3, 6\], got \[2, 6\]"),
+        ((X[:, 0], torch.zeros(3, 6), -1.0), "timespans must be finite and >= 0, got -1.0"),
+        ((X[:, 0], torch.zeros(3, 6), torch.tensor([1.0, 2.0, -3.0])), "timespans must be finite"),
+    ],
+    ids=str,
+)
+def test_bad_step_arguments(arguments: tuple[Any, ...], message: str) -> None:
+    network = nn.CfC(4, 6)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        network.step(*arguments)

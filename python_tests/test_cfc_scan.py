@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def test_matches_reference_on_a_gpu(dtype: torch.dtype) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("isa", ["baseline"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_instruction_sets(isa: str) -> None:
     code = """
 import torch
@@ -144,12 +145,18 @@ def test_opcheck(chunk: int, spans: bool) -> None:
     )
 
 
-def test_chunks_give_the_same_gradients_to_the_bit() -> None:
+def test_chunks_change_no_result() -> None:
     tensors = example(5, 13, 6, 18, backbone=(9,))
     whole = results(tensors, chunk_size=0)
+    precise = {name: value.detach().double().requires_grad_() for name, value in tensors.items()}
+    expected = results(precise, chunk_size=0)
     for chunk_size in (1, 4, 13, 99):
-        for a, b in zip(whole, results(tensors, chunk_size=chunk_size), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        chunked = results(tensors, chunk_size=chunk_size)
+        # Only the weights' gradients are sums over steps, whose order depends on the chunk.
+        for a, b in zip(whole[:4], chunked[:4], strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(expected, results(precise, chunk_size=chunk_size), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("cut", [1, 5, 11])
@@ -183,8 +190,56 @@ def test_padding_has_no_influence_and_gets_no_gradient() -> None:
 
 @needs_kernels
 def test_repeats_to_the_bit(assert_repeats: Callable[[Callable[[], list[Tensor]]], None]) -> None:
-    for tensors in (example(67, 9, 5, 35, backbone=(33,)), example(1, 40, 7, 19)):
+    for tensors in (
+        example(67, 9, 5, 35, backbone=(33,)),
+        example(1, 40, 7, 19),
+        # Fewer rows than threads, and layers that are wide enough to be shared among those.
+        example(1, 40, 70, 165, backbone=(129, 140)),
+        example(2, 35, 0, 190),
+    ):
         assert_repeats(functools.partial(results, tensors))
+        assert_repeats(functools.partial(results, tensors, chunk_size=11))
+
+
+@needs_kernels
+@pytest.mark.parametrize("mode", ["default", "no_gate", "pure"])
+@pytest.mark.parametrize("spans", [False, True])
+def test_one_row_shared_by_threads_equals_many_rows(mode: str, spans: bool) -> None:
+    tensors = example(3, 70, 50, 200, mode=mode, backbone=(130,) if spans else ())
+    if spans:
+        tensors["timespans"] = torch.rand(3, 70).requires_grad_()
+    lengths = torch.tensor([70, 33, 0])
+    whole = scan(**tensors, mode=mode, lengths=lengths)
+    per_row = ("x", "h0", "timespans")
+    leaves = {name: tensors[name] for name in per_row if name in tensors}
+    gradients = torch.autograd.grad([whole[0].square().sum() + whole[1].sum()], leaves.values())
+    for row in range(3):
+        one = {k: v[row : row + 1] if k in per_row else v for k, v in tensors.items()}
+        alone = scan(**one, mode=mode, lengths=lengths[row : row + 1])
+        for a, b in zip(alone, whole, strict=True):
+            assert torch.equal(a[0], b[row])
+        own = torch.autograd.grad(
+            [alone[0].square().sum() + alone[1].sum()], [one[name] for name in leaves]
+        )
+        for a, b in zip(own, gradients, strict=True):
+            torch.testing.assert_close(a[0], b[row], rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+def test_threads_that_share_a_row_get_on_while_the_machine_is_busy() -> None:
+    tensors = {name: value.detach() for name, value in example(1, 300, 20, 180).items()}
+    expected, _ = scan(**tensors)
+    threads = torch.get_num_threads()
+
+    def run() -> bool:
+        torch.set_num_threads(3)
+        return all(torch.equal(scan(**tensors)[0], expected) for _ in range(5))
+
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            assert all(call.result(timeout=60) for call in [pool.submit(run) for _ in range(6)])
+    finally:
+        torch.set_num_threads(threads)
 
 
 @needs_kernels
@@ -376,19 +431,50 @@ def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("spans", [False, True])
-def test_packed_steps(spans: bool) -> None:
+@pytest.mark.parametrize("steps", [None, 7])
+@pytest.mark.parametrize("mode", ["default", "pure"])
+def test_packed_cells(mode: str, steps: int | None, spans: bool) -> None:
     generator = torch.Generator().manual_seed(4)
-    heads = [Affine(torch.randn(5, 9, generator=generator), torch.randn(5)) for _ in range(4)]
-    packed = PackedCells([CfCWeights(*heads)], timespan=None if spans else 0.5)
-    x, h = torch.randn(3, 4), torch.randn(3, 5)
-    dt = torch.rand(3) if spans else None
-    expected = reference.cfc_scan(
-        x[:, None], CfCWeights(*heads), h, timespans=0.5 if dt is None else dt[:, None]
-    )[1]
-    torch.testing.assert_close(packed.step(x, h, dt), expected)
+    cells = []
+    for inputs, hidden, backbone in ((4, 5, (6, 3)), (5, 19, ()), (19, 2, (33,))):
+        tensors = cfc_weights(inputs, hidden, mode=mode, backbone=backbone, generator=generator)
+        cells.append(flat(lambda _, weights: weights)(torch.empty(0), **tensors))
+    packed = PackedCells(cells, mode=mode, timespan=None if spans else 0.5)
+    x = torch.randn(3, steps or 1, 4, generator=generator)
+    h = torch.randn(3, 26, generator=generator)
+    dt = torch.rand(3, steps or 1, generator=generator) if spans else None
+    lengths = torch.tensor([steps, 0, 2]) if steps else None
+    expected, lasts = x, []
+    for cell, state in zip(cells, h.split([5, 19, 2], 1), strict=True):
+        expected, last = reference.cfc_scan(
+            expected, cell, state, timespans=0.5 if dt is None else dt, mode=mode, lengths=lengths
+        )
+        lasts.append(last)
+    if steps is None:
+        x, expected, dt = x[:, 0], expected[:, 0], None if dt is None else dt[:, 0]
+    y, last = packed.run(x, h, dt, lengths)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(last, torch.cat(lasts, 1))
+    if dt is None and mode == "pure":
+        dt = torch.full(x.shape[:-1], 0.5)
+    operators, plan = torch.ops.ember_ext, list(packed._plan)
     torch.library.opcheck(
-        torch.ops.ember_ext.cfc_scan_step.default, (x, h, dt, packed._packed, list(packed._plan))
+        operators.cfc_scan_packed.default, (x, h, dt, lengths, packed._packed, plan)
     )
-    for bad in ((x[:2], h), (x[:, :3], h), (x, h[:, :4])):
+    for bad in ((x[:2], h), (x[..., :3], h), (x, h[:, :4])):
         with pytest.raises(RuntimeError, match="invalid arguments"):
-            packed.step(*bad, dt)
+            packed.run(*bad, dt, lengths)
+
+
+@needs_kernels
+def test_packing_is_an_operator_like_others() -> None:
+    # A cell with a backbone of two layers, and one without, four heads each.
+    plan = [0, 0, 4, 5, 4, 3, 6, 3, 5, 7, 4, 1]
+    weights = [torch.randn(6, 10), torch.randn(3, 7), torch.randn(20, 4), torch.randn(28, 13)]
+    # What lies between the weights is neither written nor read.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    packed = torch.ops.ember_ext.cfc_scan_pack
+    torch.library.opcheck(packed.default, (weights, plan), test_utils=checks)
+    for bad in (weights[:3], [torch.randn(6, 9), *weights[1:]]):
+        with pytest.raises(RuntimeError, match="invalid arguments"):
+            packed(bad, plan)

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "device.h"
@@ -206,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> cfc_scan_backward(
 
 #ifndef EMBER_CUDA
 
-// Cells stacked on each other, for single steps. plan: activation, mode, then for each cell inputs,
+// Cells stacked on each other, for inference. plan: activation, mode, then for each cell inputs,
 // hidden, heads, the number of layers and the backbone's widths. packed: for each cell its weights
 // and, in mode pure, decay.
 class Stack {
@@ -277,69 +278,76 @@ Tensor cfc_scan_pack(Tensors weights, std::vector<int64_t> plan) {
   return packed;
 }
 
-// The states [batch, all hidden] after one step from the states `h`; the last cell's are the
-// output.
-Tensor cfc_scan_step(const Tensor& x_, const Tensor& h_, MaybeTensor timespans,
-                     const Tensor& packed, std::vector<int64_t> plan) {
+// Runs the whole stack, each cell over the states of the one before, without a gradient. x is
+// [batch, steps, inputs], or [batch, inputs] for a single step; timespans is shaped likewise.
+// Returns the last cell's states, shaped as x, and the final states [batch, all hidden].
+std::tuple<Tensor, Tensor> cfc_scan_packed(const Tensor& x_, const Tensor& h_,
+                                           MaybeTensor timespans, MaybeTensor lengths,
+                                           const Tensor& packed, std::vector<int64_t> plan) {
   const ScalarType compute = compute_type(x_);
   const Tensor x = dense(x_), h = dense(h_);
-  Arguments::expect(x.dim() == 2 && h.dim() == 2 && h.scalar_type() == compute);
-  Arguments::expect(h.size(0) == x.size(0));
-  Arguments::expect(timespans, x.size(0), compute);
-  const int64_t element = compute == ScalarType::Double ? 8 : 4;
-  CfcScanParams p{};
+  const bool single = x.dim() == 2;
+  Arguments::expect((single || x.dim() == 3) && h.dim() == 2 && h.scalar_type() == compute);
+  Arguments a;
+  CfcScanParams& p = a.p;
   p.dtype = dtype_of(x);
   p.batch = x.size(0);
-  p.steps = 1;
-  p.x = x.const_data_ptr();
-  p.h_stride = h.size(1);
+  p.steps = single ? 1 : x.size(1);
+  Arguments::expect(h.size(0) == p.batch);
+  Arguments::expect(timespans, p.batch * p.steps, compute);
+  Arguments::expect(lengths, p.batch, ScalarType::Long);
+  const int64_t element = compute == ScalarType::Double ? 8 : 4;
   char* weights = static_cast<char*>(packed.mutable_data_ptr());
   p.packed = weights;
-  int64_t scratch = 0, states = 0, packed_size = 0, inputs = x.size(1);
-  std::vector<CfcLayer> layers;
-  for (Stack stack(plan); stack.next(p, layers);) {
+  int64_t scratch = 0, between = 0, states = 0, packed_size = 0, inputs = x.size(single ? 1 : 2);
+  for (Stack stack(plan); stack.next(p, a.layers);) {
     Arguments::expect(p.inputs == inputs);
     Arguments::expect(p.heads == 3 || (timespans && p.heads == (p.mode == CfcMode::pure ? 1 : 4)));
-    const int64_t own = cfc_workspace(p, false).size + p.batch * p.hidden * 2;
+    const int64_t own = cfc_workspace(p, false).size;
     scratch = own > scratch ? own : scratch;
+    between = p.hidden > between ? p.hidden : between;
     states += p.hidden;
     packed_size += cfc_packed_size(p) + 2 * p.hidden;
     inputs = p.hidden;
   }
-  Arguments::expect(states == h.size(1) && packed.numel() == packed_size);
+  Arguments::expect(states > 0 && states == h.size(1) && packed.numel() == packed_size);
   Arguments::expect(packed.scalar_type() == compute);
-  Tensor next = torch::stable::new_empty(h, {p.batch, states});
-  if (p.batch == 0) return next;
-  // Two halves: a cell reads its input from the one that the cell before wrote its output to. One
-  // row fits the stack, which saves asking torch for memory.
+  Tensor y = single ? torch::stable::new_empty(x, {p.batch, inputs})
+                    : torch::stable::new_empty(x, {p.batch, p.steps, inputs});
+  Tensor last = torch::stable::new_empty(h, {p.batch, states});
+  if (p.batch == 0) return {y, last};
+  // A cell reads its input from the buffer that the cell before wrote its output to. One step of
+  // one row fits the stack, which saves asking torch for memory.
+  between = cfc_pad(p.batch * p.steps * between);
   alignas(64) char on_stack[1 << 16];
   MaybeTensor on_heap;
   char* workspace = on_stack;
-  if (2 * scratch * element > int64_t(sizeof(on_stack))) {
-    on_heap = torch::stable::new_empty(x, {2 * scratch}, compute);
+  if ((scratch + 2 * between) * element > int64_t(sizeof(on_stack))) {
+    on_heap = new_buffer(x, scratch + 2 * between, compute);
     workspace = static_cast<char*>(on_heap->mutable_data_ptr());
   }
+  char* buffers[2] = {workspace + scratch * element, workspace + (scratch + between) * element};
+  p.x = x.const_data_ptr();
+  p.timespans = a.hold(timespans);
+  p.lengths = static_cast<const int64_t*>(a.hold(lengths));
+  p.workspace = workspace;
+  p.h_stride = states;
   const char* from = static_cast<const char*>(h.const_data_ptr());
-  char* to = static_cast<char*>(next.mutable_data_ptr());
-  const MaybeTensor spans = timespans ? MaybeTensor(dense(*timespans)) : std::nullopt;
-  p.timespans = spans ? spans->const_data_ptr() : nullptr;
-  int64_t half = 0;
-  for (Stack stack(plan); stack.next(p, layers); half = 1 - half) {
-    char* own = workspace + half * scratch * element;
+  char* to = static_cast<char*>(last.mutable_data_ptr());
+  int64_t done = 0;
+  for (Stack stack(plan); stack.next(p, a.layers); std::swap(buffers[0], buffers[1])) {
     p.packed = weights;
     weights += cfc_packed_size(p) * element;
     p.decay = weights;
     weights += 2 * p.hidden * element;
-    p.h0 = from;
-    p.h_last = to;
-    p.y = own;
-    p.workspace = own + p.batch * p.hidden * element;
+    p.h0 = from + done * element;
+    p.h_last = to + done * element;
+    done += p.hidden;
+    p.y = done == states ? y.mutable_data_ptr() : buffers[0];
     EMBER_LAUNCH(cfc_scan_forward, p, x);
     p.x = p.y;
-    from += p.hidden * element;
-    to += p.hidden * element;
   }
-  return next;
+  return {y, last};
 }
 
 #endif
@@ -352,7 +360,7 @@ void register_cfc_scan(torch::stable::detail::StableLibrary& library) {
   library.impl("cfc_scan_backward", TORCH_BOX(&cfc_scan_backward));
 #ifndef EMBER_CUDA
   library.impl("cfc_scan_pack", TORCH_BOX(&cfc_scan_pack));
-  library.impl("cfc_scan_step", TORCH_BOX(&cfc_scan_step));
+  library.impl("cfc_scan_packed", TORCH_BOX(&cfc_scan_packed));
 #endif
 }
 

@@ -118,7 +118,7 @@ inline __attribute__((always_inline)) int64_t cfc_grad_tape_size(const CfcScanPa
 // and the gradient tape's.
 inline __attribute__((always_inline)) int64_t cfc_chunk_steps(const CfcScanParams& p,
                                                               bool backward) {
-  int64_t steps = backward ? 2048 / (p.batch + 1) : 8;
+  int64_t steps = backward ? 2048 / (p.batch + 1) : p.batch <= 4 ? 32 : 8;
   if (backward && steps < 16) steps = 16;
   if (p.chunk && (backward || p.saved)) steps = p.chunk;
   if (steps > p.steps) steps = p.steps;

@@ -24,20 +24,44 @@ namespace ember {
 inline namespace EMBER_ISA {
 namespace {
 
-// A row of `segments` pieces of `length` values, the pieces `stride` apart.
-struct RowShape {
+// `count` rows, `lda` elements apart, each of `segments` pieces of `length` values, the pieces
+// `stride` apart.
+template <typename C>
+struct Rows {
+  int64_t count;
+  const C* values;
+  int64_t lda;
   int64_t segments, length, stride;
 };
 
-// out[n][r][lane] = sum over the row a + r * lda of its values times panel[value][n][lane].
-template <typename C, int N, int R>
-void product(const C* a, int64_t lda, const RowShape& row, const C* panel, C* out) {
+// Weights as products take them: panels [depth, vectors, lanes], `size` elements apart, of which
+// those in [begin, end) are wanted.
+template <typename C>
+struct Panels {
+  const C* weights;
+  int64_t size;
+  int64_t begin, end;
+};
+
+// What the sums of a product begin with; the alternative is a function (panel, first row, rows,
+// sums [N, rows, lanes]) that writes it.
+struct FromZero {};
+
+// out[n][r][lane] = sum over the row a + r * lda of its values times panel[value][n][lane], added
+// to what out holds if `resumes`.
+template <typename C, int N, int R, bool resumes>
+void product(const C* a, const Rows<C>& rows, const C* panel, C* out) {
   using V = Vector<C>;
   V sum[N][R] = {};
-  for (int64_t s = 0; s < row.segments; ++s) {
+  if constexpr (resumes) {
+    for (int n = 0; n < N; ++n) {
+      for (int r = 0; r < R; ++r) sum[n][r] = load_vector(out + (n * R + r) * lanes<C>);
+    }
+  }
+  for (int64_t s = 0; s < rows.segments; ++s) {
     const C* values[R];
-    for (int r = 0; r < R; ++r) values[r] = a + r * lda + s * row.stride;
-    for (int64_t k = 0; k < row.length; ++k) {
+    for (int r = 0; r < R; ++r) values[r] = a + r * rows.lda + s * rows.stride;
+    for (int64_t k = 0; k < rows.length; ++k) {
       V w[N];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) w[n] = load_vector(panel + n * lanes<C>);
@@ -55,16 +79,19 @@ void product(const C* a, int64_t lda, const RowShape& row, const C* panel, C* ou
   }
 }
 
-// Rows that a product of N vectors takes at once: its sums must fit the registers.
-template <int N>
-constexpr int max_rows = vector_sums / N < 12 ? vector_sums / N : 12;
+// Rows that a product of N vectors takes at once: its sums must fit the registers. Products that
+// resume are those of few rows.
+template <int N, bool resumes>
+constexpr int max_rows = vector_sums / N < (resumes ? 4 : 12) ? vector_sums / N
+                         : resumes                            ? 4
+                                                              : 12;
 
-template <typename C, int N, int R = max_rows<N>>
-void product_of(int rows, const C* a, int64_t lda, const RowShape& row, const C* panel, C* out) {
+template <typename C, int N, bool resumes, int R = max_rows<N, resumes>>
+void product_of(int count, const C* a, const Rows<C>& rows, const C* panel, C* out) {
   if constexpr (R > 1) {
-    if (rows < R) return product_of<C, N, R - 1>(rows, a, lda, row, panel, out);
+    if (count < R) return product_of<C, N, resumes, R - 1>(count, a, rows, panel, out);
   }
-  product<C, N, R>(a, lda, row, panel, out);
+  product<C, N, R, resumes>(a, rows, panel, out);
 }
 
 // The largest result of a product, in elements.
@@ -83,12 +110,17 @@ void for_row_groups(int64_t rows, int64_t most, const Body& body) {
 
 // As product() for one row and P panels, `size` elements apart: out[p][n][lane]. A single row by a
 // single panel would have too few sums under way to keep the arithmetic units busy.
-template <typename C, int N, int P>
-void product_of_panels(const C* a, const RowShape& row, const C* panels, int64_t size, C* out) {
+template <typename C, int N, int P, bool resumes>
+void product_of_panels(const Rows<C>& row, const C* panels, int64_t size, C* out) {
   Vector<C> sum[P][N] = {};
+  if constexpr (resumes) {
+    for (int p = 0; p < P; ++p) {
+      for (int n = 0; n < N; ++n) sum[p][n] = load_vector(out + (p * N + n) * lanes<C>);
+    }
+  }
   for (int64_t s = 0; s < row.segments; ++s) {
     for (int64_t k = 0; k < row.length; ++k) {
-      const C value = a[s * row.stride + k];
+      const C value = row.values[s * row.stride + k];
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
@@ -104,50 +136,93 @@ void product_of_panels(const C* a, const RowShape& row, const C* panels, int64_t
   }
 }
 
-// Multiplies `rows` rows by packed panels of N vectors;
-// epilogue(panel, first row, rows, products [N, rows, lanes]).
-template <int N, typename C, typename Epilogue>
-void multiply_panels(int64_t rows, const C* a, int64_t lda, const RowShape& row, const C* packed,
-                     int64_t panels, const Epilogue& epilogue) {
-  constexpr int together = N == 1 ? 8 : vector_sums / N < 4 ? vector_sums / N : 4;
-  const int64_t size = row.segments * row.length * N * lanes<C>;
-  alignas(64) C out[product_size<C>];
-  int64_t panel = 0;
-  for (; rows == 1 && panel + together <= panels; panel += together) {
-    product_of_panels<C, N, together>(a, row, packed + panel * size, size, out);
-    for (int p = 0; p < together; ++p) epilogue(panel + p, 0, 1, out + p * N * lanes<C>);
+// Multiplies one row by as many panels from `panel` on as go by P at once; returns the next.
+template <int N, int P, typename C, typename Start, typename Epilogue>
+int64_t multiply_row(int64_t panel, const Rows<C>& row, const Panels<C>& panels, const Start& start,
+                     const Epilogue& epilogue) {
+  constexpr bool resumes = !std::is_same_v<Start, FromZero>;
+  alignas(64) C out[P * N * lanes<C>];
+  for (; panel + P <= panels.end; panel += P) {
+    for (int p = 0; p < P; ++p) {
+      if constexpr (resumes) start(panel + p, 0, 1, out + p * N * lanes<C>);
+    }
+    product_of_panels<C, N, P, resumes>(row, panels.weights + panel * panels.size, panels.size,
+                                        out);
+    for (int p = 0; p < P; ++p) epilogue(panel + p, 0, 1, out + p * N * lanes<C>);
   }
-  for (; panel < panels; ++panel) {
-    for_row_groups(rows, max_rows<N>, [&](int64_t first, int count) {
-      product_of<C, N>(count, a + first * lda, lda, row, packed + panel * size, out);
+  if constexpr (P > 1) {
+    return multiply_row<N, P / 2>(panel, row, panels, start, epilogue);
+  }
+  return panel;
+}
+
+// Multiplies rows by packed panels of N vectors;
+// epilogue(panel, first row, rows, products [N, rows, lanes]).
+template <int N, typename C, typename Start, typename Epilogue>
+void multiply_panels(const Rows<C>& rows, const Panels<C>& panels, const Start& start,
+                     const Epilogue& epilogue) {
+  if (rows.count == 1) {
+    multiply_row<N, N == 1                 ? 8
+                    : 4 * N <= vector_sums ? 4
+                                           : 2>(panels.begin, rows, panels, start, epilogue);
+    return;
+  }
+  constexpr bool resumes = !std::is_same_v<Start, FromZero>;
+  alignas(64) C out[product_size<C>];
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    for_row_groups(rows.count, max_rows<N, resumes>, [&](int64_t first, int count) {
+      if constexpr (resumes) start(panel, first, count, out);
+      product_of<C, N, resumes>(count, rows.values + first * rows.lda, rows,
+                                panels.weights + panel * panels.size, out);
       epilogue(panel, first, count, out);
     });
   }
-}
-
-// Multiplies `rows` rows by a matrix of `columns` columns, packed two vectors at a time;
-// epilogue(first column, first row, rows, products [rows, lanes]).
-template <typename C, typename Epilogue>
-void multiply(int64_t rows, const C* a, int64_t lda, const RowShape& row, const C* packed,
-              int64_t columns, const Epilogue& epilogue) {
-  const int64_t vectors = (columns + lanes<C> - 1) / lanes<C>, pairs = vectors / 2;
-  multiply_panels<2>(rows, a, lda, row, packed, pairs,
-                     [&](int64_t panel, int64_t first, int count, const C* out) {
-                       const int64_t column = panel * 2 * lanes<C>;
-                       epilogue(column, first, count, out);
-                       epilogue(column + lanes<C>, first, count, out + count * lanes<C>);
-                     });
-  const int64_t column = pairs * 2 * lanes<C>;
-  multiply_panels<1>(rows, a, lda, row, packed + column * row.segments * row.length, vectors % 2,
-                     [&](int64_t, int64_t first, int count, const C* out) {
-                       epilogue(column, first, count, out);
-                     });
 }
 
 // Elements that `columns` packed columns take for each value of a row.
 template <typename C>
 int64_t packed_width(int64_t columns) {
   return (columns + lanes<C> - 1) / lanes<C> * lanes<C>;
+}
+
+// Packed weights of `depth` values for each of `columns` columns, two vectors of columns to a
+// panel; a product takes the values from `skipped` on.
+template <typename C>
+struct Matrix {
+  const C* packed;
+  int64_t depth, skipped, columns;
+};
+
+// Multiplies rows by a share of a matrix; epilogue(first column, first row, rows, products [rows,
+// lanes]), and start() likewise.
+template <typename C, typename Start, typename Epilogue>
+void multiply(const Rows<C>& rows, const Matrix<C>& matrix, const Share& share, const Start& start,
+              const Epilogue& epilogue) {
+  const int64_t vectors = (matrix.columns + lanes<C> - 1) / lanes<C>, pairs = vectors / 2;
+  const auto for_pair = [](const auto& body) {
+    return [&](int64_t panel, int64_t first, int count, C* out) {
+      const int64_t column = panel * 2 * lanes<C>;
+      body(column, first, count, out);
+      body(column + lanes<C>, first, count, out + count * lanes<C>);
+    };
+  };
+  const int64_t left = pairs * 2 * lanes<C>;
+  const auto for_last = [left](const auto& body) {
+    return
+        [&body, left](int64_t, int64_t first, int count, C* out) { body(left, first, count, out); };
+  };
+  const Panels<C> two{matrix.packed + matrix.skipped * 2 * lanes<C>, matrix.depth * 2 * lanes<C>,
+                      share.begin(pairs), share.end(pairs)};
+  const bool has_last = vectors % 2 != 0 && share.index == share.members - 1;
+  const Panels<C> one{matrix.packed + left * matrix.depth + matrix.skipped * lanes<C>, 0, 0,
+                      has_last ? 1 : 0};
+  if constexpr (std::is_same_v<Start, FromZero>) {
+    multiply_panels<2>(rows, two, start, for_pair(epilogue));
+    multiply_panels<1>(rows, one, start, for_last(epilogue));
+  } else {
+    multiply_panels<2>(rows, two, for_pair(start), for_pair(epilogue));
+    multiply_panels<1>(rows, one, for_last(start), for_last(epilogue));
+  }
 }
 
 // weight [segments, units, depth] -> panels of one vector of units for each of the segments,
@@ -233,12 +308,12 @@ class Scan {
 
   void forward(const ThreadPool& pool) {
     if (!p_.packed) pack_forward();
-    for_row_blocks(pool, [&](int64_t begin, int64_t end) {
+    for_row_blocks(pool, [&](int32_t begin, int32_t end, const auto& run) {
       place_state(static_cast<const C*>(p_.h0), p_.h_stride, begin, end);
       for (int64_t first = 0; first < p_.steps; first += slots_) {
         const int64_t steps = p_.steps - first < slots_ ? p_.steps - first : slots_;
         if (p_.saved && p_.chunk) store_border(first, begin, end);
-        forward_steps(first, steps, begin, end, has_tape_, true);
+        forward_steps({first, steps, begin, end, has_tape_}, true, run);
         if (first + steps < p_.steps) move_state(steps, begin, end);
       }
       const int64_t last = p_.steps ? (p_.steps - 1) % slots_ + 1 : 0;
@@ -265,13 +340,18 @@ class Scan {
       const int64_t first = c * chunk_;
       const int64_t steps = p_.steps - first < chunk_ ? p_.steps - first : chunk_;
       const int64_t slot = has_tape_ ? first : 0;
-      for_row_blocks(pool, [&](int64_t begin, int64_t end) {
+      for_row_blocks(pool, [&](int32_t begin, int32_t end, const auto& run) {
         if (p_.chunk) {
           const C* border = static_cast<const C*>(p_.saved) + c * p_.batch * p_.hidden;
           place_state(border, p_.hidden, begin, end);
-          forward_steps(first, steps, begin, end, true, false);
+          forward_steps({first, steps, begin, end, true}, false, run);
         }
-        for (int64_t i = steps - 1; i >= 0; --i) backward_step(first + i, slot + i, i, begin, end);
+        for (int64_t i = steps - 1; i >= 0; --i) {
+          head_gradients({first + i, begin, end, slot + i, i});
+          for (int32_t l = int32_t(p_.num_layers) - 1; l >= 0; --l) {
+            run(Job{Job::layer_gradients, l, {first + i, begin, end, slot + i, i}});
+          }
+        }
       });
       if (p_.grad_x) input_gradients(pool, first, steps);
       weight_gradients(pool, slot, steps);
@@ -286,8 +366,89 @@ class Scan {
  private:
   // ---- rows and pieces
 
+  // One step of the rows [begin, end): its place in the tape and, backward, in the gradient tape.
+  struct Step {
+    int64_t t;
+    int32_t begin, end;
+    int64_t slot, grad_slot;
+  };
+  // Several, from slot 0 on. Whether what the derivatives need is kept.
+  struct Stretch {
+    int64_t first, steps;
+    int32_t begin, end;
+    bool keep;
+  };
+
+  // What several threads can do at once, each for some of a layer's units: one step of a layer,
+  // forward or backward, or the inputs' part of the first layer's products for `steps` steps.
+  struct Job {
+    enum Kind : int8_t { layer_step, layer_gradients, inputs_part } kind;
+    int32_t layer;
+    Step step;
+    bool keep = false, resumes = false;
+    int32_t steps = 1;
+  };
+
+  void work(const Job& job, const Share& share) {
+    if (share.members > 1 && job.kind == Job::layer_step) {
+      // Parts of the rows come from other cores: asked for at once, they arrive at once.
+      const Rows<C> rows = layer_rows(job);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        for (int64_t k = 0; k < rows.length; k += 64 / int64_t(sizeof(C))) {
+          __builtin_prefetch(rows.values + r * rows.lda + k);
+        }
+      }
+    }
+    switch (job.kind) {
+      case Job::layer_step:
+        return job.layer + 1 < p_.num_layers ? backbone_step(job, share) : heads_step(job, share);
+      case Job::layer_gradients:
+        return layer_gradients(job, share);
+      case Job::inputs_part:
+        return inputs_part(job, share);
+    }
+  }
+
+  // The threads that a job is worth: some two microseconds of arithmetic for each.
+  int64_t helpers_for(const Job& job) const {
+    const CfcLayer& layer = p_.layers[job.layer];
+    int64_t depth = job.kind == Job::layer_gradients ? layer.units * layer.segments
+                    : job.layer == 0                 ? p_.hidden
+                                                     : layer.inputs;
+    int64_t width = job.kind == Job::layer_gradients ? layer.inputs : layer.units * layer.segments;
+    int64_t rows = job.step.end - job.step.begin;
+    if (job.kind == Job::inputs_part) {
+      depth = p_.inputs;
+      rows *= job.steps;
+    }
+    return depth * width * rows / 8192;
+  }
+
+  // body(begin, end, run) for blocks of rows, where run(job) does a job. Where there are fewer rows
+  // than threads, the threads share the jobs.
   template <typename Body>
   void for_row_blocks(const ThreadPool& pool, const Body& body) {
+    int64_t helpers = 1;
+    if (p_.batch < pool.threads) {
+      for (int32_t l = 0; l < p_.num_layers; ++l) {
+        const int64_t most = helpers_for(Job{Job::layer_step, l, {0, 0, int32_t(p_.batch), 0, 0}});
+        helpers = most > helpers ? most : helpers;
+      }
+      helpers = helpers < pool.threads ? helpers : pool.threads;
+    }
+    const auto work = [this](const Job& job, const Share& share) { this->work(job, share); };
+    if (helpers > p_.batch) {
+      Team<Job> team;
+      parallel_for(pool, helpers, 1, [&](int64_t, int64_t) {
+        team.enter(
+            [&] {
+              body(0, int32_t(p_.batch),
+                   [&](const Job& job) { team.run(job, helpers_for(job), work); });
+            },
+            work);
+      });
+      return;
+    }
     // A block's rows stay in the first-level cache from panel to panel. How rows are grouped has no
     // influence on their values, so the number of threads may decide it.
     const int64_t most = 32;
@@ -296,7 +457,8 @@ class Scan {
     if (blocks > p_.batch) blocks = p_.batch;
     parallel_for(pool, blocks, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        body(p_.batch * i / blocks, p_.batch * (i + 1) / blocks);
+        body(int32_t(p_.batch * i / blocks), int32_t(p_.batch * (i + 1) / blocks),
+             [&](const Job& job) { work(job, Share{0, 1}); });
       }
     });
   }
@@ -337,45 +499,107 @@ class Scan {
 
   // ---- forward
 
-  // Steps [first, first + steps) of the rows [begin, end), from slot 0 on.
-  void forward_steps(int64_t first, int64_t steps, int64_t begin, int64_t end, bool keep,
-                     bool want_y) {
+  template <typename Run>
+  void forward_steps(const Stretch& all, bool want_y, const Run& run) {
+    // With few rows the weights' way into the core takes longer than the arithmetic. Those of the
+    // inputs are then applied to several steps at a time; the order of the sums stays the same.
+    const bool ahead = all.end - all.begin <= 4 && p_.inputs > 0;
     // x and y are read and written several steps at a time, since a row's steps lie side by side.
-    const int64_t stretch = 8;
-    const T* x = static_cast<const T*>(p_.x);
-    T* y = static_cast<T*>(p_.y);
-    for (int64_t from = 0; from < steps; from += stretch) {
-      const int64_t to = from + stretch < steps ? from + stretch : steps;
-      for (int64_t b = begin; b < end; ++b) {
-        for (int64_t slot = from; slot < to; ++slot) {
-          C* row = input(0, slot, b);
-          row[0] = C(1);
-          convert(x + (b * p_.steps + first + slot) * p_.inputs, p_.inputs, row + 1);
-        }
-      }
+    const int64_t stretch = ahead ? 32 : 8;
+    for (int64_t from = 0; from < all.steps; from += stretch) {
+      const int64_t to = from + stretch < all.steps ? from + stretch : all.steps;
+      place_inputs(all, from, to);
+      const Step start{all.first + from, all.begin, all.end, from, 0};
+      if (ahead) run(Job{Job::inputs_part, 0, start, all.keep, false, int32_t(to - from)});
       for (int64_t slot = from; slot < to; ++slot) {
-        const C* packed = packed_;
-        for (int64_t l = 0; l + 1 < p_.num_layers; ++l) {
-          dispatch_activation([&](auto activation) {
-            backbone_step<decltype(activation)::value>(l, first + slot, slot, begin, end, packed,
-                                                       keep);
-          });
-          packed += packed_width<C>(p_.layers[l].units) * (1 + p_.layers[l].inputs);
+        const Step step{all.first + slot, all.begin, all.end, slot, 0};
+        for (int32_t l = 0; l < p_.num_layers; ++l) {
+          run(Job{Job::layer_step, l, step, all.keep, ahead && l == 0});
         }
-        heads_step(first + slot, slot, begin, end, packed, keep);
       }
-      if (!want_y) continue;
-      for (int64_t b = begin; b < end; ++b) {
-        for (int64_t slot = from; slot < to; ++slot) {
-          T* out = y + (b * p_.steps + first + slot) * p_.hidden;
-          if (runs(b, first + slot)) {
-            convert(state(slot + 1, b), p_.hidden, out);
-          } else {
-            for (int64_t j = 0; j < p_.hidden; ++j) narrow(C(0), out[j]);
-          }
+      if (want_y) store_outputs(all, from, to);
+    }
+  }
+
+  void place_inputs(const Stretch& all, int64_t from, int64_t to) {
+    const T* x = static_cast<const T*>(p_.x);
+    for (int64_t b = all.begin; b < all.end; ++b) {
+      for (int64_t slot = from; slot < to; ++slot) {
+        C* row = input(0, slot, b);
+        row[0] = C(1);
+        convert(x + (b * p_.steps + all.first + slot) * p_.inputs, p_.inputs, row + 1);
+      }
+    }
+  }
+
+  void store_outputs(const Stretch& all, int64_t from, int64_t to) {
+    T* y = static_cast<T*>(p_.y);
+    for (int64_t b = all.begin; b < all.end; ++b) {
+      for (int64_t slot = from; slot < to; ++slot) {
+        T* out = y + (b * p_.steps + all.first + slot) * p_.hidden;
+        if (runs(b, all.first + slot)) {
+          convert(state(slot + 1, b), p_.hidden, out);
+        } else {
+          for (int64_t j = 0; j < p_.hidden; ++j) narrow(C(0), out[j]);
         }
       }
     }
+  }
+
+  const C* packed(int64_t layer) const {
+    const C* weights = packed_;
+    for (int64_t l = 0; l < layer; ++l) {
+      weights += packed_width<C>(p_.layers[l].units) * (1 + p_.layers[l].inputs);
+    }
+    return weights;
+  }
+
+  // The rows that a layer is applied to, or if it resumes, what of them is left: the states.
+  Rows<C> layer_rows(const Job& job) const {
+    const CfcLayer& layer = p_.layers[job.layer];
+    const Step& step = job.step;
+    const int64_t skipped = job.resumes ? 1 + p_.inputs : 0;
+    return {step.end - step.begin,      input(job.layer, step.slot, step.begin) + skipped,
+            layer.input_stride,         1,
+            1 + layer.inputs - skipped, 0};
+  }
+
+  // Sums over the inputs, left where the layer's kept values go afterwards.
+  void inputs_part(const Job& job, const Share& share) {
+    const CfcLayer& layer = p_.layers[0];
+    const int64_t stride = p_.batch * layer.input_stride, from = job.step.slot;
+    for (int64_t b = job.step.begin; b < job.step.end; ++b) {
+      const Rows<C> rows{job.steps, input(0, from, b), stride, 1, 1 + p_.inputs, 0};
+      if (p_.num_layers > 1) {
+        multiply(rows, Matrix<C>{packed(0), 1 + layer.inputs, 0, layer.units}, share, FromZero{},
+                 [&](int64_t unit, int64_t first, int count, const C* sums) {
+                   for (int r = 0; r < count; ++r) {
+                     copy_vector(sums + r * lanes<C>, kept(layer, from + first + r, b) + unit);
+                   }
+                 });
+        continue;
+      }
+      dispatch_heads([&](auto heads, auto) {
+        constexpr int K = decltype(heads)::value;
+        multiply_panels<K>(rows, head_panels<K>(0, share), FromZero{},
+                           [&](int64_t panel, int64_t first, int count, const C* sums) {
+                             for (int r = 0; r < count; ++r) {
+                               C* to = kept(heads_, from + first + r, b) + panel * lanes<C>;
+                               for (int k = 0; k < K; ++k) {
+                                 copy_vector(sums + (k * count + r) * lanes<C>,
+                                             to + k * cfc_pad(p_.hidden));
+                               }
+                             }
+                           });
+      });
+    }
+  }
+
+  template <int K>
+  Panels<C> head_panels(int64_t skipped, const Share& share) const {
+    const int64_t panels = (p_.hidden + lanes<C> - 1) / lanes<C>;
+    return {packed(p_.num_layers - 1) + skipped * K * lanes<C>, (1 + heads_.inputs) * K * lanes<C>,
+            share.begin(panels), share.end(panels)};
   }
 
   template <typename Body>
@@ -395,12 +619,30 @@ class Scan {
     }
   }
 
-  template <CfcActivation activation>
-  void backbone_step(int64_t l, int64_t t, int64_t slot, int64_t begin, int64_t end,
-                     const C* packed, bool keep) {
-    const CfcLayer& layer = p_.layers[l];
-    const RowShape row{1, 1 + layer.inputs, 0};
-    for (int64_t b = begin; b < end; ++b) input(l + 1, slot, b)[0] = C(1);
+  void backbone_step(const Job& job, const Share& share) {
+    dispatch_activation([&](auto activation) {
+      if (job.resumes) {
+        const CfcLayer& layer = p_.layers[0];
+        backbone_step<decltype(activation)::value>(
+            job, share, [&](int64_t unit, int64_t first, int count, C* sums) {
+              for (int r = 0; r < count; ++r) {
+                copy_vector(kept(layer, job.step.slot, job.step.begin + first + r) + unit,
+                            sums + r * lanes<C>);
+              }
+            });
+      } else {
+        backbone_step<decltype(activation)::value>(job, share, FromZero{});
+      }
+    });
+  }
+
+  template <CfcActivation activation, typename Start>
+  void backbone_step(const Job& job, const Share& share, const Start& start) {
+    const CfcLayer& layer = p_.layers[job.layer];
+    const Step& step = job.step;
+    for (int64_t b = step.begin; b < step.end && share.index == 0; ++b) {
+      input(job.layer + 1, step.slot, b)[0] = C(1);
+    }
     const auto epilogue = [&](int64_t unit, int64_t first, int count, const C* u) {
       alignas(64) C value[product_size<C>], slope[product_size<C>];
 #pragma GCC ivdep
@@ -410,56 +652,82 @@ class Scan {
         slope[i] = v.slope;
       }
       for (int r = 0; r < count; ++r) {
-        const int64_t b = begin + first + r;
-        if (const C* scale = dropout_scale(l, b, t)) {
+        const int64_t b = step.begin + first + r;
+        if (const C* scale = dropout_scale(job.layer, b, step.t)) {
           for (int64_t j = 0; j < lanes<C> && unit + j < layer.units; ++j) {
             value[r * lanes<C> + j] *= scale[unit + j];
             slope[r * lanes<C> + j] *= scale[unit + j];
           }
         }
-        copy_vector(value + r * lanes<C>, input(l + 1, slot, b) + 1 + unit);
-        if (keep) copy_vector(slope + r * lanes<C>, kept(layer, slot, b) + unit);
+        copy_vector(value + r * lanes<C>, input(job.layer + 1, step.slot, b) + 1 + unit);
+        if (job.keep) copy_vector(slope + r * lanes<C>, kept(layer, step.slot, b) + unit);
       }
     };
-    multiply(end - begin, input(l, slot, begin), layer.input_stride, row, packed, layer.units,
-             epilogue);
+    const Rows<C> rows = layer_rows(job);
+    const int64_t depth = 1 + layer.inputs;
+    multiply(rows, Matrix<C>{packed(job.layer), depth, depth - rows.length, layer.units}, share,
+             start, epilogue);
   }
 
-  void heads_step(int64_t t, int64_t slot, int64_t begin, int64_t end, const C* packed, bool keep) {
+  // body(number of heads, mode), both as constants.
+  template <typename Body>
+  void dispatch_heads(const Body& body) {
+    using std::integral_constant;
+    using M = CfcMode;
+    const integral_constant<M, M::gated> gated;
+    const integral_constant<M, M::no_gate> no_gate;
     switch (p_.heads) {
       case 1:
-        return heads_step<1, CfcMode::pure>(t, slot, begin, end, packed, keep);
+        return body(integral_constant<int, 1>(), integral_constant<M, M::pure>());
       case 3:
-        return p_.mode == CfcMode::no_gate
-                   ? heads_step<3, CfcMode::no_gate>(t, slot, begin, end, packed, keep)
-                   : heads_step<3, CfcMode::gated>(t, slot, begin, end, packed, keep);
+        return p_.mode == M::no_gate ? body(integral_constant<int, 3>(), no_gate)
+                                     : body(integral_constant<int, 3>(), gated);
       default:
-        return p_.mode == CfcMode::no_gate
-                   ? heads_step<4, CfcMode::no_gate>(t, slot, begin, end, packed, keep)
-                   : heads_step<4, CfcMode::gated>(t, slot, begin, end, packed, keep);
+        return p_.mode == M::no_gate ? body(integral_constant<int, 4>(), no_gate)
+                                     : body(integral_constant<int, 4>(), gated);
     }
   }
 
-  template <int K, CfcMode mode>
-  void heads_step(int64_t t, int64_t slot, int64_t begin, int64_t end, const C* packed, bool keep) {
-    const int64_t l = p_.num_layers - 1, padded = cfc_pad(p_.hidden);
-    const RowShape row{1, 1 + heads_.inputs, 0};
+  void heads_step(const Job& job, const Share& share) {
+    dispatch_heads([&](auto heads, auto mode) {
+      constexpr int K = decltype(heads)::value;
+      if (job.resumes) {
+        heads_step<K, decltype(mode)::value>(
+            job, share, [&](int64_t panel, int64_t first, int count, C* sums) {
+              for (int r = 0; r < count; ++r) {
+                const C* from =
+                    kept(heads_, job.step.slot, job.step.begin + first + r) + panel * lanes<C>;
+                for (int k = 0; k < K; ++k) {
+                  copy_vector(from + k * cfc_pad(p_.hidden), sums + (k * count + r) * lanes<C>);
+                }
+              }
+            });
+      } else {
+        heads_step<K, decltype(mode)::value>(job, share, FromZero{});
+      }
+    });
+  }
+
+  template <int K, CfcMode mode, typename Start>
+  void heads_step(const Job& job, const Share& share, const Start& start) {
+    const int64_t padded = cfc_pad(p_.hidden), t = job.step.t, slot = job.step.slot;
     const auto epilogue = [&](int64_t panel, int64_t first, int count, C* products) {
       alignas(64) C h[product_size<C>];
-      const int64_t unit = panel * lanes<C>, b = begin + first;
+      const int64_t unit = panel * lanes<C>, b = job.step.begin + first;
       cells<K, mode>(unit, b, t, count, products, h);
       for (int r = 0; r < count; ++r) {
         C* next = state(slot + 1, b + r) + unit;
         copy_vector(runs(b + r, t) ? h + r * lanes<C> : state(slot, b + r) + unit, next);
-        if (!keep) continue;
+        if (!job.keep) continue;
         C* to = kept(heads_, slot, b + r) + unit;
         for (int k = 0; k < K; ++k) {
           copy_vector(products + (k * count + r) * lanes<C>, to + k * padded);
         }
       }
     };
-    multiply_panels<K>(end - begin, input(l, slot, begin), heads_.input_stride, row, packed,
-                       (p_.hidden + lanes<C> - 1) / lanes<C>, epilogue);
+    const Rows<C> rows = layer_rows(job);
+    multiply_panels<K>(rows, head_panels<K>(1 + heads_.inputs - rows.length, share), start,
+                       epilogue);
   }
 
   // products [K, rows, lanes] -> h [rows, lanes]; what the derivatives need replaces the products.
@@ -541,45 +809,53 @@ class Scan {
     return packed + p_.layers[l].segments * p_.layers[l].units * packed_width<C>(split);
   }
 
-  RowShape grad_row(const CfcLayer& layer) const {
-    return {layer.segments, layer.units, cfc_pad(layer.units)};
+  // The gradients of `count` rows' layer, `lda` elements apart.
+  Rows<C> grad_rows(const CfcLayer& layer, int64_t count, const C* first, int64_t lda) const {
+    return {count, first, lda, layer.segments, layer.units, cfc_pad(layer.units)};
   }
 
-  // One step of the rows [begin, end) in reverse. `slot` is the step's place in the tape,
-  // `grad_slot` in the gradient tape. carry_ goes from the gradient of h_t to that of h_{t-1}.
-  void backward_step(int64_t t, int64_t slot, int64_t grad_slot, int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      C* out = grads(heads_, grad_slot, b);
-      if (runs(b, t)) {
-        head_gradients(t, b, kept(heads_, slot, b), out);
+  // The heads' gradients of one step. carry_ goes from the gradient of h_t to that of h_{t-1} in
+  // the course of a step.
+  void head_gradients(const Step& step) {
+    for (int64_t b = step.begin; b < step.end; ++b) {
+      C* out = grads(heads_, step.grad_slot, b);
+      if (runs(b, step.t)) {
+        head_gradients(step.t, b, kept(heads_, step.slot, b), out);
       } else {
         for (int64_t j = 0; j < heads_.kept_stride; ++j) out[j] = 0;
-        if (p_.grad_timespans) static_cast<C*>(p_.grad_timespans)[b * p_.steps + t] = 0;
+        if (p_.grad_timespans) static_cast<C*>(p_.grad_timespans)[b * p_.steps + step.t] = 0;
       }
     }
-    for (int64_t l = p_.num_layers - 1; l > 0; --l) {
-      const CfcLayer &layer = p_.layers[l], &below = p_.layers[l - 1];
-      const auto epilogue = [&](int64_t unit, int64_t first, int count, const C* v) {
-        for (int r = 0; r < count; ++r) {
-          const C* slope = kept(below, slot, begin + first + r) + unit;
-          C* out = grads(below, grad_slot, begin + first + r) + unit;
-          for (int j = 0; j < lanes<C>; ++j) out[j] = v[r * lanes<C> + j] * slope[j];
-        }
-      };
-      multiply(end - begin, grads(layer, grad_slot, begin), layer.grad_stride, grad_row(layer),
-               transposed(l, 0), below.units, epilogue);
+  }
+
+  // From a layer's gradients to those of the layer below, or from the first layer's to the state's.
+  void layer_gradients(const Job& job, const Share& share) {
+    const CfcLayer& layer = p_.layers[job.layer];
+    const Step& step = job.step;
+    const int64_t depth = layer.segments * layer.units;
+    const Rows<C> rows = grad_rows(layer, step.end - step.begin,
+                                   grads(layer, step.grad_slot, step.begin), layer.grad_stride);
+    if (job.layer == 0) {
+      multiply(rows, Matrix<C>{transposed(0, p_.inputs), depth, 0, p_.hidden}, share, FromZero{},
+               [&](int64_t unit, int64_t first, int count, const C* dh) {
+                 for (int r = 0; r < count; ++r) {
+                   const int64_t b = step.begin + first + r;
+                   if (runs(b, step.t)) {
+                     copy_vector(dh + r * lanes<C>, carry_ + b * cfc_pad(p_.hidden) + unit);
+                   }
+                 }
+               });
+      return;
     }
-    const CfcLayer& first_layer = p_.layers[0];
-    const auto epilogue = [&](int64_t unit, int64_t first, int count, const C* dh) {
-      for (int r = 0; r < count; ++r) {
-        const int64_t b = begin + first + r;
-        if (runs(b, t)) {
-          copy_vector(dh + r * lanes<C>, carry_ + b * cfc_pad(p_.hidden) + unit);
-        }
-      }
-    };
-    multiply(end - begin, grads(first_layer, grad_slot, begin), first_layer.grad_stride,
-             grad_row(first_layer), transposed(0, p_.inputs), p_.hidden, epilogue);
+    const CfcLayer& below = p_.layers[job.layer - 1];
+    multiply(rows, Matrix<C>{transposed(job.layer, 0), depth, 0, below.units}, share, FromZero{},
+             [&](int64_t unit, int64_t first, int count, const C* v) {
+               for (int r = 0; r < count; ++r) {
+                 const C* slope = kept(below, step.slot, step.begin + first + r) + unit;
+                 C* out = grads(below, step.grad_slot, step.begin + first + r) + unit;
+                 for (int j = 0; j < lanes<C>; ++j) out[j] = v[r * lanes<C> + j] * slope[j];
+               }
+             });
   }
 
   void head_gradients(int64_t t, int64_t b, const C* cell, C* out) {
@@ -634,14 +910,25 @@ class Scan {
     const int64_t n = p_.hidden, padded = cfc_pad(n);
     const C *w = static_cast<const C*>(p_.decay), *amplitude = w + n;
     C grad_dt = 0;
+    constexpr int64_t block = 64;
+    for (int64_t from = 0; from < n; from += block) {
+      const int64_t width = n - from < block ? n - from : block;
+      C grad_w[block], grad_amplitude[block], terms[block];
+#pragma GCC ivdep
+      for (int64_t i = 0; i < width; ++i) {
+        const int64_t j = from + i;
+        const PureGradients<C> g = pure_gradients(cell[j], w[j], amplitude[j], dt, dh[j]);
+        out[j] = g.a;
+        terms[i] = g.dt;
+        grad_w[i] = g.w;
+        grad_amplitude[i] = g.amplitude;
+      }
 #pragma omp simd reduction(+ : grad_dt)
-    for (int64_t j = 0; j < n; ++j) {
-      const PureGradients<C> g = pure_gradients(cell[j], w[j], amplitude[j], dt, dh[j]);
-      out[j] = g.a;
-      grad_dt += g.dt;
-      if (p_.grad_decay) {
-        grad_decay[j] += g.w;
-        grad_decay[padded + j] += g.amplitude;
+      for (int64_t i = 0; i < width; ++i) grad_dt += terms[i];
+      if (!p_.grad_decay) continue;
+      for (int64_t i = 0; i < width; ++i) {
+        grad_decay[from + i] += grad_w[i];
+        grad_decay[padded + from + i] += grad_amplitude[i];
       }
     }
     return grad_dt;
@@ -658,8 +945,9 @@ class Scan {
         const int64_t b = i / pieces, from = steps * (i % pieces) / pieces;
         const int64_t rows = steps * (i % pieces + 1) / pieces - from;
         T* out = grad_x + (b * p_.steps + first + from) * p_.inputs;
-        multiply(rows, grads(layer, from, b), p_.batch * layer.grad_stride, grad_row(layer),
-                 weights, p_.inputs, [&](int64_t column, int64_t row, int count, const C* dx) {
+        multiply(grad_rows(layer, rows, grads(layer, from, b), p_.batch * layer.grad_stride),
+                 Matrix<C>{weights, layer.segments * layer.units, 0, p_.inputs}, Share{0, 1},
+                 FromZero{}, [&](int64_t column, int64_t row, int count, const C* dx) {
                    const int64_t left = p_.inputs - column;
                    const int64_t width = left < lanes<C> ? left : lanes<C>;
                    for (int r = 0; r < count; ++r) {
@@ -672,7 +960,9 @@ class Scan {
 
   // ---- gradients of the weights
 
-  static constexpr int tile_vectors = 3, tile_rows = vector_sums / tile_vectors;
+  // Three vectors by four rows, or with twice as many registers two by twelve.
+  static constexpr int tile_vectors = vector_sums < 24 ? 3 : 2;
+  static constexpr int tile_rows = vector_sums / tile_vectors;
   static constexpr int64_t group_units = 32;
 
   int64_t weight_grads_size() const {

@@ -8,7 +8,7 @@ the next layer starts: three scans instead of three cells per time step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Number
 from typing import Any, NoReturn
 
@@ -18,7 +18,15 @@ from ncps.wirings import Wiring
 from torch import Tensor, nn
 
 from ember_ext import _native
-from ember_ext.ops.cfc_scan import ACTIVATIONS, MODES, Activation, PackedCells, cfc_scan
+from ember_ext.ops.cfc_scan import (
+    ACTIVATIONS,
+    MODES,
+    Activation,
+    PackedCells,
+    cfc_scan,
+    check_lengths,
+    check_timespans,
+)
 from ember_ext.reference.cfc_scan import Affine, CfCWeights, cfc_cell
 
 Hidden = Tensor | tuple[Tensor, Tensor]
@@ -58,8 +66,8 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         proj_size: width of a linear layer on the output. Default: no such layer.
         return_sequences: return the output at every step and not only at the last. Default: True.
         batch_first: batched input is [B, T, C] and not [T, B, C]. Default: True.
-        mixed_memory: run an LSTM cell on the state before each step; that takes PyTorch operations
-            step by step, as in ncps. Default: False.
+        mixed_memory: run an LSTM cell on the state before each step. That takes several operations
+            for every step, so it is much slower than without. Default: False.
         mode: "default", "pure" or "no_gate", see `ember_ext.ops.cfc_scan`.
         activation: of the backbone: "lecun_tanh" (the default), "tanh", "relu", "silu" or "gelu".
         backbone_units: width of each backbone layer. Default: 128. Not for wirings, like the next
@@ -183,7 +191,8 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         if lengths is not None and not batched:
             _fail("lengths", "None for an unbatched sequence", "a tensor")
         if c is None:
-            y, h = self._scan(x, h, spans, lengths)
+            result = None if torch.is_grad_enabled() else self._run_packed(x, h, spans, lengths)
+            y, h = result or self._scan(x, h, spans, lengths)
         else:
             y, h, c = self._mixed_scan(x, h, c, spans, lengths)
         if not self.return_sequences:
@@ -214,20 +223,24 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         if not batched and input.dim() != 1:
             _fail("input", "[B, C] or [C]", list(input.shape))
         if batched and isinstance(hx, Tensor) and not torch.is_grad_enabled():
-            result = self._packed_step(input, hx, timespan)
+            result = self._run_packed(input, hx, timespan)
             if result is not None:
-                return result
+                return result if self.proj_size is None else (self.fc(result[0]), result[1])
         time_dim = 1 if batched and self.batch_first else 0
         if isinstance(timespan, Tensor) and timespan.dim() > 0:
             timespan = timespan.reshape(input.shape[:-1]).unsqueeze(time_dim)
         y, hx = self.forward(input.unsqueeze(time_dim), hx, timespan)
         return (y.squeeze(time_dim) if self.return_sequences else y), hx
 
-    def _packed_step(
-        self, x: Tensor, h: Tensor, timespan: Tensor | float
+    def _run_packed(
+        self, x: Tensor, h: Tensor, timespans: Tensor | float, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        """What `step` returns, by weights packed before; None where `forward` must do it."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or self.use_mixed:
+        """Motor output and final state, by weights packed before; None where `_scan` must do it.
+
+        x is [B, T, C], or [B, C] for a single step. Arguments that `_scan` would complain about are
+        left to it.
+        """
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         packed = self._packed
         if packed is None or not packed.is_current():
@@ -239,13 +252,9 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
             return None
         if x.dtype != packed.dtype or h.dtype != packed.dtype:
             return None
-        if x.shape[1] != packed.inputs or h.shape != (x.shape[0], packed.state):
+        if x.shape[-1] != packed.inputs or h.shape != (x.shape[0], packed.state):
             return None
-        new = packed.step(x, h, timespan)
-        if new is None:
-            return None
-        y = new[:, packed.first_output :]
-        return y if self.proj_size is None else self.fc(y), new
+        return packed.run(x, h, timespans, lengths)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._packed = None  # other tensors may come to sit in the same parameters
@@ -284,28 +293,14 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `_scan` with the LSTM in between, which ties the layers of a wiring together."""
-        cells = [(cell, *_weights(cell)) for cell in self._cells]
-        scales = [_dropout_scale(cell, x) for cell in self._cells]
+        check_timespans(timespans, x)
+        check_lengths(lengths, x)
+        advance = self._mixed_step(x, timespans)
         outputs = []
-        for t in range(x.shape[1]):
-            span = (
-                timespans[:, t] if isinstance(timespans, Tensor) and timespans.dim() else timespans
-            )
-            mixed, new_c = self.lstm(x[:, t], (h, c))
-            value, states = x[:, t], []
-            parts = mixed.split(self._layer_sizes, 1)
-            for (cell, weights, activation), part, scale in zip(cells, parts, scales, strict=True):
-                value = cfc_cell(
-                    value,
-                    part,
-                    weights,
-                    span,
-                    mode=cell.mode,
-                    activation=activation,
-                    dropout_scale=None if scale is None else scale[:, t],
-                )
-                states.append(value)
-            new_h = torch.cat(states, 1)
+        # The input's part of the LSTM has no recurrence.
+        for t, z in enumerate(self.lstm.input_map(x).unbind(1)):
+            mixed, new_c = _lstm(z + self.lstm.recurrent_map(h), c)
+            value, new_h = advance(t, mixed)
             if lengths is not None:
                 running = (t < lengths)[:, None]
                 new_h, new_c = torch.where(running, new_h, h), torch.where(running, new_c, c)
@@ -314,6 +309,46 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
             outputs.append(value)
         y = torch.stack(outputs, 1) if outputs else x.new_empty(x.shape[0], 0, self._output_width)
         return y, h, c
+
+    def _mixed_step(
+        self, x: Tensor, timespans: Tensor | float
+    ) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
+        """What takes step t of the cells from a state [B, S] to the output and the next state."""
+        # Taken apart at once: the gradient of one step's slice is as large as the whole.
+        inputs = x.unbind(1)
+        varying = isinstance(timespans, Tensor) and timespans.dim() > 0
+        spans = timespans.unbind(1) if varying else (timespans,) * len(inputs)  # type: ignore[union-attr]
+        if not torch.is_grad_enabled() and inputs:
+            zeros = x.new_zeros(x.shape[0], int(self.state_size))
+            if self._run_packed(inputs[0], zeros, spans[0]) is not None:
+                # Nothing changes between the steps, so that the answer holds for all of them.
+                packed = self._packed
+                assert packed is not None
+                return lambda t, h: packed.run(inputs[t], h, spans[t], None)  # type: ignore[return-value]
+        cells = [(cell, *_weights(cell)) for cell in self._cells]
+        scales = [
+            None if scale is None else scale.unbind(1)
+            for scale in (_dropout_scale(cell, x) for cell in self._cells)
+        ]
+
+        def advance(t: int, h: Tensor) -> tuple[Tensor, Tensor]:
+            value, states = inputs[t], []
+            parts = h.split(self._layer_sizes, 1)
+            for i, ((cell, weights, name), part) in enumerate(zip(cells, parts, strict=True)):
+                steps = scales[i]
+                value = cfc_cell(
+                    value,
+                    part,
+                    weights,
+                    spans[t],
+                    mode=cell.mode,
+                    activation=name,
+                    dropout_scale=None if steps is None else steps[t],
+                )
+                states.append(value)
+            return value, states[0] if len(states) == 1 else torch.cat(states, 1)
+
+        return advance
 
     def _check_input(self, input: Tensor) -> bool:
         """Whether `input` is batched."""
@@ -385,7 +420,7 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
 
 
 class _Packed:
-    """A network's weights laid out for `step`, and what tells whether they still are its own."""
+    """A network's weights laid out for inference, and what tells whether they still are its own."""
 
     def __init__(self, network: CfC) -> None:
         self._sources = [
@@ -399,7 +434,6 @@ class _Packed:
         self._fixed: tuple[float, PackedCells] | None = None
         self._varying: PackedCells | None = None
         self.inputs, self.state = int(self._cells[0].input_size), int(network.state_size)
-        self.first_output = self.state - network._output_width
         self.dtype = self._cells[0].ff1.weight.dtype
         self.drops_out = any(isinstance(m, nn.Dropout) for m in network.rnn_cell.modules())
 
@@ -410,25 +444,37 @@ class _Packed:
                 return False
         return True
 
-    def step(self, x: Tensor, h: Tensor, timespan: Tensor | float) -> Tensor | None:
-        """The new state [B, S], or None if the time span is not a good one."""
-        if isinstance(timespan, Tensor):
-            good = timespan.numel() in (1, x.shape[0]) and timespan.is_floating_point()
-            if not good or not bool(((timespan >= 0) & timespan.isfinite()).all()):
+    def run(
+        self, x: Tensor, h: Tensor, timespans: Tensor | float, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `PackedCells.run`, or None if a time span or a length is not a good one."""
+        if lengths is not None:
+            if not isinstance(lengths, Tensor) or lengths.shape != x.shape[:1]:
                 return None
-            timespans = timespan.detach().reshape(-1).expand(x.shape[0])
+            if lengths.dtype not in (torch.int32, torch.int64) or lengths.device != x.device:
+                return None
+            if not bool(((lengths >= 0) & (lengths <= x.shape[1])).all()):
+                return None
+            lengths = lengths.to(torch.int64)
+        if isinstance(timespans, Tensor):
+            shape = x.shape[:-1]
+            good = timespans.numel() in (1, shape.numel()) and timespans.is_floating_point()
+            if not good or not bool(((timespans >= 0) & timespans.isfinite()).all()):
+                return None
+            timespans = timespans.detach().reshape(() if timespans.numel() == 1 else shape)
+            timespans = timespans.expand(shape)
         else:
             # Weights for a single time span are a quarter less work, and a copy: one is kept.
-            if self._fixed is None and 0 <= timespan < math.inf:
-                self._fixed = timespan, self._pack(timespan)
-            if self._fixed is not None and self._fixed[0] == timespan:
-                return self._fixed[1].step(x, h)
-            if not 0 <= timespan < math.inf:
+            if self._fixed is None and 0 <= timespans < math.inf:
+                self._fixed = timespans, self._pack(timespans)
+            if self._fixed is not None and self._fixed[0] == timespans:
+                return self._fixed[1].run(x, h, None, lengths)
+            if not 0 <= timespans < math.inf:
                 return None
-            timespans = h.new_full((x.shape[0],), timespan)
+            timespans = h.new_full(x.shape[:-1], timespans)
         if self._varying is None:
             self._varying = self._pack(None)
-        return self._varying.step(x, h, timespans)
+        return self._varying.run(x, h, timespans, lengths)
 
     def _pack(self, timespan: float | None) -> PackedCells:
         with torch.no_grad():
@@ -436,6 +482,13 @@ class _Packed:
             return PackedCells(
                 cells, mode=self._cells[0].mode, activation=activations[0], timespan=timespan
             )
+
+
+def _lstm(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and memory of ncps' LSTM cell from its gates before activation, [B, 4 S]."""
+    value, write, keep, read = z.chunk(4, 1)
+    c = c * torch.sigmoid(keep + 1.0) + torch.tanh(value) * torch.sigmoid(write)
+    return torch.tanh(c) * torch.sigmoid(read), c
 
 
 def _weights(cell: Any) -> tuple[CfCWeights, Activation]:

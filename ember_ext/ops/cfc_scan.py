@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -75,8 +75,8 @@ def cfc_scan(
             lengths are checked on CPU tensors only: on a GPU the check would wait for the device.
     """
     _check(x, weights, h0, mode, activation, dropout_scale, chunk_size)
-    _check_timespans(timespans, x)
-    _check_lengths(lengths, x)
+    check_timespans(timespans, x)
+    check_lengths(lengths, x)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         low = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(low), _round_matrices(weights, low)
@@ -154,7 +154,7 @@ def _native_scan(chunk_size: int | None, *arguments: Any) -> tuple[Tensor, Tenso
 
 
 class PackedCells:
-    """Cells stacked on each other, with their weights laid out once for many single steps.
+    """Cells stacked on each other, with their weights laid out once for many calls.
 
     A copy: it does not follow later changes of the weights. CPU only, and not differentiable.
 
@@ -162,7 +162,7 @@ class PackedCells:
         cells: each cell's weights; a cell's input is the state of the one before.
         mode: of all cells, see `cfc_scan`.
         activation: of all backbones.
-        timespan: the Δt of every step, or None if it is given with each step. Default: 1.
+        timespan: the Δt of every step, or None if it is given with each call. Default: 1.
     """
 
     def __init__(
@@ -188,24 +188,34 @@ class PackedCells:
         self._plan = tuple(plan)
         self._packed = torch.ops.ember_ext.cfc_scan_pack(tensors, self._plan)
         # Looking the overload up takes as long as the arithmetic of a small cell.
-        self._step: Callable[..., Tensor] = torch.ops.ember_ext.cfc_scan_step.default
+        self._run: Callable[..., tuple[Tensor, Tensor]] = (
+            torch.ops.ember_ext.cfc_scan_packed.default
+        )
 
-    def step(self, x: Tensor, h: Tensor, timespans: Tensor | None = None) -> Tensor:
-        """The states [B, S] of all cells after one step, in h's dtype.
+    def run(
+        self,
+        x: Tensor,
+        h: Tensor,
+        timespans: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The last cell's states in x's dtype, shaped as x, and all cells' final states in h's.
 
         Args:
-            x: input, [B, I], in the dtype of the weights.
+            x: input, [B, T, I], or [B, I] for a single step; in the dtype of the weights.
             h: states of all cells side by side, [B, S].
-            timespans: [B], exactly if the time span was not fixed.
+            timespans: [B, T], or [B] for a single step; exactly if the time span was not fixed.
+            lengths: [B], int64, see `cfc_scan`.
         """
         if timespans is None:
             if self._timespan is not None:
-                timespans = h.new_full((h.shape[0],), self._timespan, dtype=self.dtype)
+                timespans = h.new_full(x.shape[:-1], self._timespan, dtype=self.dtype)
         elif timespans.dtype != self.dtype:
             timespans = timespans.to(self.dtype)
         if h.dtype == self.dtype:
-            return self._step(x, h, timespans, self._packed, self._plan)
-        return self.step(x, h.to(self.dtype), timespans).to(h.dtype)
+            return self._run(x, h, timespans, lengths, self._packed, self._plan)
+        y, last = self.run(x, h.to(self.dtype), timespans, lengths)
+        return y, last.to(h.dtype)
 
 
 def _decay(weights: CfCWeights, dtype: torch.dtype) -> Tensor:
@@ -326,7 +336,8 @@ def _check_affine(
     _check_fits(f"{argument}.bias", affine.bias, "[out]", (out,), x)
 
 
-def _check_timespans(timespans: Tensor | float, x: Tensor) -> None:
+def check_timespans(timespans: Tensor | float, x: Tensor) -> None:
+    """Raise unless `timespans` are what `cfc_scan` takes for `x`."""
     batch, steps, _ = x.shape
     if not isinstance(timespans, Tensor):
         if isinstance(timespans, bool) or not isinstance(timespans, (int, float)):
@@ -348,7 +359,8 @@ def _check_timespans(timespans: Tensor | float, x: Tensor) -> None:
             _checks.fail(_OP, "timespans", "finite and >= 0", got)
 
 
-def _check_lengths(lengths: Tensor | None, x: Tensor) -> None:
+def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
+    """Raise unless `lengths` are what `cfc_scan` takes for `x`."""
     if lengths is None:
         return
     batch, steps, _ = x.shape
@@ -391,6 +403,24 @@ def _saved_size(
     return (steps * row + first) * batch
 
 
+def _planned_cells(plan: Sequence[int]) -> Iterator[tuple[int, int, int, list[int]]]:
+    """(inputs, hidden, heads, the backbone's widths) of each cell of a plan."""
+    at = 2
+    while at < len(plan):
+        inputs, hidden, heads, layers = plan[at : at + 4]
+        at += 3 + layers
+        yield inputs, hidden, heads, list(plan[at - layers + 1 : at])
+
+
+def _packed_size(inputs: int, hidden: int, heads: int, backbone: list[int]) -> int:
+    """Elements of a packed cell; csrc/common/cfc_scan.h says what they are."""
+    lanes, size, width = 32, 0, inputs + hidden
+    for units in backbone:
+        size += (units + lanes) * (1 + width)
+        width = units
+    return size + heads * (hidden + lanes) * (1 + width) + 2 * hidden
+
+
 def _register() -> None:
     """Give the operators their fake kernels and gradients."""
 
@@ -408,9 +438,21 @@ def _register() -> None:
             h0.new_empty(size),
         )
 
-    @torch.library.register_fake("ember_ext::cfc_scan_step")
-    def _(x: Tensor, h: Tensor, *_: Any) -> Tensor:
-        return h.new_empty(h.shape)
+    @torch.library.register_fake("ember_ext::cfc_scan_pack")
+    def _(weights: list[Tensor], plan: list[int]) -> Tensor:
+        return weights[0].new_empty(sum(_packed_size(*cell) for cell in _planned_cells(plan)))
+
+    @torch.library.register_fake("ember_ext::cfc_scan_packed")
+    def _(
+        x: Tensor,
+        h: Tensor,
+        spans: Tensor | None,
+        lengths: Tensor | None,
+        packed: Tensor,
+        plan: list[int],
+    ) -> tuple[Tensor, Tensor]:
+        *_, (_, hidden, _, _) = _planned_cells(plan)
+        return x.new_empty(*x.shape[:-1], hidden), h.new_empty(h.shape)
 
     @torch.library.register_fake("ember_ext::cfc_scan_backward")
     def _(
