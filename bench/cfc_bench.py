@@ -390,9 +390,9 @@ def roofline_table(rows: list[Row]) -> Table:
 
 def main(options: Options) -> None:
     """Verify, time, print, write."""
+    device = open_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console(width=120)
-    device = open_device(options.device)
     what = set(options.what)
     for stem, wanted, make in (
         ("cfc", what - {"sweep", "memory"}, cases),
