@@ -109,7 +109,13 @@ struct RefractoryTile {
   // values = products of rows of a, which belong to queries, with rows of b, which belong to keys.
   __device__ __forceinline__ void rows(const AttentionRows<T>& a, const AttentionRows<T>& b,
                                        Values& values) {
-    if (keys_first) {
+    if (a.size == 0) {
+#pragma unroll
+      for (int q = 0; q < kPatch; ++q) {
+#pragma unroll
+        for (int k = 0; k < kPatch; ++k) at(values, q, k) = 0;
+      }
+    } else if (keys_first) {
       products.rows(b, keys, a, queries, values);
     } else {
       products.rows(a, queries, b, keys, values);
