@@ -158,8 +158,7 @@ struct AttentionProducts<T, false> {
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) sums[r][c] = 0;
     }
-    int first = 0;
-    do {
+    for (int first = 0; first < a.size; first += kDepth) {
       __syncthreads();
       // Neighbouring threads take neighbouring rows: their stores go to different banks.
       const int row = int(threadIdx.x) % kTile;
@@ -169,8 +168,7 @@ struct AttentionProducts<T, false> {
       }
       __syncthreads();
       multiply(stage, stage + kDepth * kStride, kDepth, sums);
-      first += kDepth;
-    } while (first < a.size);
+    }
   }
 
   // A value as the tile holds it.
@@ -304,8 +302,7 @@ struct AttentionProducts<T, true> {
     using namespace nvcuda::wmma;
     T* const other = stage + kTile * kStride;
     Result products;
-    int first = 0;
-    do {
+    for (int first = 0; first < a.size; first += kDepth) {
       __syncthreads();
       load<kDepth>(a, a_first, first, stage, kStride);
       load<kDepth>(b, b_first, first, other, kStride);
@@ -322,8 +319,7 @@ struct AttentionProducts<T, true> {
           mma_sync(products.pieces[n], left, right, products.pieces[n]);
         }
       }
-      first += kDepth;
-    } while (first < a.size);
+    }
     read_scores(products, sums);
   }
 

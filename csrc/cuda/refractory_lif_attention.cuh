@@ -109,7 +109,13 @@ struct RefractoryTile {
   // values = products of rows of a, which belong to queries, with rows of b, which belong to keys.
   __device__ __forceinline__ void rows(const AttentionRows<T>& a, const AttentionRows<T>& b,
                                        Values& values) {
-    if (keys_first) {
+    if (a.size == 0) {
+#pragma unroll
+      for (int q = 0; q < kPatch; ++q) {
+#pragma unroll
+        for (int k = 0; k < kPatch; ++k) at(values, q, k) = 0;
+      }
+    } else if (keys_first) {
       products.rows(b, keys, a, queries, values);
     } else {
       products.rows(a, queries, b, keys, values);
@@ -177,6 +183,20 @@ struct RefractoryTile {
       to[keys + column] = sum;
     }
     __syncthreads();
+  }
+
+  // Writes the tile to `to` [B, Q, K].
+  __device__ __forceinline__ void store_pairs(const RefractoryLifAttentionParams& p, int batch,
+                                              Values& values, C* to) const {
+#pragma unroll
+    for (int q = 0; q < kPatch; ++q) {
+#pragma unroll
+      for (int k = 0; k < kPatch; ++k) {
+        const int i = query(q), j = key(k);
+        if (i >= int(p.queries) || j >= int(p.keys)) continue;
+        to[(batch * p.queries + i) * p.keys + j] = at(values, q, k);
+      }
+    }
   }
 
   // An array [B, H, tiles, K] at the patch's keys.
@@ -452,15 +472,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_weights_kernel(RefractoryLifAtt
     tile.sum_queries(p, mean, sums + (batch * tiles + index) * p.keys);
     return;
   }
-#pragma unroll
-  for (int r = 0; r < kPatch; ++r) {
-#pragma unroll
-    for (int c = 0; c < kPatch; ++c) {
-      const int i = tile.query(r), j = tile.key(c);
-      if (i >= int(p.queries) || j >= int(p.keys)) continue;
-      static_cast<C*>(p.next_load)[(batch * p.queries + i) * p.keys + j] = mean[r][c];
-    }
-  }
+  tile.store_pairs(p, batch, mean, static_cast<C*>(p.next_load));
 }
 
 // Grid: as many threads as there are keys in the batch. From the mean of u, in next_load or `sums`:
@@ -789,15 +801,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_previous_kernel(
     tile.sum_queries(p, sum, scratch.mean_sums + (batch * tiles + index) * p.keys);
     return;
   }
-#pragma unroll
-  for (int r = 0; r < kPatch; ++r) {
-#pragma unroll
-    for (int c = 0; c < kPatch; ++c) {
-      const int i = tile.query(r), j = tile.key(c);
-      if (i >= int(p.queries) || j >= int(p.keys)) continue;
-      static_cast<C*>(p.grad_previous_load)[(batch * p.queries + i) * p.keys + j] = sum[r][c];
-    }
-  }
+  tile.store_pairs(p, batch, sum, static_cast<C*>(p.grad_previous_load));
 }
 
 // Grid: as many threads as there are keys in the batch. grad_previous_load [B, 1, K] from sums over
