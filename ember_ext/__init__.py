@@ -18,6 +18,19 @@ _native.load(__version__)
 
 from ember_ext import nn  # noqa: E402
 from ember_ext.nn import accelerate  # noqa: E402
-from ember_ext.ops import cfc_scan, lif_attention, lif_gate  # noqa: E402
+from ember_ext.ops import (  # noqa: E402
+    cfc_scan,
+    lif_attention,
+    lif_gate,
+    refractory_lif_attention,
+)
 
-__all__ = ["__version__", "accelerate", "cfc_scan", "lif_attention", "lif_gate", "nn"]
+__all__ = [
+    "__version__",
+    "accelerate",
+    "cfc_scan",
+    "lif_attention",
+    "lif_gate",
+    "nn",
+    "refractory_lif_attention",
+]
