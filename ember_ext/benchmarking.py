@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -295,28 +296,32 @@ def _resident_bytes(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _measure_peak(make: Callable[..., Call], arguments: tuple[Any, ...], queue: Any) -> None:
+def _measure_peak(make: Callable[..., Call], arguments: tuple[Any, ...]) -> int:
     call = make(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
     before = _resident_bytes("VmRSS")
     call()
-    queue.put(_resident_bytes("VmHWM") - before)
+    return _resident_bytes("VmHWM") - before
 
 
 def peak_megabytes(make: Callable[..., Call], *arguments: Any) -> float:
     """How far a call drives the memory of a fresh process, beyond what it had before.
 
+    Linux only. What a script calls at its top level runs in that process too, so a script must call
+    this under `if __name__ == "__main__"`.
+
     Args:
         make: a function of a module, which returns the call; what it allocates, and what it runs
             so that threads and libraries are there, does not count.
         arguments: of `make`; pickled, like `make`.
+
+    Raises:
+        Exception: whatever `make` or the call raises.
+        BrokenProcessPool: the process died.
     """
     spawn = multiprocessing.get_context("spawn")
-    queue = spawn.Queue()
-    process = spawn.Process(target=_measure_peak, args=(make, arguments, queue))
-    process.start()
-    peak = float(queue.get()) / 1e6
-    process.join()
-    return peak
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as fresh:
+        return fresh.submit(_measure_peak, make, arguments).result() / 1e6
 
 
 def plot_csv(path: Path, image: Path) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +85,42 @@ def test_a_wrong_contender_is_not_timed() -> None:
     case = Case("c", "forward", {"ours": lambda: pytest.fail("timed")}, verify)
     with pytest.raises(AssertionError, match="off by one"):
         run_cases("op", [case], device=torch.device("cpu"), seconds=0)
+
+
+def allocation(megabytes: int) -> Callable[[], object]:
+    """A call that fills and frees as much memory; twice as much is freed before it."""
+    torch.ones(megabytes * 500_000)
+    return lambda: torch.ones(megabytes * 250_000)
+
+
+def failure(how: str) -> Callable[[], object]:
+    """Raise, or return a call that ends the process."""
+    if how == "raise":
+        raise ArithmeticError("in make")
+    return lambda: os._exit(3)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_the_peak_of_a_call_is_measured() -> None:
+    assert benchmarking.peak_megabytes(allocation, 200) == pytest.approx(200, abs=10)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("raise", ArithmeticError, "in make"),
+        ("exit", BrokenProcessPool, "terminated abruptly"),
+    ],
+)
+def test_a_measured_process_that_fails_says_so(
+    how: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        benchmarking.peak_megabytes(failure, how)
 
 
 @pytest.mark.cuda
