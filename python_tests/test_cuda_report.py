@@ -55,12 +55,18 @@ def test_occupancy(
 
 
 def test_floor_of_few_blocks() -> None:
-    gpu = cuda_report.Gpu("toy", 80, 100, bytes=1e12, fp32=1e13, fp64=5e12, block_bytes=1e11)
+    gpu = cuda_report.Gpu(
+        *("toy", 80, 100),
+        bytes=1e12, fp32=1e13, fp64=5e12, block_bytes=1e11, tf32=2e13, half=4e13,
+    )  # fmt: skip
     full = cuda_report.Workload("k", "", 256, 1000, bytes=1e9, operations=1e11)
     assert cuda_report.floor_seconds(full, gpu) == pytest.approx(1e-2)
     few = replace(full, blocks=25)
     assert cuda_report.floor_seconds(few, gpu) == pytest.approx(4e-2)
     limit = cuda_report.LIMITS[80].shared_per_block
+    multiplied = replace(few, products=1e12)
+    assert cuda_report.floor_seconds(multiplied, gpu) == pytest.approx(1e-1)
+    assert cuda_report.floor_seconds(replace(multiplied, tf32=True), gpu) == pytest.approx(2e-1)
     streamed = replace(few, shared_bytes=limit + 10**5, steps=10**5, elastic=True)
     assert streamed.shared_on(80) == limit
     assert cuda_report.floor_seconds(streamed, gpu) == pytest.approx(1e-1)
@@ -72,12 +78,13 @@ def test_floor_of_few_blocks() -> None:
 def test_no_spills_and_every_typical_launch_fits(source: Path) -> None:
     kernels = cuda_report.compile_kernels(source, (80, 90))
     assert [k for k in kernels if not k.is_clean] == []
-    found = {k.name for k in kernels}
-    for workload in cuda_report.WORKLOADS:
-        assert workload.kernel in found or not workload.kernel.startswith(source.stem)
-        for kernel in kernels:
-            if kernel.name == workload.kernel:
-                shared = workload.shared_on(kernel.architecture)
-                assert cuda_report.occupancy(kernel, workload.threads, shared) > 0
-                # The least of the supported GPUs has 64 KiB of shared memory.
-                assert workload.shared_on(75) <= cuda_report.LIMITS[75].shared_per_block
+    workloads = {
+        w.kernel: w for w in cuda_report.WORKLOADS if w.kernel.startswith(f"{source.stem}_")
+    }
+    assert {k.name for k in kernels} == set(workloads)
+    for kernel in kernels:
+        workload = workloads[kernel.name]
+        shared = workload.shared_on(kernel.architecture)
+        assert cuda_report.occupancy(kernel, workload.threads, shared) > 0
+        # The least of the supported GPUs has 64 KiB of shared memory.
+        assert workload.shared_on(75) <= cuda_report.LIMITS[75].shared_per_block

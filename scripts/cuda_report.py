@@ -31,27 +31,24 @@ def main() -> int:
     typical = {w.kernel: w for w in cuda_report.WORKLOADS}
     failed = False
 
-    print(f"{'kernel':58} sm   registers  spilled  occupancy")
+    print(f"{'kernel':78} sm   registers  spilled  threads  shared  occupancy")
     for kernel in kernels:
+        workload = typical[kernel.name]
         spilled = kernel.stack + kernel.spill_stores + kernel.spill_loads
-        full = ""
-        if workload := typical.get(kernel.name):
-            share = cuda_report.occupancy(
-                kernel, workload.threads, workload.shared_on(kernel.architecture)
-            )
-            full = f"{share:9.0%}"
-            failed |= share == 0
-        failed |= not kernel.is_clean
-        print(f"{kernel.name:58} {kernel.architecture:<4} {kernel.registers:9} {spilled:8} {full}")
+        shared = workload.shared_on(kernel.architecture)
+        share = cuda_report.occupancy(kernel, workload.threads, shared)
+        failed |= share == 0 or not kernel.is_clean
+        row = f"{kernel.name:78} {kernel.architecture:<4} {kernel.registers:9} {spilled:8}"
+        print(f"{row} {workload.threads:8} {shared:7} {share:10.0%}")
 
     gpus = cuda_report.GPUS
     columns = "".join(f"{gpu.name:>16}" for gpu in gpus)
-    print(f"\n{'least time, microseconds':58} {'MB':>7} {'GFLOP':>7} {'on units':>8} {columns}")
+    print(f"\n{'least time, microseconds':78} {'MB':>7} {'GFLOP':>7} {'on units':>8} {columns}")
     for workload in cuda_report.WORKLOADS:
         times = "".join(f"{1e6 * cuda_report.floor_seconds(workload, g):16.1f}" for g in gpus)
         amounts = f"{workload.bytes / 1e6:7.1f} {workload.operations / 1e9:7.2f}"
         amounts += f" {workload.products / 1e9:8.2f}"
-        print(f"{workload.kernel:58} {amounts} {times}   {workload.shape}")
+        print(f"{workload.kernel:78} {amounts} {times}   {workload.shape}")
     if failed:
         print("\nA kernel spills registers or does not fit.", file=sys.stderr)
     return int(failed)

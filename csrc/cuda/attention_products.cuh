@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "../common/lif_attention.h"
+#include "pack.cuh"
 #include "team.cuh"
 
 namespace ember {
@@ -29,7 +30,7 @@ constexpr int kPatch = 4;  // of each a thread takes, in 16 x 16 threads
 constexpr int kAcross = kTile / kPatch;
 
 __host__ __device__ __forceinline__ int64_t attention_tiles(int64_t n) {
-  return (n + kTile - 1) / kTile;
+  return ceil_div(n, kTile);
 }
 
 // Kernels count tokens and columns in int, which saves registers.
@@ -37,15 +38,6 @@ inline bool attention_fits(const LifAttentionParams& p) {
   const int64_t most = 0x7fffffff - 2 * kTile;
   return p.queries <= most && p.keys <= most && p.size <= most && p.queries + p.keys <= most;
 }
-
-template <typename T>
-struct alignas(kPatch * sizeof(T)) Patch {
-  T values[kPatch];
-};
-template <>
-struct alignas(16) Patch<double> {
-  double values[kPatch];
-};
 
 // The row and the column of the thread's patch. The 16 threads with the same rows are of one warp.
 __device__ __forceinline__ int patch_row() {
@@ -64,13 +56,6 @@ __device__ __forceinline__ C across_columns(C value) {
   }
   return value;
 }
-
-// Elements that one 16-byte load brings.
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kElements = 16 / int(sizeof(T));
-  T values[kElements];
-};
 
 // Rows of a matrix [count, size] in memory; rows and columns past the end read as 0.
 template <typename T>
@@ -96,10 +81,10 @@ struct AttentionRows {
   }
 
   // `packed` is packed().
-  __device__ __forceinline__ Pack<T> pack(int row, int column, bool packed) const {
-    Pack<T> result;
+  __device__ __forceinline__ WidestPack<T> pack(int row, int column, bool packed) const {
+    WidestPack<T> result;
     if (packed && row < count && column + result.kElements <= size) {
-      return *reinterpret_cast<const Pack<T>*>(data + row * stride + column);
+      return *reinterpret_cast<const WidestPack<T>*>(data + row * stride + column);
     }
 #pragma unroll
     for (int n = 0; n < result.kElements; ++n) narrow(at(row, column + n), result.values[n]);
@@ -178,10 +163,11 @@ struct AttentionProducts<T, false> {
   __device__ __forceinline__ void store(const C (&values)[kPatch][kPatch]) {
 #pragma unroll
     for (int c = 0; c < kPatch; ++c) {
-      Patch<C> column;
+      Pack<C, kPatch> column;
 #pragma unroll
       for (int r = 0; r < kPatch; ++r) column.values[r] = values[r][c];
-      *reinterpret_cast<Patch<C>*>(tile + (patch_column() + c) * kStride + patch_row()) = column;
+      *reinterpret_cast<Pack<C, kPatch>*>(tile + (patch_column() + c) * kStride + patch_row()) =
+          column;
     }
   }
 
@@ -219,8 +205,10 @@ struct AttentionProducts<T, false> {
                                                   C (&sums)[kPatch][kPatch]) {
 #pragma unroll 2
     for (int k = 0; k < depth; ++k) {
-      const Patch<C> left = *reinterpret_cast<const Patch<C>*>(a + k * kStride + patch_row());
-      const Patch<C> right = *reinterpret_cast<const Patch<C>*>(b + k * kStride + patch_column());
+      const Pack<C, kPatch> left =
+          *reinterpret_cast<const Pack<C, kPatch>*>(a + k * kStride + patch_row());
+      const Pack<C, kPatch> right =
+          *reinterpret_cast<const Pack<C, kPatch>*>(b + k * kStride + patch_column());
 #pragma unroll
       for (int r = 0; r < kPatch; ++r) {
 #pragma unroll
@@ -334,13 +322,14 @@ struct AttentionProducts<T, true> {
     __syncwarp();
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
-      Patch<T> row;
+      Pack<T, kPatch> row;
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
         narrow(values[r][c], row.values[c]);
         row.values[c] = Unit::round(row.values[c]);
       }
-      *reinterpret_cast<Patch<T>*>(tile + (patch_row() + r) * kTileStride + patch_column()) = row;
+      *reinterpret_cast<Pack<T, kPatch>*>(tile + (patch_row() + r) * kTileStride + patch_column()) =
+          row;
     }
   }
 
@@ -416,17 +405,17 @@ struct AttentionProducts<T, true> {
   template <int columns>
   static __device__ __forceinline__ void load(const AttentionRows<T>& rows, int first, int column,
                                               T* to, int stride) {
-    constexpr int kElements = Pack<T>::kElements, kPacks = columns / kElements;
+    constexpr int kElements = WidestPack<T>::kElements, kPacks = columns / kElements;
     const bool packed = rows.packed();
     // Unrolled, the loop would take registers that the scores need.
 #pragma unroll 1
     for (int n = 0; n < kTile * kPacks / kAttentionThreads; ++n) {
       const int index = n * kAttentionThreads + int(threadIdx.x);
       const int row = index / kPacks, offset = index % kPacks * kElements;
-      Pack<T> pack = rows.pack(first + row, column + offset, packed);
+      WidestPack<T> pack = rows.pack(first + row, column + offset, packed);
 #pragma unroll
       for (int i = 0; i < kElements; ++i) pack.values[i] = Unit::round(pack.values[i]);
-      *reinterpret_cast<Pack<T>*>(to + row * stride + offset) = pack;
+      *reinterpret_cast<WidestPack<T>*>(to + row * stride + offset) = pack;
     }
   }
 
@@ -457,7 +446,7 @@ struct AttentionProducts<T, true> {
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
-      const Patch<C> row = *reinterpret_cast<const Patch<C>*>(
+      const Pack<C, kPatch> row = *reinterpret_cast<const Pack<C, kPatch>*>(
           scores + (patch_row() + r) * kScoreStride + patch_column());
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) values[r][c] = row.values[c];

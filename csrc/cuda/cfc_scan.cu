@@ -13,10 +13,6 @@ struct Workspace {
   int64_t transposed, tape, grads, partial_grads, decay_grads, vectors, size;
 };
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 const CfcLayer& heads_of(const CfcScanParams& p) {
   return p.layers[p.num_layers - 1];
 }

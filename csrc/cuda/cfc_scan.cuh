@@ -13,6 +13,7 @@
 #pragma once
 
 #include "../common/cfc_scan.h"
+#include "pack.cuh"
 #include "team.cuh"
 
 namespace ember {
@@ -30,13 +31,11 @@ constexpr int kCfcStretch = 128;
 // Rows of the batch to a block. Each weight is read once for all of them, so that reading it from
 // shared memory takes about as long as the arithmetic.
 template <typename C>
-constexpr int kCfcRows = 16 / sizeof(C);
+constexpr int kCfcRows = WidestPack<C>::kElements;
 
 // A value of each of a block's rows.
 template <typename C>
-struct alignas(16) CfcRows {
-  C values[kCfcRows<C>];
-};
+using CfcRows = Pack<C, kCfcRows<C>>;
 
 // A matrix [depth, columns] by which a block multiplies at every step. A thread adds up, over one
 // of the `slices` of the depth, columns that are `stride` apart; `lanes` threads share a slice.
@@ -516,11 +515,6 @@ struct CfcProduct {
   int64_t columns, outer_column;
 };
 
-template <typename C>
-struct alignas(16) CfcFour {
-  C values[4];
-};
-
 // A tile of 64 rows and 16 depths of a or b on its way to shared memory. `along_depth` says which
 // of the strides is 1, and so which elements neighbouring threads should read.
 template <typename C, bool along_depth>
@@ -581,8 +575,8 @@ __global__ void __launch_bounds__(kCfcProductThreads) cfc_scan_product_kernel(Cf
     b.load(p.b, p.b_row, p.b_depth, first_n, p.n, k + kCfcProductDepth, end);
 #pragma unroll 4
     for (int d = 0; d < kCfcProductDepth; ++d) {
-      const auto left = *reinterpret_cast<const CfcFour<C>*>(shared_a + d * A::kStride + own_m);
-      const auto right = *reinterpret_cast<const CfcFour<C>*>(shared_b + d * B::kStride + own_n);
+      const auto left = *reinterpret_cast<const Pack<C, 4>*>(shared_a + d * A::kStride + own_m);
+      const auto right = *reinterpret_cast<const Pack<C, 4>*>(shared_b + d * B::kStride + own_n);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll

@@ -13,6 +13,10 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 
+__host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 // The block's dynamic shared memory, aligned for 16-byte accesses and for matrix units.
 template <typename T>
 __device__ __forceinline__ T* shared_memory() {

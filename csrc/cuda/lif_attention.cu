@@ -7,8 +7,6 @@ namespace ember {
 namespace cuda {
 namespace {
 
-constexpr size_t kReductionBytes = 3 * kAttentionThreads / kWarp * sizeof(double);
-
 struct Scratch {
   int64_t row_gradients;  // in bytes, like the rest
   int64_t bytes;
@@ -20,10 +18,6 @@ Scratch backward_scratch(const LifAttentionParams& p) {
   const int64_t gates = pairs * attention_tiles(p.queries) * 3 * int64_t(sizeof(double));
   const int64_t element = p.dtype == DType::f64 ? 8 : 4;
   return {gates, gates + 2 * pairs * p.queries * element};
-}
-
-AttentionDropout dropout_of(const LifAttentionParams& p) {
-  return {dropout_limit(p.dropout), 1 / (1 - p.dropout)};
 }
 
 template <typename T, bool matrix_units>

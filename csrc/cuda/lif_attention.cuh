@@ -42,6 +42,13 @@ struct AttentionDropout {
   double factor;
 };
 
+inline AttentionDropout dropout_of(const LifAttentionParams& p) {
+  return {dropout_limit(p.dropout), 1 / (1 - p.dropout)};
+}
+
+// Shared memory of a kernel that only adds up doubles over a block.
+constexpr size_t kReductionBytes = 3 * kAttentionThreads / kWarp * sizeof(double);
+
 // One query head and all that its scores and weights depend on.
 template <typename T>
 struct AttentionHead {

@@ -23,7 +23,7 @@ LifGatePlan plan_for(const LifGateParams& p) {
   plan.threads = plan.team > kLifGateThreads ? plan.team : kLifGateThreads;
   const int64_t held = plan.team * width;
   plan.tile_cols = normed || p.cols < held ? p.cols : held;
-  plan.tiles = unsigned((p.cols + plan.tile_cols - 1) / plan.tile_cols);
+  plan.tiles = unsigned(ceil_div(p.cols, plan.tile_cols));
   plan.vectors =
       p.cols % width == 0 && aligned(p.x) && aligned(p.y) && aligned(p.grad_y) &&
       aligned(p.grad_x) &&
@@ -32,10 +32,9 @@ LifGatePlan plan_for(const LifGateParams& p) {
   // one team save partial sums. 64 keeps fp32 sums accurate.
   const int64_t teams = plan.threads / plan.team, blocks = 512, rounds = p.rows / (teams * blocks);
   plan.rounds = rounds < 1 ? 1 : rounds > 64 ? 64 : int(rounds);
-  plan.row_blocks = (p.rows + teams * plan.rounds - 1) / (teams * plan.rounds);
+  plan.row_blocks = ceil_div(p.rows, teams * plan.rounds);
   plan.inner = p.unit_rows ? p.unit_rows * plan.tiles : 1;
-  plan.outer = !p.unit_rows ? plan.row_blocks
-                            : (p.rows + p.unit_rows * p.units - 1) / (p.unit_rows * p.units);
+  plan.outer = p.unit_rows ? ceil_div(p.rows, p.unit_rows * p.units) : plan.row_blocks;
   return plan;
 }
 
@@ -60,7 +59,7 @@ cudaError_t backward(const LifGateParams& p, cudaStream_t stream) {
   if (status != cudaSuccess || !p.grad_parameters) return status;
   const int64_t count = 3 * p.units;
   const int slices = plan.inner == 1 ? 8 : kLifGateThreads, outputs = kLifGateThreads / slices;
-  return launch(lif_gate_sum_kernel<C>, (count + outputs - 1) / outputs, kLifGateThreads,
+  return launch(lif_gate_sum_kernel<C>, ceil_div(count, outputs), kLifGateThreads,
                 kLifGateThreads * sizeof(double), stream,
                 static_cast<const C*>(p.partial_gradients), plan.outer, count, plan.inner, slices,
                 static_cast<C*>(p.grad_parameters));

@@ -9,6 +9,7 @@
 
 #include "../common/lif_gate.h"
 #include "../common/lif_gate_math.h"
+#include "pack.cuh"
 #include "team.cuh"
 
 namespace ember {
@@ -34,11 +35,6 @@ struct LifGatePlan {
 // would take more registers than there are. Of each row it holds the first pack in registers.
 template <typename T>
 constexpr int kLifGatePack = sizeof(T) == 8 ? 2 : 4;
-
-template <typename T, int n>
-struct alignas(n * sizeof(T)) Pack {
-  T values[n];
-};
 
 __device__ __forceinline__ float square_root(float v) {
   return sqrtf(v);

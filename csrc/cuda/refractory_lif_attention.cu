@@ -7,8 +7,6 @@ namespace ember {
 namespace cuda {
 namespace {
 
-constexpr size_t kReductionBytes = 3 * kAttentionThreads / kWarp * sizeof(double);
-
 // Lays arrays out one after the other; with a null `base`, only counts their bytes.
 struct Arena {
   char* base;
@@ -49,9 +47,9 @@ struct Launches {
 
   const RefractoryLifAttentionParams& p;
   cudaStream_t stream;
-  AttentionDropout keep{dropout_limit(p.dropout), 1 / (1 - p.dropout)};
+  AttentionDropout keep = dropout_of(p);
   int64_t pairs = p.batch * p.heads, query_tiles = attention_tiles(p.queries),
-          key_tiles = attention_tiles(p.keys), columns = attention_tiles(p.size > 0 ? p.size : 1);
+          key_tiles = attention_tiles(p.keys), columns = refractory_columns(p);
   cudaError_t status = cudaSuccess;
 
   // Does nothing once a launch has failed.
@@ -65,8 +63,8 @@ struct Launches {
   template <typename... P, typename... A>
   void each(int64_t count, void (*kernel)(RefractoryLifAttentionParams, P...), A... arguments) {
     if (status != cudaSuccess) return;
-    status = launch(kernel, (count + kAttentionThreads - 1) / kAttentionThreads, kAttentionThreads,
-                    0, stream, p, arguments...);
+    status = launch(kernel, ceil_div(count, kAttentionThreads), kAttentionThreads, 0, stream, p,
+                    arguments...);
   }
 
   cudaError_t forward() {

@@ -209,36 +209,56 @@ def floor_seconds(workload: Workload, gpu: Gpu) -> float:
     )
 
 
+_KINDS = {"double": 8, "float": 4, "__nv_bfloat16": 2, "__half": 2}
+"""Element types by their names in kernels', and their sizes."""
+
+
 def _gate_workloads() -> Iterator[Workload]:
-    elements, columns = 64 * 256 * 384, 384
-    for kind, width in (("float", 4), ("__nv_bfloat16", 2), ("double", 8)):
+    batch, tokens, columns = 64, 256, 384
+    elements = batch * tokens * columns
+    for kind, width in _KINDS.items():
         fp64, compute = width == 8, max(width, 4)
-        gate = "gate [64, 256, 384], l2"
-        pack = 2 if fp64 else 4
+        for normed in (True, False):
+            shape = f"gate {[batch, tokens, columns]}{', l2' * normed}"
+            name = f"{kind}, {str(normed).lower()}"
+            yield Workload(
+                f"lif_gate_forward_kernel<{name}>",
+                shape,
+                256,
+                2 * 8 * compute,
+                2 * width * elements + 3 * compute * columns,
+                (30 if normed else 24) * elements,
+                fp64,
+            )
+            for per_column in (True, False):
+                # Units that are columns meet in shared memory where a block has several rows.
+                adds_teams = per_column and not fp64
+                yield Workload(
+                    f"lif_gate_backward_kernel<{name}, {str(per_column).lower()}>",
+                    shape + ("" if per_column else ", a unit for each token"),
+                    256,
+                    (3 * 4 * 256 if adds_teams else 3 * 8) * compute,
+                    3 * width * elements + 6 * compute * (columns if per_column else tokens),
+                    (65 if normed else 45) * elements,
+                    fp64,
+                )
+    for compute_kind in ("double", "float"):
+        # 512 blocks have left sums of their rows.
+        terms = 512 * 3 * columns
         yield Workload(
-            f"lif_gate_forward_kernel<{kind}, true>",
-            gate,
+            f"lif_gate_sum_kernel<{compute_kind}>",
+            f"gate {[batch, tokens, columns]}",
             256,
-            2 * 8 * compute,
-            2 * width * elements + 3 * compute * columns,
-            30 * elements,
-            fp64,
-        )
-        yield Workload(
-            f"lif_gate_backward_kernel<{kind}, true, true>",
-            gate,
-            256,
-            3 * pack * 256 * compute,
-            3 * width * elements + 6 * compute * columns,
-            65 * elements,
-            fp64,
+            256 * 8,
+            _KINDS[compute_kind] * terms,
+            terms,
+            fp64=True,
+            blocks=3 * columns // 32,
         )
 
 
 _ATTENTION = (64, 6, 256, 64)
 """Batch, heads, tokens and head size of the attention workloads, which are causal."""
-
-_KINDS = {"double": 8, "float": 4, "__nv_bfloat16": 2, "__half": 2}
 
 
 def attention_shared_bytes(kind: str) -> int:
@@ -289,26 +309,47 @@ def _attention_workloads() -> Iterator[Workload]:
         ("__half", True),
     ):
         array = batch * heads * tokens * columns * _KINDS[kind]
-        # A gate and two exponentials are about 40 operations. Forward computes scores twice,
-        # backward's first kernel scores and grad_out values twice.
+        # A gate and two exponentials, or one and a logarithm, are about 40 operations.
+        # Forward computes scores twice, backward's first kernel scores and grad_out values twice.
         for name, products, arrays in (
             ("forward", 3, 4),
             ("backward_queries", 5, 5),
             ("backward_keys", 4, 6),
+            ("summary", 1, 2),
         ):
             yield _attention_workload(
                 f"lif_attention_{name}_kernel", kind, units, products, 40, arrays * array
             )
 
+    partials = batch * heads * (tokens // 64)
+    yield from _sums("lif_attention_sum_gates_kernel", 3 * partials, heads)
+    yield from _sums("lif_attention_sum_summary_kernel", 6 * partials, batch * heads)
+
+
+def _sums(kernel: str, terms: int, blocks: int) -> Iterator[Workload]:
+    """A kernel that adds up numbers in fp64 over blocks, for each type of its result."""
+    for compute in ("double", "float"):
+        yield Workload(
+            f"{kernel}<{compute}>",
+            f"attention {list(_ATTENTION)}, causal",
+            256,
+            3 * 8 * 8,
+            8 * terms,
+            terms,
+            fp64=True,
+            blocks=blocks,
+        )
+
 
 def _refractory_workloads() -> Iterator[Workload]:
     batch, heads, tokens, columns = _ATTENTION
+    tiles = tokens // 64
     for kind, width in _KINDS.items():
         units, compute = width == 2, max(width, 4)
         array = batch * heads * tokens * columns * width
         # One number for each pair of tokens of a batch entry, and for each tile of queries.
         square = batch * tokens * tokens * compute
-        sums = batch * heads * (tokens // 64) * tokens * compute
+        sums = batch * heads * tiles * tokens * compute
         # fp64 makes the gradients of keys and of values in turn.
         keys = (
             [
@@ -325,6 +366,7 @@ def _refractory_workloads() -> Iterator[Workload]:
             ("backward_rows", 4, 4, 1, ""),
             ("backward_queries", 5, 5, 1, ""),
             *keys,
+            ("previous", 2, 4, 3, ""),
         ):
             yield _attention_workload(
                 f"refractory_lif_attention_{name}_kernel",
@@ -337,41 +379,87 @@ def _refractory_workloads() -> Iterator[Workload]:
                 variant,
             )
 
+    # A thread for each key, of all heads or of the batch.
+    pairs = batch * heads
+    for name, threads, elements in (
+        ("scan", pairs * tokens, 2 * pairs * tiles * tokens),
+        ("backward_scan", pairs * tokens, 2 * pairs * tiles * tokens),
+        ("next_load", batch * tokens, 2 * batch * tokens * tokens),
+        ("above", batch * tokens, 2 * batch * tokens * tokens),
+        ("sum_previous", batch * tokens, batch * tiles * tokens),
+    ):
+        for kind in ("double", "float"):
+            yield Workload(
+                f"refractory_lif_attention_{name}_kernel<{kind}>",
+                f"attention {list(_ATTENTION)}, causal",
+                256,
+                0,
+                elements * _KINDS[kind],
+                elements,
+                kind == "double",
+                blocks=threads // 256,
+            )
+    yield from _sums("refractory_lif_attention_sum_gates_kernel", 5 * pairs * tiles, heads)
+
 
 def _cfc_workloads() -> list[Workload]:
-    """A layer of three heads: its recurrence, and the products that are none."""
+    """A layer of one, three or four heads: its recurrence; and for three what is none."""
     workloads = []
-    batch, steps, inputs, hidden, heads = 64, 256, 128, 192, 3
-    rows, outputs = batch * steps, heads * hidden
-    for kind, width in (("float", 4), ("__nv_bfloat16", 2), ("double", 8)):
-        compute = max(width, 4)
-        c, fp64 = "double" if width == 8 else "float", width == 8
-        block_rows, threads = 16 // compute, 256 if width == 8 else 512
-        shape = f"cfc {[batch, steps, inputs]} -> {hidden}"
-        weights = hidden * outputs * compute
-        # The products' results or what is kept of them, the states, and y or its gradient.
-        scan_bytes = rows * (2 * outputs * compute + hidden * (compute + width)) + weights
-        # Two tanh and a sigmoid forward, their slopes backward.
-        for name, lanes, parts, vectors, cell in (
-            ("forward", hidden, heads, 2 * hidden, 60),
-            ("backward", hidden // 4, 4, hidden + outputs, 30),
-        ):
-            slices = min(threads // lanes, 8)
-            values = slices * parts * lanes + threads // 32 + vectors
-            workloads.append(
-                Workload(
-                    f"cfc_scan_{name}_kernel<{kind}, {heads}>",
-                    shape,
-                    threads,
-                    values * block_rows * compute + weights,
-                    scan_bytes,
-                    rows * (2 * hidden * outputs + cell * hidden),
-                    fp64,
-                    blocks=batch // block_rows,
-                    steps=steps,
-                    elastic=True,
+    batch, steps, inputs, hidden = 64, 256, 128, 192
+    rows = batch * steps
+    shape = f"cfc {[batch, steps, inputs]} -> {hidden}"
+    for kind, width in _KINDS.items():
+        compute, c, fp64 = max(width, 4), "double" if width == 8 else "float", width == 8
+        block_rows, threads = 16 // compute, 256 if fp64 else 512
+        for heads in (1, 3, 4):
+            outputs = heads * hidden
+            weights = hidden * outputs * compute
+            # The products' results or what is kept of them, the states, and y or its gradient.
+            scan_bytes = rows * (2 * outputs * compute + hidden * (compute + width)) + weights
+            # Forward a thread has a unit of each head; else it has four columns.
+            lanes, parts = (hidden, heads) if heads > 1 else (hidden // 4, 4)
+            # Two tanh and a sigmoid forward, or a tanh and an exponential; their slopes backward.
+            for name, lanes_of_pass, parts_of_pass, vectors, cell in (
+                ("forward", lanes, parts, 2 * hidden, 60 if heads > 1 else 30),
+                ("backward", hidden // 4, 4, hidden + outputs, 30),
+            ):
+                slices = min(threads // lanes_of_pass, 8)
+                values = slices * parts_of_pass * lanes_of_pass + threads // 32 + vectors
+                workloads.append(
+                    Workload(
+                        f"cfc_scan_{name}_kernel<{kind}, {heads}>",
+                        shape,
+                        threads,
+                        values * block_rows * compute + weights,
+                        scan_bytes,
+                        rows * (2 * hidden * outputs + cell * hidden),
+                        fp64,
+                        blocks=batch // block_rows,
+                        steps=steps,
+                        elastic=True,
+                    )
                 )
+        workloads.append(
+            Workload(
+                f"cfc_scan_input_kernel<{kind}>",
+                shape,
+                256,
+                0,
+                rows * (inputs * width + (1 + inputs) * compute),
+                rows * inputs,
+                fp64,
             )
+        )
+        outputs = 3 * hidden
+        gradient = outputs * (1 + inputs + hidden)
+        # The weight's gradient is made in ten parts.
+        for name, amount, adds in (
+            ("transpose", 2 * hidden * outputs, 0),
+            ("sum", 11 * gradient, 10 * gradient),
+        ):
+            kernel = f"cfc_scan_{name}_kernel<{c}>"
+            moved = float(amount * compute)
+            workloads.append(Workload(kernel, shape, 256, 0, moved, adds, fp64=True))
         shared = 2 * 16 * (64 + 16 // compute) * compute
         products = {
             f"{c}, {c}, true, true": (rows, outputs, 1 + inputs, compute),
@@ -379,11 +467,11 @@ def _cfc_workloads() -> list[Workload]:
             f"{c}, {c}, false, false": (outputs, 1 + inputs + hidden, rows, compute),
         }
         for arguments, (m, n, depth, out) in products.items():
-            name = f"cfc_scan_product_kernel<{arguments}>"
-            if name not in (workload.kernel for workload in workloads):
-                moved = (m + n) * depth * compute + m * n * out
-                workloads.append(Workload(name, shape, 256, shared, moved, 2 * m * n * depth, fp64))
-    return workloads
+            kernel = f"cfc_scan_product_kernel<{arguments}>"
+            moved = (m + n) * depth * compute + m * n * out
+            workloads.append(Workload(kernel, shape, 256, shared, moved, 2 * m * n * depth, fp64))
+    # Kernels of the compute type alone have come up for each type that is computed in it.
+    return list({workload.kernel: workload for workload in workloads}.values())
 
 
 WORKLOADS = (
