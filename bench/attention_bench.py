@@ -28,6 +28,7 @@ from ember_ext import reference
 from ember_ext.benchmarking import (
     Call,
     Case,
+    language_model_step,
     open_device,
     peak_megabytes,
     plot_csv,
@@ -245,16 +246,7 @@ def make_step(contender: str, device: str) -> Call:
     if condition == "standard":
         for block in model.blocks:
             block.attn.attend = sdpa_attend
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def step() -> None:
-        _, loss, _ = model(idx, idx)
-        assert loss is not None
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return language_model_step(model, idx)
 
 
 def sdpa_attend(

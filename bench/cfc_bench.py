@@ -35,6 +35,7 @@ from ember_ext.benchmarking import (
     Case,
     Clock,
     Row,
+    language_model_step,
     open_device,
     peak_megabytes,
     plot_csv,
@@ -273,16 +274,7 @@ def training_step(kind: str, device: str) -> Callable[[], None]:
             block.cfc = theirs
     model.to(device)
     idx = torch.randint(model.config.vocab_size, (batch, steps), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def step() -> None:
-        _, loss, _ = model(idx, idx)
-        assert loss is not None
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return language_model_step(model, idx)
 
 
 def model_case(options: Options) -> Case:
