@@ -116,8 +116,7 @@ def raw_arguments(
     if isinstance(timespans, Tensor):
         timespans = timespans.to(dtype)
     varying = isinstance(timespans, Tensor) and timespans.dim() > 0
-    maps = [_joined(affine, dtype) for affine in weights.backbone]
-    maps.append(_joined_heads(weights, mode, None if varying else timespans, dtype))
+    maps = joined_maps(weights, mode, None if varying else timespans, dtype)
     decay = spans = None
     if mode == "pure":
         decay = _decay(weights, dtype)
@@ -180,12 +179,11 @@ class PackedCells:
         self._timespan = timespan if mode == "pure" else None
         plan, tensors = [ACTIVATIONS.index(activation), MODES.index(mode)], []
         for weights in cells:
-            maps = [_joined(affine, self.dtype) for affine in weights.backbone]
-            heads = _joined_heads(weights, mode, timespan, self.dtype)
+            maps = joined_maps(weights, mode, timespan, self.dtype)
             hidden = weights.ff1.bias.shape[0]
-            plan += [(maps or [heads])[0].shape[1] - 1 - hidden, hidden, len(heads) // hidden]
-            plan += [len(maps) + 1, *(len(matrix) for matrix in maps)]
-            tensors += [*maps, heads]
+            plan += [maps[0].shape[1] - 1 - hidden, hidden, len(maps[-1]) // hidden]
+            plan += [len(maps), *(len(matrix) for matrix in maps[:-1])]
+            tensors += maps
             if mode == "pure":
                 tensors.append(_decay(weights, self.dtype))
         self._plan = tuple(plan)
@@ -228,6 +226,19 @@ def _decay(weights: CfCWeights, dtype: torch.dtype) -> Tensor:
     return torch.stack([weights.w_tau, weights.amplitude]).to(dtype)
 
 
+def joined_maps(
+    weights: CfCWeights, mode: str, timespan: Tensor | float | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """The affine maps of a cell as matrices [out, 1 + in], bias first: backbone, then all heads.
+
+    The heads lie below each other and are masked: ff1, ff2, time_a, time_b; only ff1 in mode
+    "pure". With one `timespan` for all steps, time_a and time_b come to a single head,
+    Δt time_a + time_b.
+    """
+    maps = [_joined(affine, dtype) for affine in weights.backbone]
+    return [*maps, _joined_heads(weights, mode, timespan, dtype)]
+
+
 def _joined(affine: Affine, dtype: torch.dtype) -> Tensor:
     """An affine map as one matrix [out, 1 + in], the bias first."""
     return torch.cat([affine.bias.to(dtype)[:, None], affine.weight.to(dtype)], 1)
@@ -236,10 +247,7 @@ def _joined(affine: Affine, dtype: torch.dtype) -> Tensor:
 def _joined_heads(
     weights: CfCWeights, mode: str, timespan: Tensor | float | None, dtype: torch.dtype
 ) -> Tensor:
-    """The heads below each other, [heads * H, 1 + Z].
-
-    With one time span for all steps, time_a and time_b come to a single head, Δt time_a + time_b.
-    """
+    """The heads below each other, [heads * H, 1 + Z]."""
     heads = [weights.ff1] if weights.ff2 is None else [weights.ff1, weights.ff2]
     if mode == "pure":
         heads = heads[:1]
