@@ -402,7 +402,8 @@ def main(options: Options) -> None:
     ):
         if wanted:
             rows = run_cases("cfc_scan", make(options), device=device, seconds=options.seconds)
-            console.print(roofline_table(rows))
+            if any(row.contender == "roofline" for row in rows):
+                console.print(roofline_table(rows))
             path = options.out / f"{stem}.csv"
             write_csv(with_earlier(rows, path), path)
             plot_csv(path, path.with_suffix(".png"))
