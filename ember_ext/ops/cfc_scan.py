@@ -65,8 +65,8 @@ def cfc_scan(
         chunk_size: time steps for which the backward pass keeps activations at once; those of other
             chunks are computed again. Measured with 64 rows of 256 steps and 192 units, peak memory
             and time of forward and backward, as shares of what keeping everything takes: 128 steps,
-            62-84 % and 1.23-1.28; 64 steps, 46-57 % and 1.12-1.20; 32 steps, 41-43 % and 1.11-1.17;
-            16 steps, 36-41 % and 1.09-1.16. With 4 rows of 4096 steps: 128 steps, 34-37 % and
+            61-84 % and 1.19-1.30; 64 steps, 45-57 % and 1.12-1.20; 32 steps, 41-44 % and 1.11-1.17;
+            16 steps, 36-41 % and 1.08-1.17. With 4 rows of 4096 steps: 128 steps, 34-38 % and
             1.14-1.32. Default: all T up to 1024 steps, and 128 beyond that. 0 keeps everything.
 
     Returns:
