@@ -33,6 +33,7 @@ from ember_ext.benchmarking import (
     plot_csv,
     relative_error,
     run_cases,
+    training_step,
     with_earlier,
     write_csv,
 )
@@ -245,16 +246,7 @@ def make_step(contender: str, device: str) -> Call:
     if condition == "standard":
         for block in model.blocks:
             block.attn.attend = sdpa_attend
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def step() -> None:
-        _, loss, _ = model(idx, idx)
-        assert loss is not None
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return training_step(model, idx)
 
 
 def sdpa_attend(

@@ -40,6 +40,7 @@ from ember_ext.benchmarking import (
     plot_csv,
     relative_error,
     run_cases,
+    training_step,
     with_earlier,
     write_csv,
 )
@@ -262,7 +263,7 @@ def mixed_case(name: str, mode: str, options: Options) -> Case:
     return Case(f"{name}, mixed memory {[*MAIN, INPUTS]}", mode, calls, dict)
 
 
-def training_step(kind: str, device: str, chunk_size: int | None = None) -> Callable[[], None]:
+def model_step(kind: str, device: str, chunk_size: int | None = None) -> Callable[[], None]:
     """A training step of LiquidEmber, 4 layers of 128 and 192 units, with our CfC or with ncps'."""
     torch.manual_seed(0)
     batch, steps = MAIN
@@ -275,16 +276,7 @@ def training_step(kind: str, device: str, chunk_size: int | None = None) -> Call
             block.cfc = theirs
     model.to(device)
     idx = torch.randint(model.config.vocab_size, (batch, steps), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def step() -> None:
-        _, loss, _ = model(idx, idx)
-        assert loss is not None
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return training_step(model, idx)
 
 
 def model_case(options: Options) -> Case:
@@ -292,8 +284,8 @@ def model_case(options: Options) -> Case:
     device = options.device
     calls = {}
     if options.compare:
-        calls["ncps"] = at_best_threads(training_step("ncps", device), device)
-    calls[OURS] = training_step("ours", device)
+        calls["ncps"] = at_best_threads(model_step("ncps", device), device)
+    calls[OURS] = model_step("ours", device)
     return Case(f"LiquidEmber 4/{MOTOR}/{UNITS} {list(MAIN)}", "training step", calls, dict)
 
 
@@ -335,7 +327,7 @@ def make_training(name: str, chunk_size: int, batch: int, steps: int) -> Callabl
 def make_step(kind: str, chunk_size: int) -> Callable[[], Any]:
     """A training step whose memory is to be measured."""
     make_training("wired", 0, 2, 3)
-    return training_step(kind, "cpu", chunk_size)
+    return model_step(kind, "cpu", chunk_size)
 
 
 def memory_table(console: Console, path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any, get_type_hints
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 import ember_ext
 from ember_ext import _native
@@ -167,6 +167,20 @@ def matmul_call(device: torch.device, size: int = 1024) -> tuple[Call, float]:
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     out = torch.empty_like(a)
     return (lambda: torch.mm(a, b, out=out)), 2 * size**3 / 1e9
+
+
+def training_step(model: nn.Module, idx: Tensor) -> Call:
+    """A step of AdamW on a language model that predicts `idx`, [B, T], from itself."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        _, loss, _ = model(idx, idx)
+        assert loss is not None
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
