@@ -28,12 +28,12 @@ from ember_ext import reference
 from ember_ext.benchmarking import (
     Call,
     Case,
-    language_model_step,
     open_device,
     peak_megabytes,
     plot_csv,
     relative_error,
     run_cases,
+    training_step,
     with_earlier,
     write_csv,
 )
@@ -246,7 +246,7 @@ def make_step(contender: str, device: str) -> Call:
     if condition == "standard":
         for block in model.blocks:
             block.attn.attend = sdpa_attend
-    return language_model_step(model, idx)
+    return training_step(model, idx)
 
 
 def sdpa_attend(

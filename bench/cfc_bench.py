@@ -35,12 +35,12 @@ from ember_ext.benchmarking import (
     Case,
     Clock,
     Row,
-    language_model_step,
     open_device,
     peak_megabytes,
     plot_csv,
     relative_error,
     run_cases,
+    training_step,
     with_earlier,
     write_csv,
 )
@@ -53,6 +53,7 @@ MAIN = (64, 256)
 SWEEP = [(1, 16), (1, 256), (1, 4096), (8, 256), (64, 16), (256, 64), (16, 4096)]
 MODES = ("forward", "forward+backward")
 CHUNKS = (0, 128, 64, 32, 16)
+MODEL_CHUNKS = (0, 64)
 OURS = f"ember_ext {_native.isa or 'reference'}"
 
 What = Literal["layer", "stream", "sweep", "mixed", "model", "memory"]
@@ -262,19 +263,20 @@ def mixed_case(name: str, mode: str, options: Options) -> Case:
     return Case(f"{name}, mixed memory {[*MAIN, INPUTS]}", mode, calls, dict)
 
 
-def training_step(kind: str, device: str) -> Callable[[], None]:
+def model_step(kind: str, device: str, chunk_size: int | None = None) -> Callable[[], None]:
     """A training step of LiquidEmber, 4 layers of 128 and 192 units, with our CfC or with ncps'."""
     torch.manual_seed(0)
     batch, steps = MAIN
     model = LiquidEmber(LiquidEmberConfig(n_layer=4, n_embd=MOTOR, cfc_units=UNITS))
-    if kind == "ncps":
-        for block in model.blocks:
+    for block in model.blocks:
+        block.cfc.chunk_size = chunk_size
+        if kind == "ncps":
             theirs = ncps.torch.CfC(MOTOR, copy.deepcopy(NETWORKS["wired"]))
             theirs.load_state_dict(block.cfc.state_dict())
             block.cfc = theirs
     model.to(device)
     idx = torch.randint(model.config.vocab_size, (batch, steps), device=device)
-    return language_model_step(model, idx)
+    return training_step(model, idx)
 
 
 def model_case(options: Options) -> Case:
@@ -282,8 +284,8 @@ def model_case(options: Options) -> Case:
     device = options.device
     calls = {}
     if options.compare:
-        calls["ncps"] = at_best_threads(training_step("ncps", device), device)
-    calls[OURS] = training_step("ours", device)
+        calls["ncps"] = at_best_threads(model_step("ncps", device), device)
+    calls[OURS] = model_step("ours", device)
     return Case(f"LiquidEmber 4/{MOTOR}/{UNITS} {list(MAIN)}", "training step", calls, dict)
 
 
@@ -322,44 +324,44 @@ def make_training(name: str, chunk_size: int, batch: int, steps: int) -> Callabl
     return training_call(network, torch.randn(batch, steps, INPUTS))
 
 
-def make_step(kind: str) -> Callable[[], Any]:
+def make_step(kind: str, chunk_size: int) -> Callable[[], Any]:
     """A training step whose memory is to be measured."""
     make_training("wired", 0, 2, 3)
-    return training_step(kind, "cpu")
+    return model_step(kind, "cpu", chunk_size)
 
 
 def memory_table(console: Console, path: Path) -> None:
     """Peak memory of training beyond the inputs and weights, and its time, against chunk_size."""
-    columns = ("network", "chunk_size", "peak MB", "of all", "forward+backward ms", "of all")
-    table = Table(*columns, title="memory")
+    columns = ("network", "chunk_size", "peak MB", "of all", "time ms", "of all")
+    table = Table(*columns, title="memory of a forward and backward pass, or a training step")
     lines: list[tuple[str, ...]] = []
+
+    def add(config: str, calls: dict[int, Callable[[], Any]], peaks: dict[int, float]) -> None:
+        """Time the calls in turns, by chunk_size, and add a line for each."""
+        times: dict[int, list[float]] = {chunk_size: [] for chunk_size in calls}
+        for _ in range(5):
+            for chunk_size, call in calls.items():
+                times[chunk_size].append(Clock().seconds(call))
+        best = {chunk_size: 1e3 * min(values) for chunk_size, values in times.items()}
+        for chunk_size in calls:
+            lines.append((
+                config, str(chunk_size or "all"), f"{peaks[chunk_size]:.0f}",
+                f"{peaks[chunk_size] / peaks[0]:.0%}", f"{best[chunk_size]:.0f}",
+                f"{best[chunk_size] / best[0]:.2f}",
+            ))  # fmt: skip
+
     for batch, steps, chunks in ((*MAIN, CHUNKS), (4, 4096, CHUNKS[:3])):
-        x = torch.randn(batch, steps, INPUTS)
         for name in NETWORKS:
-            calls = {}
-            for chunk_size in chunks:
-                network = ember_ext.nn.CfC(
-                    INPUTS, copy.deepcopy(NETWORKS[name]), chunk_size=chunk_size
-                )
-                calls[chunk_size] = training_call(network, x)
-            times: dict[int, list[float]] = {chunk_size: [] for chunk_size in chunks}
-            for _ in range(5):
-                for chunk_size, call in calls.items():
-                    times[chunk_size].append(Clock().seconds(call))
-            first: tuple[float, float] | None = None
-            for chunk_size in chunks:
-                milliseconds = 1e3 * min(times[chunk_size])
-                peak = peak_megabytes(make_training, name, chunk_size, batch, steps)
-                first = first or (peak, milliseconds)
-                lines.append((
-                    f"{name} {[batch, steps, INPUTS]}", str(chunk_size or "all"), f"{peak:.0f}",
-                    f"{peak / first[0]:.0%}", f"{milliseconds:.0f}",
-                    f"{milliseconds / first[1]:.2f}",
-                ))  # fmt: skip
-    theirs, ours = (peak_megabytes(make_step, kind) for kind in ("ncps", "ours"))
+            calls = {chunk: make_training(name, chunk, batch, steps) for chunk in chunks}
+            peaks = {
+                chunk: peak_megabytes(make_training, name, chunk, batch, steps) for chunk in chunks
+            }
+            add(f"{name} {[batch, steps, INPUTS]}", calls, peaks)
     model = f"LiquidEmber 4/{MOTOR}/{UNITS} {list(MAIN)}"
-    lines.append((f"{model}, ncps", "", f"{theirs:.0f}", "100%", "", ""))
-    lines.append((f"{model}, ours", "all", f"{ours:.0f}", f"{ours / theirs:.0%}", "", ""))
+    peaks = {chunk: peak_megabytes(make_step, "ours", chunk) for chunk in MODEL_CHUNKS}
+    add(model, {chunk: make_step("ours", chunk) for chunk in MODEL_CHUNKS}, peaks)
+    theirs = peak_megabytes(make_step, "ncps", 0)
+    lines.append((f"{model}, ncps", "", f"{theirs:.0f}", f"{theirs / peaks[0]:.0%}", "", ""))
     for line in lines:
         table.add_row(*line)
     console.print(table)
@@ -392,7 +394,8 @@ def main(options: Options) -> None:
     ):
         if wanted:
             rows = run_cases("cfc_scan", make(options), device=device, seconds=options.seconds)
-            console.print(roofline_table(rows))
+            if any(row.contender == "roofline" for row in rows):
+                console.print(roofline_table(rows))
             path = options.out / f"{stem}.csv"
             write_csv(with_earlier(rows, path), path)
             plot_csv(path, path.with_suffix(".png"))

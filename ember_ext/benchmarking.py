@@ -169,12 +169,13 @@ def matmul_call(device: torch.device, size: int = 1024) -> tuple[Call, float]:
     return (lambda: torch.mm(a, b, out=out)), 2 * size**3 / 1e9
 
 
-def language_model_step(model: nn.Module, idx: Tensor) -> Call:
-    """A training step of a language model: forward, backward and AdamW, on tokens [B, T]."""
+def training_step(model: nn.Module, idx: Tensor) -> Call:
+    """A step of AdamW on a language model that predicts `idx`, [B, T], from itself."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step() -> None:
         _, loss, _ = model(idx, idx)
+        assert loss is not None
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

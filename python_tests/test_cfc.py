@@ -191,6 +191,7 @@ def test_inference_equals_training(mode: str, spans: str) -> None:
         nn.CfC(5, 9, proj_size=2, backbone_layers=2, backbone_dropout=0.5, mode=mode).eval(),
         nn.CfC(5, 9, return_sequences=False, mode=mode),
         nn.CfC(5, 9, mode=mode, mixed_memory=True),
+        nn.CfC(5, AutoNCP(20, 4), mode=mode, mixed_memory=True),
     ):
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             network.to(dtype)
@@ -273,6 +274,19 @@ def test_dropout_starts_at_the_second_layer() -> None:
     theirs = ncps.torch.CfC(4, 6, backbone_layers=2, backbone_dropout=0.5).eval()
     theirs.load_state_dict(two.state_dict())
     torch.testing.assert_close(two(x)[0], theirs(x)[0])
+
+
+def test_dropout_with_mixed_memory() -> None:
+    torch.manual_seed(0)
+    options = {"mixed_memory": True, "backbone_layers": 2}
+    x = torch.randn(2, 5, 4)
+    half = nn.CfC(4, 6, backbone_dropout=0.5, **options)
+    assert not torch.equal(half(x)[0], half(x)[0])
+    ours = nn.CfC(4, 6, backbone_dropout=1.0, **options)
+    theirs = ncps.torch.CfC(4, 6, backbone_dropout=1.0, **options)
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+    assert not torch.allclose(ours(x)[0], ours.eval()(x)[0])
 
 
 @pytest.mark.parametrize("units", [AutoNCP(14, 3), 6], ids=["wired", "dense"])

@@ -106,8 +106,9 @@ EMBER_HD double exponential(double x) {
 }
 
 // x P(x^2) / Q(x^2), fitted to a relative error of 2.1e-8 on [-9.02, 9.02], beyond which tanh
-// rounds to 1. One division and no exponential: half the time of 1 - 2 / (e^2x + 1), and as
-// accurate near 0 as elsewhere.
+// rounds to 1. Rounding brings the error to 5.7 units in the last place with fused multiply-adds
+// and 6.5 without, 3.9e-7 relative at most, and the result up to 1 + 2^-22. One division and no
+// exponential: half the time of 1 - 2 / (e^2x + 1), and as accurate near 0 as elsewhere.
 EMBER_HD float hyperbolic_tangent(float x) {
   x = clamp(x, -9.02f, 9.02f);
   const float s = x * x;

@@ -26,8 +26,9 @@ from ember_ext.ops.cfc_scan import (
     cfc_scan,
     check_lengths,
     check_timespans,
+    joined_maps,
 )
-from ember_ext.reference.cfc_scan import Affine, CfCWeights, cfc_cell
+from ember_ext.reference.cfc_scan import Affine, CfCWeights, activate
 
 Hidden = Tensor | tuple[Tensor, Tensor]
 """[B, S], or with mixed memory a pair (h, c) of such; S = `state_size`."""
@@ -74,8 +75,9 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
             two.
         backbone_layers: number of backbone layers. Default: 1.
         backbone_dropout: dropout rate after the second and later backbone layers. Default: 0.
-        chunk_size: time steps whose activations are kept at once for the backward pass, see
-            `ember_ext.ops.cfc_scan`. Default: all, up to 1024 steps.
+        chunk_size: time steps whose activations are kept at once for the backward pass: with 256
+            steps, 64 take about half the memory and 1.2 times the time; `ember_ext.ops.cfc_scan`
+            has more figures. Of no effect with mixed memory. Default: all, up to 1024 steps.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -297,9 +299,14 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         check_lengths(lengths, x)
         advance = self._mixed_step(x, timespans)
         outputs = []
-        # The input's part of the LSTM has no recurrence.
-        for t, z in enumerate(self.lstm.input_map(x).unbind(1)):
-            mixed, new_c = _lstm(z + self.lstm.recurrent_map(h), c)
+        # The input's part of the LSTM has no recurrence. Its cell adds 1 to the third gate.
+        offset = nn.functional.pad(c.new_ones(c.shape[1]), (2 * c.shape[1], c.shape[1]))
+        gates = nn.functional.linear(
+            x, self.lstm.input_map.weight, self.lstm.input_map.bias + offset
+        )
+        recurrent = self.lstm.recurrent_map.weight.t()
+        for t, z in enumerate(gates.unbind(1)):
+            mixed, new_c = _lstm(torch.addmm(z, h, recurrent), c)
             value, new_h = advance(t, mixed)
             if lengths is not None:
                 running = (t < lengths)[:, None]
@@ -317,6 +324,8 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         # Taken apart at once: the gradient of one step's slice is as large as the whole.
         inputs = x.unbind(1)
         varying = isinstance(timespans, Tensor) and timespans.dim() > 0
+        if isinstance(timespans, Tensor):
+            timespans = timespans.to(self._cells[0].ff1.weight.dtype)
         spans = timespans.unbind(1) if varying else (timespans,) * len(inputs)  # type: ignore[union-attr]
         if not torch.is_grad_enabled() and inputs:
             zeros = x.new_zeros(x.shape[0], int(self.state_size))
@@ -325,26 +334,16 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
                 packed = self._packed
                 assert packed is not None
                 return lambda t, h: packed.run(inputs[t], h, spans[t], None)  # type: ignore[return-value]
-        cells = [(cell, *_weights(cell)) for cell in self._cells]
-        scales = [
-            None if scale is None else scale.unbind(1)
-            for scale in (_dropout_scale(cell, x) for cell in self._cells)
+        fixed = None if varying else timespans
+        cells = [
+            _step_by_step(cell, x if i == 0 else None, fixed, _dropout_scale(cell, x))
+            for i, cell in enumerate(self._cells)
         ]
 
         def advance(t: int, h: Tensor) -> tuple[Tensor, Tensor]:
             value, states = inputs[t], []
-            parts = h.split(self._layer_sizes, 1)
-            for i, ((cell, weights, name), part) in enumerate(zip(cells, parts, strict=True)):
-                steps = scales[i]
-                value = cfc_cell(
-                    value,
-                    part,
-                    weights,
-                    spans[t],
-                    mode=cell.mode,
-                    activation=name,
-                    dropout_scale=None if steps is None else steps[t],
-                )
+            for run, part in zip(cells, h.split(self._layer_sizes, 1), strict=True):
+                value = run(t, value, part, spans[t])
                 states.append(value)
             return value, states[0] if len(states) == 1 else torch.cat(states, 1)
 
@@ -485,10 +484,68 @@ class _Packed:
 
 
 def _lstm(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and memory of ncps' LSTM cell from its gates before activation, [B, 4 S]."""
-    value, write, keep, read = z.chunk(4, 1)
-    c = c * torch.sigmoid(keep + 1.0) + torch.tanh(value) * torch.sigmoid(write)
-    return torch.tanh(c) * torch.sigmoid(read), c
+    """Output and memory of ncps' LSTM cell from its gates before activation, [B, 4 S].
+
+    The gates are value, write, keep and read, and 1 was added to keep.
+    """
+    size = c.shape[1]
+    value, gates = z.split((size, 3 * size), 1)
+    write, keep, read = torch.sigmoid(gates).chunk(3, 1)
+    c = torch.addcmul(c * keep, torch.tanh(value), write)
+    return torch.tanh(c) * read, c
+
+
+def _step_by_step(
+    cell: Any, x: Tensor | None, timespan: Tensor | float | None, scale: Tensor | None
+) -> Callable[[int, Tensor, Tensor, Any], Tensor]:
+    """A cell as a function of t, its input [B, I], its state [B, H] and the time span [B, 1].
+
+    As `reference.cfc_cell`, by as few operations a step as can be: masks, the joining of the
+    weights, and the product with the input are done for all steps at once.
+
+    Args:
+        cell: an ncps cell.
+        x: its input at all steps, [B, T, I], where that is known, which is used then.
+        timespan: of all steps, or None if each has its own.
+        scale: dropout of the backbone, [B, T, layers - 1, U], or None.
+    """
+    weights, activation = _weights(cell)
+    hidden, mode = int(cell.hidden_size), cell.mode
+    first, *maps = joined_maps(weights, mode, timespan, weights.ff1.weight.dtype)
+    biases, matrices = (
+        zip(*((m[:, 0], m[:, 1:].t()) for m in maps), strict=True) if maps else ((), ())
+    )
+    bias, matrix = first[:, 0], first[:, 1:].t()
+    products: Sequence[Tensor] = ()
+    if x is not None:
+        products = nn.functional.linear(x, matrix[: x.shape[2]].t(), bias).unbind(1)
+        matrix = matrix[x.shape[2] :]
+    scales = None if scale is None else scale.unbind(1)
+
+    def run(t: int, value: Tensor, h: Tensor, span: Any) -> Tensor:
+        if products:
+            z = torch.addmm(products[t], h, matrix)
+        else:
+            z = torch.addmm(bias, torch.cat((value, h), 1), matrix)
+        for layer, affine in enumerate(zip(biases, matrices, strict=True)):
+            z = activate(z, activation)
+            if scales is not None and layer > 0:
+                z = z * scales[t][:, layer - 1]
+            z = torch.addmm(affine[0], z, affine[1])
+        if mode == "pure":
+            decay = torch.exp(-span * (weights.w_tau.abs() + z.abs()))  # type: ignore[union-attr]
+            return weights.amplitude - weights.amplitude * decay * z  # type: ignore[operator]
+        both, gate = z.split((2 * hidden, z.shape[1] - 2 * hidden), 1)
+        if timespan is None:
+            time_a, time_b = gate.chunk(2, 1)
+            gate = torch.addcmul(time_b, time_a, span)
+        gate = torch.sigmoid(gate)
+        ff1, ff2 = torch.tanh(both).chunk(2, 1)
+        if mode == "no_gate":
+            return torch.addcmul(ff1, gate, ff2)
+        return torch.lerp(ff1, ff2, gate)
+
+    return run
 
 
 def _weights(cell: Any) -> tuple[CfCWeights, Activation]:

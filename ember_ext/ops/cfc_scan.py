@@ -63,8 +63,11 @@ def cfc_scan(
         dropout_scale: [B, T, layers - 1, U], multiplied onto the outputs of the backbone's second
             and later layers: 0 or 1 / (1 - p). Default: no dropout.
         chunk_size: time steps for which the backward pass keeps activations at once; those of other
-            chunks are computed again, which takes about a third more time. Default: all T
-            up to 1024 steps, and 128 beyond that. 0 keeps everything.
+            chunks are computed again. Measured with 64 rows of 256 steps and 192 units, peak memory
+            and time of forward and backward, as shares of what keeping everything takes: 128 steps,
+            61-84 % and 1.19-1.30; 64 steps, 45-57 % and 1.12-1.20; 32 steps, 41-44 % and 1.11-1.17;
+            16 steps, 36-41 % and 1.08-1.17. With 4 rows of 4096 steps: 128 steps, 34-38 % and
+            1.14-1.32. Default: all T up to 1024 steps, and 128 beyond that. 0 keeps everything.
 
     Returns:
         The states [B, T, H], and the state [B, H] after each row's last step, both in x's dtype.
@@ -113,8 +116,7 @@ def raw_arguments(
     if isinstance(timespans, Tensor):
         timespans = timespans.to(dtype)
     varying = isinstance(timespans, Tensor) and timespans.dim() > 0
-    maps = [_joined(affine, dtype) for affine in weights.backbone]
-    maps.append(_joined_heads(weights, mode, None if varying else timespans, dtype))
+    maps = joined_maps(weights, mode, None if varying else timespans, dtype)
     decay = spans = None
     if mode == "pure":
         decay = _decay(weights, dtype)
@@ -177,12 +179,11 @@ class PackedCells:
         self._timespan = timespan if mode == "pure" else None
         plan, tensors = [ACTIVATIONS.index(activation), MODES.index(mode)], []
         for weights in cells:
-            maps = [_joined(affine, self.dtype) for affine in weights.backbone]
-            heads = _joined_heads(weights, mode, timespan, self.dtype)
+            maps = joined_maps(weights, mode, timespan, self.dtype)
             hidden = weights.ff1.bias.shape[0]
-            plan += [(maps or [heads])[0].shape[1] - 1 - hidden, hidden, len(heads) // hidden]
-            plan += [len(maps) + 1, *(len(matrix) for matrix in maps)]
-            tensors += [*maps, heads]
+            plan += [maps[0].shape[1] - 1 - hidden, hidden, len(maps[-1]) // hidden]
+            plan += [len(maps), *(len(matrix) for matrix in maps[:-1])]
+            tensors += maps
             if mode == "pure":
                 tensors.append(_decay(weights, self.dtype))
         self._plan = tuple(plan)
@@ -225,6 +226,19 @@ def _decay(weights: CfCWeights, dtype: torch.dtype) -> Tensor:
     return torch.stack([weights.w_tau, weights.amplitude]).to(dtype)
 
 
+def joined_maps(
+    weights: CfCWeights, mode: str, timespan: Tensor | float | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """The affine maps of a cell as matrices [out, 1 + in], bias first: backbone, then all heads.
+
+    The heads lie below each other and are masked: ff1, ff2, time_a, time_b; only ff1 in mode
+    "pure". With one `timespan` for all steps, time_a and time_b come to a single head,
+    Δt time_a + time_b.
+    """
+    maps = [_joined(affine, dtype) for affine in weights.backbone]
+    return [*maps, _joined_heads(weights, mode, timespan, dtype)]
+
+
 def _joined(affine: Affine, dtype: torch.dtype) -> Tensor:
     """An affine map as one matrix [out, 1 + in], the bias first."""
     return torch.cat([affine.bias.to(dtype)[:, None], affine.weight.to(dtype)], 1)
@@ -233,10 +247,7 @@ def _joined(affine: Affine, dtype: torch.dtype) -> Tensor:
 def _joined_heads(
     weights: CfCWeights, mode: str, timespan: Tensor | float | None, dtype: torch.dtype
 ) -> Tensor:
-    """The heads below each other, [heads * H, 1 + Z].
-
-    With one time span for all steps, time_a and time_b come to a single head, Δt time_a + time_b.
-    """
+    """The heads below each other, [heads * H, 1 + Z]."""
     heads = [weights.ff1] if weights.ff2 is None else [weights.ff1, weights.ff2]
     if mode == "pure":
         heads = heads[:1]
