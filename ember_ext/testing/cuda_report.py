@@ -261,12 +261,12 @@ _ATTENTION = (64, 6, 256, 64)
 """Batch, heads, tokens and head size of the attention workloads, which are causal."""
 
 
-def attention_shared_bytes(kind: str) -> int:
-    """Shared memory of a block of attention kernels: the larger of those with and without units."""
+def attention_shared_bytes(kind: str, units: bool) -> int:
+    """Shared memory of a block's products, with matrix units enough for a GPU without them too."""
     # csrc/cuda/attention_products.cuh, AttentionProducts::kBytes.
-    if kind == "double":
-        return (64 + 2 * 16) * (64 + 2) * 8
-    return 64 * (64 + 4) * 4 + 2 * 64 * (128 + 16) + 8 * 4
+    if units:
+        return 64 * (64 + 4) * 4 + 2 * 64 * (128 + 16) + 8 * 4
+    return (64 + 2 * 16) * (64 + 2) * 8 if kind == "double" else (64 + 2 * 32) * (64 + 4) * 4
 
 
 def _attention_workload(
@@ -290,7 +290,7 @@ def _attention_workload(
         f"{kernel}<{kind}, {str(units).lower()}{variant}>",
         f"attention {list(_ATTENTION)}, causal",
         256,
-        attention_shared_bytes(kind) + extra,
+        attention_shared_bytes(kind, units) + extra,
         size,
         pairs * work + (0 if units else multiplied),
         kind == "double",

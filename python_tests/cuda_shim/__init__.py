@@ -26,6 +26,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ember_ext.testing import cuda_report
+
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent.parent / "csrc"
 ORDERS = ("forward", "reverse", "shuffled")
@@ -239,8 +241,14 @@ def operator_fixture(shim_operator: Callable[..., Any], public_operator: Callabl
     return operator
 
 
-def assert_all_kernels_ran(op: str) -> None:
-    """Require that the shim ran every instance of an operator's kernels, each as a GPU would."""
+def assert_all_kernels_ran(op: str, *, as_reported: bool = False) -> None:
+    """Require that the shim ran every instance of an operator's kernels, each as a GPU would.
+
+    Args:
+        op: the operator's stem.
+        as_reported: whether launches take the same for all shapes, which then is what
+            `cuda_report.WORKLOADS` says.
+    """
     if compiler() is None:
         pytest.skip("no C++ compiler")
     launches = [launch for launch in operators().launches() if f"::{op}_" in launch.kernel]
@@ -253,3 +261,9 @@ def assert_all_kernels_ran(op: str) -> None:
         assert launch.threads % 32 == 0
         # The shim holds them to the shared memory of sm_75, of which it has the least.
         assert launch.threads <= 1024
+    if as_reported:
+        workloads = {w.kernel: w for w in cuda_report.WORKLOADS}
+        for launch in launches:
+            workload = workloads[cuda_report.short_name(launch.kernel)]
+            assert launch.threads == workload.threads, launch
+            assert launch.shared_bytes == workload.shared_bytes, launch
