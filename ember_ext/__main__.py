@@ -51,7 +51,7 @@ def self_test() -> bool:
                     except (AssertionError, RuntimeError) as error:
                         failures.append(str(error).splitlines()[0])
                 verdict = "ok" if not failures else f"{len(failures)} FAILED: {failures[0]}"
-                print(f"{name:14} {device:5} {str(dtype)[6:]:9} {count:3} samples  "
+                print(f"{name:24} {device:5} {str(dtype)[6:]:9} {count:3} samples  "
                       f"{kernels}: {verdict}")  # fmt: skip
                 good = good and not failures
     return good
