@@ -429,3 +429,41 @@ def test_bad_step_arguments(arguments: tuple[Any, ...], message: str) -> None:
     network = nn.CfC(4, 6)
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         network.step(*arguments)
+
+
+@pytest.mark.parametrize("units", [AutoNCP(24, 6), 10], ids=["wired", "dense"])
+@pytest.mark.parametrize("mixed_memory", [False, True])
+def test_inference_follows_the_weights(units: Any, mixed_memory: bool) -> None:
+    """After a fused optimiser's step, which leaves no trace in a tensor's version, too."""
+    network = nn.CfC(5, units, mixed_memory=mixed_memory)
+    x = torch.randn(3, 7, 5)
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.1, fused=True)
+
+    def through_data() -> None:
+        for parameter in trainable:
+            parameter.data.add_(0.1)
+
+    def by_step() -> torch.Tensor:
+        outputs, hx = [], None
+        for row in x.unbind(1):
+            y, hx = network.step(row, hx)
+            outputs.append(y)
+        return torch.stack(outputs, 1)
+
+    with torch.no_grad():
+        by_step()
+    for change in (optimizer.step, through_data, optimizer.step):
+        optimizer.zero_grad()
+        network(x)[0].square().mean().backward()
+        with torch.no_grad():
+            before, _ = network(x)
+            by_step()
+        change()
+        expected = network(x)[0].detach()
+        assert not torch.allclose(before, expected)
+        with torch.no_grad():
+            # `step` hears of a write through .data only from `forward`.
+            streamed = by_step() if change is not through_data else None
+            torch.testing.assert_close(network(x)[0], expected)
+            torch.testing.assert_close(by_step() if streamed is None else streamed, expected)

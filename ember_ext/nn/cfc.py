@@ -16,6 +16,7 @@ import ncps.torch
 import torch
 from ncps.wirings import Wiring
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ember_ext import _native
 from ember_ext.ops.cfc_scan import (
@@ -193,7 +194,10 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         if lengths is not None and not batched:
             _fail("lengths", "None for an unbatched sequence", "a tensor")
         if c is None:
-            result = None if torch.is_grad_enabled() else self._run_packed(x, h, spans, lengths)
+            result = None
+            if not torch.is_grad_enabled():
+                self._forget_packed()
+                result = self._run_packed(x, h, spans, lengths)
             y, h = result or self._scan(x, h, spans, lengths)
         else:
             y, h, c = self._mixed_scan(x, h, c, spans, lengths)
@@ -212,6 +216,10 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         self, input: Tensor, hx: Hidden | None = None, timespan: Tensor | float = 1.0
     ) -> tuple[Tensor, Hidden]:
         """One time step, for streaming: `forward` on a sequence of length 1, without its dimension.
+
+        Without gradients the weights are laid out once for many steps, and again after an optimiser
+        or any operation has changed them. Only what is written past autograd, through `.data` or
+        NumPy, goes unnoticed until the next call of `forward`.
 
         Args:
             input: [B, C], or [C] for a single sequence.
@@ -257,6 +265,11 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         if x.shape[-1] != packed.inputs or h.shape != (x.shape[0], packed.state):
             return None
         return packed.run(x, h, timespans, lengths)
+
+    def _forget_packed(self) -> None:
+        """Have the weights laid out anew: not every change of theirs leaves a trace."""
+        if not torch.compiler.is_compiling():
+            self._packed = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._packed = None  # other tensors may come to sit in the same parameters
@@ -328,6 +341,7 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
             timespans = timespans.to(self._cells[0].ff1.weight.dtype)
         spans = timespans.unbind(1) if varying else (timespans,) * len(inputs)  # type: ignore[union-attr]
         if not torch.is_grad_enabled() and inputs:
+            self._forget_packed()
             zeros = x.new_zeros(x.shape[0], int(self.state_size))
             if self._run_packed(inputs[0], zeros, spans[0]) is not None:
                 # Nothing changes between the steps, so that the answer holds for all of them.
@@ -418,6 +432,19 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         return spans.unsqueeze(-1)
 
 
+class _OptimizerSteps:
+    """Counts the steps of all optimisers: fused ones change weights without a new version."""
+
+    count = 0
+
+    @classmethod
+    def add(cls, *_: Any) -> None:
+        cls.count += 1
+
+
+register_optimizer_step_post_hook(_OptimizerSteps.add)
+
+
 class _Packed:
     """A network's weights laid out for inference, and what tells whether they still are its own."""
 
@@ -429,6 +456,7 @@ class _Packed:
             for name, value in owned.items()
             if value is not None
         ]
+        self._optimizer_steps = _OptimizerSteps.count
         self._cells = network._cells
         self._fixed: tuple[float, PackedCells] | None = None
         self._varying: PackedCells | None = None
@@ -437,7 +465,9 @@ class _Packed:
         self.drops_out = any(isinstance(m, nn.Dropout) for m in network.rnn_cell.modules())
 
     def is_current(self) -> bool:
-        """Whether every tensor is the same object, unchanged since."""
+        """Whether every tensor is the same object, unchanged since as far as autograd can tell."""
+        if self._optimizer_steps != _OptimizerSteps.count:
+            return False
         for owned, name, value, version in self._sources:
             if owned[name] is not value or value._version != version:
                 return False

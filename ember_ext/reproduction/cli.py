@@ -62,7 +62,8 @@ def reproduce_main(argv: Sequence[str] | None = None) -> int:
     """Run `scripts/reproduce.py`; returns its exit code: 1 if a run failed."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = tyro.cli(ReproduceArguments, args=arguments, prog="reproduce.py")
-    command = shlex.join(["python", "scripts/reproduce.py", *arguments])
+    words = [word for word in arguments if word != "--report-only"]
+    command = shlex.join(["python", "scripts/reproduce.py", *words])
     try:
         return _reproduce(options, command)
     except StopRequested as stop:
