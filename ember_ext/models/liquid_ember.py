@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 from ncps.wirings import AutoNCP
 from torch import Tensor, nn
@@ -122,6 +122,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         """Map x [B, T, n_embd] and the CfC's state [B, cfc_units] to their successors."""
-        y, h = self.cfc(self.ln_1(x), h)
+        y = self.ln_1(x)
+        if h is not None and x.shape[1] == 1:
+            y, h = cast("tuple[Tensor, Tensor]", self.cfc.step(y[:, 0], h))
+            y = y[:, None]
+        else:
+            y, h = self.cfc(y, h)
         x = x + self.drop(self.gate(y))
         return x + self.mlp(self.ln_2(x)), h
