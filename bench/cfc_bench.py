@@ -264,12 +264,16 @@ def mixed_case(name: str, mode: str, options: Options) -> Case:
 
 
 def model_step(kind: str, device: str, chunk_size: int | None = None) -> Callable[[], None]:
-    """A training step of LiquidEmber, 4 layers of 128 and 192 units, with our CfC or with ncps'."""
+    """A training step of LiquidEmber, 4 layers of 128 and 192 units, with our CfC or with ncps'.
+
+    chunk_size: of our CfC; None leaves the model's.
+    """
     torch.manual_seed(0)
     batch, steps = MAIN
     model = LiquidEmber(LiquidEmberConfig(n_layer=4, n_embd=MOTOR, cfc_units=UNITS))
     for block in model.blocks:
-        block.cfc.chunk_size = chunk_size
+        if chunk_size is not None:
+            block.cfc.chunk_size = chunk_size
         if kind == "ncps":
             theirs = ncps.torch.CfC(MOTOR, copy.deepcopy(NETWORKS["wired"]))
             theirs.load_state_dict(block.cfc.state_dict())

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ember_ext.nn._lean import Dropout, gelu_linear
 from ember_ext.nn.lif_gate import LIFParameters, PresetName
 from ember_ext.ops._checks import fail
 
@@ -263,11 +264,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
         self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., n_embd] to the same shape."""
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))  # type: ignore[no-any-return]
+        return self.dropout(gelu_linear(self.c_fc(x), self.c_proj))  # type: ignore[no-any-return]
 
 
 def _sample(

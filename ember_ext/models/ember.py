@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ember_ext.models._base import INIT_STD, MLP, LanguageModel, ModelConfig
 from ember_ext.nn import AttentionCache, LIFSelfAttention
+from ember_ext.nn._lean import Dropout
 from ember_ext.nn.lif_attention import SelfAttention
 from ember_ext.ops import lif_attention
 from ember_ext.ops._checks import check_shape, fail
@@ -78,7 +79,7 @@ class Ember(LanguageModel[EmberState]):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self._init_weights(residual_std=INIT_STD / math.sqrt(2 * config.n_layer))

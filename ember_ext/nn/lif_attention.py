@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ember_ext import ops
+from ember_ext.nn._lean import Dropout
 from ember_ext.nn.lif_gate import LIFParameters, PresetName
 from ember_ext.reference.lif_attention import (
     attention_probabilities,
@@ -92,7 +93,7 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
-        self.resid_dropout = nn.Dropout(dropout)
+        self.resid_dropout = Dropout(dropout)
 
     def forward(
         self, x: Tensor, cache: AttentionCache | None = None, previous_load: Tensor | None = None
