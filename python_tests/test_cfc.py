@@ -40,14 +40,41 @@ def pair(input_size: int, units: Any, **options: Any) -> tuple[ncps.torch.CfC, n
     return theirs, ours
 
 
+class RowByRow(torch.nn.Module):
+    """An ncps network on one row at a time: time spans of several rows it gets silently wrong."""
+
+    def __init__(self, network: ncps.torch.CfC) -> None:
+        super().__init__()
+        self.network = network
+        self.use_mixed = network.use_mixed
+
+    def forward(self, x: Tensor, hx: Any, spans: Tensor | None) -> tuple[Tensor, Any]:
+        if spans is None or x.dim() == 2:
+            return self.network(x, hx, spans)  # type: ignore[no-any-return]
+        dim = 0 if self.network.batch_first else 1
+        outputs, states = [], []
+        for row in range(x.shape[dim]):
+            state = hx
+            if hx is not None:
+                state = tuple(h[row : row + 1] for h in hx) if self.use_mixed else hx[row : row + 1]
+            y, last = self.network(x.narrow(dim, row, 1), state, spans.narrow(dim, row, 1))
+            outputs.append(y)
+            states.append(last if self.use_mixed else (last,))
+        joined = tuple(torch.cat(parts) for parts in zip(*states, strict=True))
+        y = torch.cat(outputs, dim if self.network.return_sequences else 0)
+        return y, joined if self.use_mixed else joined[0]
+
+
 def compute(network: torch.nn.Module, x: Tensor, hx: Any, spans: Tensor | None) -> list[Tensor]:
     """Output, final state and every gradient, ours and ncps' alike."""
     x = x.clone().requires_grad_()
     hx = None if hx is None else tuple(h.clone().requires_grad_() for h in hx)
+    spans = None if spans is None else spans.clone().requires_grad_()
     initial = hx if hx is None or network.use_mixed else hx[0]
     y, last = network(x, initial, spans)
     outputs = [y, *(last if isinstance(last, tuple) else (last,))]
-    leaves = [p for p in network.parameters() if p.requires_grad] + [x, *(hx or ())]
+    leaves = [p for p in network.parameters() if p.requires_grad] + [x]
+    leaves += ([] if spans is None else [spans]) + list(hx or ())
     weights = [torch.linspace(-1, 1, out.numel()).view(out.shape).to(out) for out in outputs]
     gradients = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
     return [*outputs, *(g for g in gradients if g is not None)]
@@ -61,6 +88,7 @@ def networks(draw: st.DrawFn) -> tuple[int, Any, dict[str, Any]]:
         "return_sequences": draw(st.booleans()),
         "batch_first": draw(st.booleans()),
         "proj_size": draw(st.sampled_from([None, 3])),
+        "mixed_memory": draw(st.booleans()),
     }
     kind = draw(st.sampled_from(["dense", "auto", "ncp", "full", "random"]))
     if kind == "dense":
@@ -68,7 +96,6 @@ def networks(draw: st.DrawFn) -> tuple[int, Any, dict[str, Any]]:
             "activation": draw(st.sampled_from(ACTIVATIONS)),
             "backbone_units": draw(st.sampled_from([None, 1, 17])),
             "backbone_layers": draw(st.sampled_from([None, 0, 1, 3])),
-            "mixed_memory": draw(st.booleans()),
         }
         return inputs, draw(st.integers(1, 20)), options
     seed = draw(st.integers(0, 999))
@@ -85,43 +112,54 @@ def networks(draw: st.DrawFn) -> tuple[int, Any, dict[str, Any]]:
     return inputs, wiring, options
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     network=networks(),
-    batch=st.sampled_from([0, 1, 3, 10]),
-    steps=st.integers(1, 7),
+    batch=st.sampled_from([None, 1, 3, 10]),
+    steps=st.integers(1, 19),
     state=st.booleans(),
-    single=st.booleans(),
+    spans=st.booleans(),
+    chunk_size=st.sampled_from([None, 1, 4]),
 )
 def test_equals_ncps(
-    network: tuple[int, Any, dict[str, Any]], batch: int, steps: int, state: bool, single: bool
+    network: tuple[int, Any, dict[str, Any]],
+    batch: int | None,
+    steps: int,
+    state: bool,
+    spans: bool,
+    chunk_size: int | None,
 ) -> None:
     inputs, units, options = network
-    theirs, ours = pair(inputs, units, **options)
-    torch.manual_seed(batch + steps)
-    shape = [batch or 1, steps] if options["batch_first"] else [steps, batch or 1]
-    x = torch.randn(*(() if single else shape), *((steps,) if single else ()), inputs)
+    if batch is None and not options["batch_first"] and not options["return_sequences"]:
+        return  # ncps leaves a dimension of size 1 in its output
+    single, ours = pair(inputs, units, **options)
+    theirs = RowByRow(single)
+    ours.chunk_size = chunk_size
+    torch.manual_seed(steps)
+    rows = () if batch is None else (batch,)
+    shape = (*rows, steps) if options["batch_first"] else (steps, *rows)
+    x = torch.randn(*shape, inputs)
     hx = None
     if state:
-        size = (ours.state_size,) if single else (batch or 1, ours.state_size)
-        hx = tuple(torch.randn(size) for _ in range(2 if ours.use_mixed else 1))
-    if single and not options["batch_first"] and not options["return_sequences"]:
-        return  # ncps leaves a dimension of size 1 in its output
-    eager = compute(theirs, x, hx, None)
-    actual = compute(ours, x, hx, None)
+        hx = tuple(torch.randn(*rows, ours.state_size) for _ in range(1 + ours.use_mixed))
+    times = 3 * torch.rand(shape) if spans else None
+    eager = compute(theirs, x, hx, times)
+    actual = compute(ours, x, hx, times)
     # Zeros of fp32 are ncps' default state; here it is given, so that fp64 stays fp64.
     if hx is None:
-        size = (ours.state_size,) if single else (batch or 1, ours.state_size)
-        hx = tuple(torch.zeros(size) for _ in range(2 if ours.use_mixed else 1))
+        hx = tuple(torch.zeros(*rows, ours.state_size) for _ in range(1 + ours.use_mixed))
     double = tuple(h.double() for h in hx)
-    exact = compute(theirs.double(), x.double(), double, None)
-    precise = compute(ours.double(), x.double(), double, None)
+    times = None if times is None else times.double()
+    exact = compute(theirs.double(), x.double(), double, times)
+    precise = compute(ours.double(), x.double(), double, times)
     for a, b in zip(precise, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    # Sums that cancel have the size of their terms for a yardstick, and all gradients sum the same
+    # few; and among thousands of tensors eager is sometimes right by luck: hence a scale and a
+    # wider floor.
+    scale = max(1.0, *(float(tensor.detach().abs().max()) for tensor in exact))
     for index, (a, b, c) in enumerate(zip(actual, eager, exact, strict=False)):
-        # Sums that cancel have the size of their terms for a yardstick, and among thousands of
-        # tensors eager is sometimes right by luck: hence a scale and a wider floor.
-        assert_close(f"tensor {index}", a, b, c.detach(), scale=1.0, floor_ulps=16.0)
+        assert_close(f"tensor {index}", a, b, c.detach(), scale=scale, floor_ulps=64.0)
 
 
 @pytest.mark.parametrize("units", [AutoNCP(14, 3), 6], ids=["wired", "dense"])
