@@ -9,7 +9,7 @@ import pytest
 from synthetic_results import SEEDS, Effect, synthetic_results
 
 from ember_ext.analysis import published
-from ember_ext.analysis.formatting import DASH, p_value, percent, signed
+from ember_ext.analysis.formatting import DASH, number, p_value, percent, signed
 from ember_ext.analysis.results import RunResult
 from ember_ext.analysis.tables import Table, tables
 from ember_ext.data.sources import TINY_SHA256
@@ -234,3 +234,10 @@ def test_formats() -> None:
 )
 def test_scale(config: dict[str, object], scale: str) -> None:
     assert published.scale_of(config) == scale
+
+
+def test_a_small_number_is_not_shown_as_zero() -> None:
+    assert number(0.00123, 5) == "0.00123"
+    assert number(1.2e-7, 5) == "1e-07"
+    assert number(0.0, 2) == "0.00"
+    assert number(None) == DASH

@@ -9,8 +9,11 @@ DASH = "–"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A plain number."""
-    return DASH if value is None else f"{value:.{digits}f}"
+    """A plain number; in scientific notation where the digits would show nothing but zeros."""
+    if value is None:
+        return DASH
+    fixed = f"{value:.{digits}f}"
+    return f"{value:.0e}" if value and not float(fixed) else fixed
 
 
 def signed(value: float | None, digits: int = 4) -> str:
@@ -62,6 +65,6 @@ def noise_text(floor: NoiseFloor | None, digits: int = 4) -> str:
         return "no null pairs"
     pairs = "pair" if floor.n == 1 else "pairs"
     return (
-        f"noise floor {floor.rms:.{digits + 1}f} (RMS of {floor.n} null {pairs}; largest "
-        f"{floor.maximum:.{digits + 1}f})"
+        f"noise floor {number(floor.rms, digits + 1)} (RMS of {floor.n} null {pairs}; largest "
+        f"{number(floor.maximum, digits + 1)})"
     )
