@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from itertools import cycle
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -349,35 +350,32 @@ def plot_csv(path: Path, image: Path) -> None:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    ours = [name for name in names if name.startswith("ember_ext")]
+    contenders = [name for name in names if name not in ours] + ours
+    configs = list(dict.fromkeys(row["config"] for row in rows))
     # A bar for each contender that a config has, and a gap of half a bar after each config.
-    bars = list(dict.fromkeys((row["config"], row["contender"]) for row in rows))
-    bars.sort(key=lambda bar: [row["config"] for row in rows].index(bar[0]))
-    configs = list(dict.fromkeys(config for config, _ in bars))
+    bars = sorted(
+        {(row["config"], row["contender"]) for row in rows},
+        key=lambda bar: (configs.index(bar[0]), contenders.index(bar[1])),
+    )
     places = {bar: i + 0.5 * configs.index(bar[0]) for i, bar in enumerate(bars)}
     height = 1.6 + 0.25 * (len(bars) + 0.5 * len(configs))
     figure, axes = plt.subplots(
         1, len(modes), figsize=(5.5 * len(modes), height), sharey=True, squeeze=False
     )
-    # Okabe and Ito's colours can be told apart with any colour vision.
-    colours = [
-        "#999999",
-        "#E69F00",
-        "#0072B2",
-        "#009E73",
-        "#CC79A7",
-        "#56B4E9",
-        "#D55E00",
-        "#F0E442",
-    ]
-    labelled: dict[str, Any] = {}
+    # Okabe and Ito's colours can be told apart with any colour vision; the blues are ours.
+    others = ("#999999", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
+    colours = dict(zip(contenders, cycle(others), strict=False))
+    colours |= dict(zip(ours, cycle(("#0072B2", "#56B4E9")), strict=False))
+    drawn: dict[str, Any] = {}
     for axis, mode in zip(axes[0], modes, strict=True):
         for row in (row for row in rows if row["mode"] == mode):
             name, place = row["contender"], places[row["config"], row["contender"]]
             median, low, high = (float(row[key]) for key in ("median_ms", "low_ms", "high_ms"))
-            labelled[name] = axis.barh(
+            drawn[name] = axis.barh(
                 place, median, 1.0, xerr=[[max(0.0, median - low)], [max(0.0, high - median)]],
-                color=colours[contenders.index(name) % len(colours)],
+                color=colours[name],
             )  # fmt: skip
             axis.annotate(
                 f" {float(row['speedup']):.1f}x", (max(median, high), place), va="center",
@@ -398,7 +396,8 @@ def plot_csv(path: Path, image: Path) -> None:
     axes[0][0].invert_yaxis()
     title = f"{rows[0]['op']} on {rows[0]['device']}, {rows[0]['threads']} threads"
     figure.legend(
-        labelled.values(), labelled.keys(), title=title, ncols=min(4, len(contenders)),
+        [drawn[name] for name in contenders], contenders, title=title,
+        ncols=min(4, len(contenders)),
         loc="upper center", fontsize=9,
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.8 / height))
