@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from synthetic_results import SEEDS, Effect, synthetic_results
 
@@ -179,6 +181,27 @@ def test_seed_stability() -> None:
     assert verdicts(synthetic_results(calmer_yet, seeds=seeds), "seed-stability") == [REFUTED]
     some = synthetic_results(calm, seeds=seeds, variants=("standard", "lif", "null"))
     assert verdicts(some, "seed-stability") == [UNTESTABLE]
+    assert verdicts(synthetic_results(calm, seeds=seeds[:3]), "seed-stability") == [UNTESTABLE]
+
+
+def test_spreads_are_compared_over_common_seeds() -> None:
+    effects = {v: Effect(noise=1e-5) for v in ("standard", "null", "lif-fixed", "qwen-gate")}
+    effects["lif"] = Effect(spread=0.5, noise=1e-5)
+    seeds = range(8)
+    # The three of these whose losses happen to lie closest: LIF's lie closer on them, too.
+    lucky = min(
+        itertools.combinations(seeds, 3),
+        key=lambda three: np.std([np.random.default_rng(s).standard_normal() for s in three]),
+    )
+    several = ("lif-fixed", "lif-refractory", "qwen-gate")
+    results = synthetic_results(effects, seeds=seeds, variants=("standard", "lif", "null"))
+    results += synthetic_results(effects, seeds=lucky, variants=several)
+    claim = judged(results)["seed-stability"]
+    assert claim.verdict == SUPPORTED, claim.evidence
+    assert "(8 seeds)" in claim.evidence
+    assert "(3 seeds)" in claim.evidence
+    two = [r for r in results if r.variant not in several or r.seed in lucky[:2]]
+    assert verdicts(two, "seed-stability") == [UNTESTABLE]
 
 
 RISING = (1.0, 1.5, 2.0, 2.6)
@@ -402,14 +425,28 @@ def test_counts_at_the_papers_sizes() -> None:
     assert verdicts(small, *keys) == [UNTESTABLE] * 3
 
 
-def test_the_start_of_training() -> None:
-    key = "starts-open-transformer"
-    results = synthetic_results()
-    assert verdicts(results, key) == [SUPPORTED]
-    for run in results:
+@pytest.mark.parametrize("backbone", ["transformer", "cfc"])
+def test_the_start_of_training(backbone: str) -> None:
+    def results() -> list[RunResult]:
+        runs = synthetic_results(backbone=backbone)
+        for run in runs:
+            if backbone == "cfc" and run.variant == "lif":
+                run.evaluations[0]["fire_rate"] = [1.0, 0.995]
+        return runs
+
+    key = f"starts-open-{backbone}"
+    assert verdicts(results(), key) == [SUPPORTED]
+    changed, closed = results(), results()
+    for run in changed:
         if run.variant == "lif":
             run.evaluations[0]["val_loss"] *= 1.01
-    assert verdicts(results, key) == [REFUTED]
+    assert verdicts(changed, key) == [REFUTED]
+    for run in closed:
+        if run.variant == "lif" and backbone == "cfc":
+            run.evaluations[0]["fire_rate"] = [1.0, 0.1]
+        elif run.variant == "lif":
+            run.evaluations[0]["gates"]["blocks.1.attn.gate"]["leak"][2] = 0.5
+    assert verdicts(closed, key) == [REFUTED]
 
 
 def test_every_rule_must_hold() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic_results import synthetic_results
 
 from ember_ext.analysis.results import (
     ResultError,
@@ -25,11 +26,12 @@ from ember_ext.analysis.results import (
     write_result,
 )
 from ember_ext.data import load_text
+from ember_ext.reproduction.cli import reproduce_main
 from ember_ext.reproduction.executors import Job, JobState, LocalExecutor, SubmititExecutor
 from ember_ext.reproduction.grid import Grid, RunStatus
 from ember_ext.reproduction.suites import SUITES, VARIANTS, RunSpec, plan
 from ember_ext.reproduction.worker import GridFolder, SubmittedRun, run_to_result
-from ember_ext.training import ConfigError, TrainConfig
+from ember_ext.training import ConfigError, RunError, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 TINY: dict[str, Any] = {
@@ -292,3 +294,45 @@ def test_scheduler_options_are_checked(tmp_path: Path) -> None:
         SubmititExecutor(tmp_path, {"cluster": "local", "no_such_option": 1}, 1)
     with pytest.raises(ConfigError, match=r'executor "slurm": .*nowhere'):
         SubmititExecutor(tmp_path, {"cluster": "nowhere"}, 1)
+
+
+def test_a_report_counts_what_earlier_calls_planned(tmp_path: Path) -> None:
+    folder = GridFolder(tmp_path)
+    for result in synthetic_results(seeds=[42], variants=("standard", "lif")):
+        write_result(folder.result(result.name), result)
+    failed = "transformer-null-seed7"
+    folder.plan(["transformer-lif-seed7", failed])
+    folder.plan(["transformer-lif-seed42", "transformer-lif-seed7"])
+    folder.error(failed).parent.mkdir(parents=True)
+    folder.error(failed).write_text("the disk is full\n")
+    assert folder.failures() == {failed: "the disk is full"}
+
+    arguments = ["--suite", "xs", "--seeds", "42", "--conditions", "qwen-gate"]
+    assert reproduce_main([*arguments, "--report-only", "--out", str(tmp_path)]) == 0
+    planned = ["transformer-lif-seed7", failed, "transformer-lif-seed42"]
+    assert folder.planned == planned
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["planned"] == [*planned, "transformer-qwen-gate-seed42"]
+    assert "the disk is full" in (tmp_path / "report.md").read_text()
+
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(RunError, match=r"plan\.json is not a list of the names of runs"):
+        folder.planned  # noqa: B018
+
+
+def test_a_grid_whose_runs_all_fail_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short to train on, " * 9)
+    out = tmp_path / "grid"
+    arguments = ["--conditions", "standard", "--backbones", "cfc", "--data", str(text)]
+    assert reproduce_main([*arguments, "--out", str(out)]) == 1
+    assert "cfc-standard-seed42 failed: block_size 64 needs" in capsys.readouterr().err
+    assert "block\\_size 64 needs" in (out / "report.md").read_text()
+
+
+def test_a_report_on_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce_main(["--report-only", "--out", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere/results is not a folder of results" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()

@@ -202,6 +202,9 @@ def test_statistics_and_noise() -> None:
     assert (cells["Noise floor (RMS)"], cells["Beyond noise"]) == ("0.05774", "yes")
     null = row(found["S1"], "Transformer", "Null (Standard again)", DASH, "3", "best, estimate")
     assert null["Beyond noise"] == DASH
+    fewer = by_number([run for run in results if run.variant != "null" or run.seed != 42])
+    cells = row(fewer["S1"], "Transformer", "LIF-learnable", "released", "3", "best, estimate")
+    assert cells["Beyond noise"] == DASH
     noise = row(found["S2"], "Transformer", "best, estimate")
     assert (noise["Null pairs"], noise["RMS"], noise["Largest"]) == ("3", "0.05774", "0.10000")
     steps = [r[1] for r in found["S2"].rows]

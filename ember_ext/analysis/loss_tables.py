@@ -25,7 +25,7 @@ from ember_ext.analysis.formatting import (
 )
 from ember_ext.analysis.grid import BASELINE, NULL, Grid
 from ember_ext.analysis.labels import BACKBONE_LABELS, variant_label
-from ember_ext.analysis.statistics import NoiseFloor
+from ember_ext.analysis.statistics import MIN_PAIRS, NoiseFloor, PairedComparison
 from ember_ext.analysis.table import ROW_HEAD, Table, row_head, sample_of, variants_in_order
 from ember_ext.data.sources import TINY_SHA256
 
@@ -278,7 +278,7 @@ def statistics_table(grid: Grid) -> Table:
                         p_value(variance.pitman_morgan_p if variance else None),
                         p_value(variance.f_p if variance else None),
                         number(floor.rms if floor else None, 5),
-                        DASH if variant == NULL else _beyond(c.difference, floor),
+                        DASH if variant == NULL else _beyond(c, floor),
                     )
                 )
     notes = (
@@ -288,15 +288,16 @@ def statistics_table(grid: Grid) -> Table:
         "pairs it is never below .05.",
         "The BCa bootstrap's interval is too narrow for few pairs; prefer t's below about 10. "
         "Pitman-Morgan compares the variances of paired samples, F takes them for independent.",
-        "Beyond noise: |difference| exceeds the RMS difference of runs that differ by rounding.",
+        "Beyond noise: |difference| exceeds the RMS difference of runs that differ by rounding; "
+        "with 3 pairs of either on.",
     )
     return Table("S1", "Every variant against the baseline", columns, tuple(rows), notes)
 
 
-def _beyond(difference: float, floor: NoiseFloor | None) -> str:
-    if floor is None:
+def _beyond(comparison: PairedComparison, floor: NoiseFloor | None) -> str:
+    if floor is None or min(floor.n, comparison.n) < MIN_PAIRS:
         return DASH
-    return "yes" if abs(difference) > floor.rms else "no"
+    return "yes" if abs(comparison.difference) > floor.rms else "no"
 
 
 def noise_table(grid: Grid) -> Table:

@@ -20,7 +20,7 @@ from ember_ext.reproduction.executors import Executor, LocalExecutor, SubmititEx
 from ember_ext.reproduction.grid import Grid
 from ember_ext.reproduction.suites import SuiteName, plan
 from ember_ext.reproduction.worker import GridFolder
-from ember_ext.training import ConfigError, StopRequested, resolve_device
+from ember_ext.training import ConfigError, RunError, StopRequested, resolve_device
 from ember_ext.training.config import Backbone
 
 
@@ -69,7 +69,7 @@ def reproduce_main(argv: Sequence[str] | None = None) -> int:
     except StopRequested as stop:
         print(f"{stop}; continue with: {command}")
         return stop.exit_code
-    except (ConfigError, CorpusError, ResultError, OSError) as error:
+    except (ConfigError, CorpusError, ResultError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -86,23 +86,26 @@ def _reproduce(options: ReproduceArguments, command: str) -> int:
         device=device,
         data=data,
     )
+    names = [spec.name for spec in specs]
     failures: dict[str, str] = {}
     with GridConsole() as console:
         if not options.report_only:
             note = console.console.print
             corpus = load_text(data=data, notify=lambda text: note(text, markup=False))
             grid = Grid(folder, specs, corpus)
+            folder.plan(names)
+            folder.results.mkdir(exist_ok=True)
             grid.run(_executor(options, folder, device, len(specs)), console)
             failures = grid.failures
+    for name, message in failures.items():
+        print(f"{name} failed: {message}", file=sys.stderr)
     context = ReportContext(
         suite=options.suite,
-        planned=tuple(spec.name for spec in specs),
-        failed=failures,
+        planned=tuple(dict.fromkeys([*folder.planned, *names])),
+        failed=folder.failures() | failures,
         command=command,
     )
     report = write_report(folder.path, read_results(folder.results), context)
-    for name, message in failures.items():
-        print(f"{name} failed: {message}", file=sys.stderr)
     print(f"report: {report}")
     return 1 if failures else 0
 

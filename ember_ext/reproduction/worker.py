@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ class GridFolder:
     runs/NAME/error.txt   why it failed, if it did
     runs/NAME/log.txt     what it printed
     results/NAME.json     what each finished run leaves
+    plan.json             the names of all runs that were ever asked for
     report.html and more  see `ember_ext.analysis.report`
     """
 
@@ -65,6 +68,34 @@ class GridFolder:
     def results(self) -> Path:
         """The folder of all results."""
         return self.path / "results"
+
+    @property
+    def planned(self) -> list[str]:
+        """The names of all runs that were ever asked for, in that order.
+
+        Raises:
+            RunError: plan.json is damaged.
+        """
+        path = self.path / "plan.json"
+        try:
+            return [str(name) for name in json.loads(path.read_text(encoding="utf-8"))]
+        except FileNotFoundError:
+            return []
+        except (ValueError, TypeError):
+            raise RunError(f"{path} is not a list of the names of runs") from None
+
+    def plan(self, names: Iterable[str]) -> None:
+        """Add runs to those that were asked for."""
+        union = list(dict.fromkeys([*self.planned, *names]))
+        write_atomically(self.path / "plan.json", f"{json.dumps(union, indent=1)}\n".encode())
+
+    def failures(self) -> dict[str, str]:
+        """The planned runs that failed when they were last tried, and why."""
+        return {
+            name: self.error(name).read_text(encoding="utf-8").strip()
+            for name in self.planned
+            if self.error(name).exists() and not self.result(name).exists()
+        }
 
 
 def run_to_result(spec: RunSpec, path: str, threads: int) -> None:
