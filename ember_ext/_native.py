@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-_INSTALL_HINT = "run `pip install --no-build-isolation --force-reinstall --no-deps .` in the clone"
+_INSTALL_HINT = "run `pip install --force-reinstall --no-deps .` in the clone"
 
 build_info: dict[str, str] = {}
 """How the library was built: version, torch, compiler, cuda, cuda_architectures, cuda_operators; {}

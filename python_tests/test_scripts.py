@@ -103,6 +103,9 @@ def test_resuming_as_something_else_names_the_fields(
     assert train_main([*SIZES, *["--data", "text.txt", "--steps", "1", "--out", "run"]]) == 1
     assert "continue it with --resume run" in capsys.readouterr().err
     assert train_main(["--resume", "run"]) == 0
+    for flag, value in (("--preset", "quick"), ("--config", "nowhere.json")):
+        assert train_main(["--resume", "run", flag, value]) == 1
+        assert f"the run's own configuration: leave {flag} away" in capsys.readouterr().err
 
 
 def test_no_text_anywhere(
@@ -123,10 +126,30 @@ def test_sample_errors(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample_main(["nowhere"]) == 1
     assert "holds no run" in capsys.readouterr().err
     assert train_main([*SIZES, *["--data", "text.txt", "--steps", "1", "--out", "run"]]) == 0
+    capsys.readouterr()
     assert sample_main(["run", "--prompt", "é"]) == 1
-    assert "not in the vocabulary: 'é'" in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert "not in the vocabulary: 'é'" in output.err
+    assert output.out == ""
+    assert sample_main(["run", "--prompt", "the", "--length", "0"]) == 0
+    assert capsys.readouterr().out == "the\n"
     assert sample_main(["run", "--temperature", "-1"]) == 1
     assert "temperature" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error(text: Path) -> None:
+    assert train_main([*SIZES, *["--data", "text.txt", "--steps", "1", "--out", "run"]]) == 0
+    script = [sys.executable, str(ROOT / "scripts" / "sample.py"), "run", "--length", "4000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

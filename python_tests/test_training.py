@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -204,6 +205,9 @@ def test_more_steps_continue_a_finished_run(corpus: Corpus, tmp_path: Path) -> N
     train(TINY, corpus, extended, resume=True)
     assert curve(extended) == curve(long)
     assert extended.read_config() == TINY
+    with pytest.raises(ConfigError, match=f"steps must be at least {TINY.steps}, .*, got 10"):
+        train(tiny(steps=10), corpus, extended, resume=True)
+    assert extended.read_config() == TINY
 
 
 SCRIPT = """
@@ -383,6 +387,25 @@ def test_auto_preset_suits_the_device() -> None:
 def test_config_out_of_range(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=field):
         tiny(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", "many", "steps must be an integer, got 'many'"),
+        ("steps", 10.5, "steps must be an integer, got 10.5"),
+        ("seed", True, "seed must be an integer, got True"),
+        ("dropout", None, "dropout must be a finite number, got None"),
+        ("learning_rate", math.inf, "learning_rate must be a finite number, got inf"),
+        ("bias", "no", "bias must be true or false, got 'no'"),
+        ("data", 3, "data must be a text or nothing, got 3"),
+        ("lr_schedule", "linear", "lr_schedule must be one of 'constant', 'cosine', got 'linear'"),
+    ],
+)
+def test_config_of_another_type(field: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        tiny(**{field: value})
+    assert tiny(learning_rate=1, data=None).learning_rate == 1
 
 
 def test_condition_of_the_other_backbone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,7 +112,12 @@ def _defaults(arguments: list[str]) -> TrainConfig:
     for flag in ("--backbone", "--preset", "--device", "--config", "--resume"):
         parser.add_argument(flag, nargs="?")
     given = vars(parser.parse_known_args(arguments)[0])
-    if given["resume"] and not given["preset"]:
+    if given["resume"]:
+        for flag in ("preset", "config"):
+            if given[flag]:
+                raise ConfigError(
+                    f"--resume goes on with the run's own configuration: leave --{flag} away"
+                )
         return RunFolder(given["resume"]).read_config()
     fields = read_config(Path(given["config"])) if given["config"] else {}
     # tyro reports a value that is no choice, and knows the choices.
@@ -146,7 +152,9 @@ def sample_main(argv: Sequence[str] | None = None) -> int:
             top_k=options.top_k,
             seed=options.seed,
         )
-        print(options.prompt, end="")
+        # Whatever is wrong with the request shows before the first character.
+        first = next(pieces, "")
+        print(options.prompt, first, sep="", end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
@@ -156,4 +164,7 @@ def sample_main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print()
         return 130
+    except BrokenPipeError:
+        # The reader has seen enough; Python would complain when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -101,6 +101,10 @@ class TrainConfig:
     """Characters of the text sample at the end."""
 
     def __post_init__(self) -> None:
+        for field, hint in get_type_hints(type(self)).items():
+            value = getattr(self, field)
+            if not _fits(value, hint):
+                raise ConfigError(f"{field} must be {_in_words(hint)}, got {value!r}")
         for field in ("steps", "batch_size", "eval_interval", "eval_iters"):
             self._require(field, getattr(self, field) >= 1, "at least 1")
         for field in ("warmup_steps", "sample_length", "weight_decay", "init_noise"):
@@ -122,6 +126,28 @@ class TrainConfig:
             return self.learning_rate
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(progress, 1.0)))
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value, which may come from a file, is of a field's type."""
+    choices = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in choices
+    if choices:
+        return any(_fits(value, choice) for choice in choices)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) is hint
+
+
+def _in_words(hint: Any) -> str:
+    choices = get_args(hint)
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, choices))
+    if choices:
+        return " or ".join(map(_in_words, choices))
+    words = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text"}
+    return words.get(hint, "nothing")
 
 
 _PRESETS: dict[tuple[str, str], dict[str, Any]] = {

@@ -165,6 +165,11 @@ class _Training:
         if self.resume:
             folder.check(config, corpus)
             self.progress = folder.load_checkpoint(self.model, self.optimizer)
+            if config.steps < self.progress.step:
+                raise ConfigError(
+                    f"steps must be at least {self.progress.step}, which the run in {folder.path} "
+                    f"has made already, got {config.steps}"
+                )
         if self.processes.leads:
             if self.resume:
                 folder.cut_metrics(self.progress.metrics_bytes)
