@@ -11,6 +11,7 @@ refractory_attention or attention_step. `--help` lists the flags.
 from __future__ import annotations
 
 import csv
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 import ember_ext
 from ember_ext import reference
@@ -237,29 +238,50 @@ def chosen_shapes(options: Options) -> list[Shape]:
 MODEL_CONTENDERS = ("standard with SDPA", "lif", "lif-refractory")
 
 
-def make_step(contender: str, device: str) -> Call:
-    """One training step of the paper's Transformer, with the gates of a condition or by SDPA."""
+def make_model(contender: str, device: str, fused: bool = False) -> Ember:
+    """The paper's Transformer, with the gates of a condition; without any by SDPA, or `fused`."""
     torch.manual_seed(0)
-    idx = torch.randint(65, (64, 256), device=device)
     condition: Any = "standard" if contender == MODEL_CONTENDERS[0] else contender
     model = Ember(EmberConfig(condition=condition)).to(device)
-    if condition == "standard":
+    if condition == "standard" and not fused:
         for block in model.blocks:
-            block.attn.attend = sdpa_attend
-    return training_step(model, idx)
+            block.attn.attend = functools.partial(sdpa_attend, block.attn)
+    return model
+
+
+def make_step(contender: str, device: str) -> Call:
+    """One training step of `make_model`."""
+    return training_step(make_model(contender, device), torch.randint(65, (64, 256), device=device))
 
 
 def sdpa_attend(
-    query: Tensor, key: Tensor, value: Tensor, previous_load: Tensor | None, _: object
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    previous_load: Tensor | None,
+    _: object,
 ) -> tuple[Tensor, Tensor | None, None]:
     """What replaces `SelfAttention.attend` for plain attention with PyTorch's dropout."""
-    return ungated(query, key, value, dropout_p=0.2)[0], previous_load, None
+    dropout_p = 0.2 if module.training else 0.0
+    return ungated(query, key, value, dropout_p=dropout_p)[0], previous_load, None
 
 
 def model_case(options: Options) -> Case:
     """One training step: gated, and ungated by PyTorch's attention."""
     calls = {name: make_step(name, options.device) for name in MODEL_CONTENDERS}
-    return Case("6 layers, 6 heads, 384 wide, [64, 256]", "step", calls, lambda: {})
+
+    def verify() -> dict[str, float]:
+        idx = torch.randint(65, (1, 64), device=options.device)
+        errors = {}
+        for name in MODEL_CONTENDERS:
+            exact = make_model(name, options.device, fused=True).eval().double()(idx)[0]
+            logits = make_model(name, options.device).eval()(idx)[0]
+            errors[name] = relative_error(logits, exact.detach())
+            assert errors[name] < 1e-5, f"{name} is off by {errors[name]:.1e}"
+        return errors
+
+    return Case("6 layers, 6 heads, 384 wide, [64, 256]", "step", calls, verify)
 
 
 def make_measured(what: What, name: str, shape: Shape | None) -> Call:

@@ -202,17 +202,24 @@ def cfc_case(name: str, batch: int, steps: int, mode: str, options: Options) -> 
         few = x[:4, :64]
         zeros = few.new_zeros(len(few), UNITS, dtype=torch.float64)
         exact, _ = copy.deepcopy(theirs).double()(few.double(), zeros)
-        errors = {
-            label: relative_error(network(few)[0], exact.detach())
-            for label, network in (("ncps", theirs), (OURS, ours))
-        }
-        if not errors[OURS] <= 2 * errors["ncps"] + 1e-6:
-            raise AssertionError(f"{name}: {errors}")
-        return errors
+        return held_to_ncps(name, exact, theirs(few)[0], ours(few)[0])
 
     work = multiply_adds(ours, mode) * batch * steps
     config = f"{name} [{batch}, {steps}, {INPUTS}] -> {UNITS}"
     return Case(config, mode, calls, verify, gigaflops=2e-9 * work)
+
+
+def held_to_ncps(name: str, exact: Tensor, theirs: Tensor, ours: Tensor) -> dict[str, float]:
+    """The errors of what ncps and we computed, against what fp64 gives.
+
+    Raises:
+        AssertionError: ours is worse than twice theirs.
+    """
+    errors = {"ncps": relative_error(theirs, exact.detach())}
+    errors[OURS] = relative_error(ours, exact.detach())
+    if not errors[OURS] <= 2 * errors["ncps"] + 1e-6:
+        raise AssertionError(f"{name}: {errors}")
+    return errors
 
 
 def rnn_case(kind: type[nn.RNNBase], gates: int, mode: str, device: str) -> Case:
@@ -250,7 +257,12 @@ def step_case(name: str, options: Options) -> Case:
     calls = {"ncps": repeated(lambda: theirs(x[:, None], h))} if options.compare else {}
     calls[OURS] = repeated(lambda: ours.step(x, h))
     calls["its products alone"] = repeated(bare)
-    return Case(f"{name}, 100 steps of [1, {INPUTS}]", "forward", calls, dict)
+
+    def verify() -> dict[str, float]:
+        exact, _ = copy.deepcopy(theirs).double()(x[:, None].double(), h.double())
+        return held_to_ncps(name, exact[:, 0], theirs(x[:, None], h)[0][:, 0], ours.step(x, h)[0])
+
+    return Case(f"{name}, 100 steps of [1, {INPUTS}]", "forward", calls, verify)
 
 
 def mixed_case(name: str, mode: str, options: Options) -> Case:
@@ -260,16 +272,22 @@ def mixed_case(name: str, mode: str, options: Options) -> Case:
     make = forward_call if mode == "forward" else training_call
     calls = {"ncps": at_best_threads(make(theirs, x), options.device)} if options.compare else {}
     calls[OURS] = at_best_threads(make(ours, x), options.device)
-    return Case(f"{name}, mixed memory {[*MAIN, INPUTS]}", mode, calls, dict)
+
+    def verify() -> dict[str, float]:
+        few = x[:4, :64]
+        zeros = few.new_zeros(len(few), UNITS, dtype=torch.float64)
+        exact, _ = copy.deepcopy(theirs).double()(few.double(), (zeros, zeros))
+        return held_to_ncps(name, exact, theirs(few)[0], ours(few)[0])
+
+    return Case(f"{name}, mixed memory {[*MAIN, INPUTS]}", mode, calls, verify)
 
 
-def model_step(kind: str, device: str, chunk_size: int | None = None) -> Callable[[], None]:
-    """A training step of LiquidEmber, 4 layers of 128 and 192 units, with our CfC or with ncps'.
+def language_model(kind: str, device: str, chunk_size: int | None = None) -> LiquidEmber:
+    """A LiquidEmber, 4 layers of 128 and 192 units, with our CfC or with ncps', of equal weights.
 
     chunk_size: of our CfC; None leaves the model's.
     """
     torch.manual_seed(0)
-    batch, steps = MAIN
     model = LiquidEmber(LiquidEmberConfig(n_layer=4, n_embd=MOTOR, cfc_units=UNITS))
     for block in model.blocks:
         if chunk_size is not None:
@@ -278,9 +296,13 @@ def model_step(kind: str, device: str, chunk_size: int | None = None) -> Callabl
             theirs = ncps.torch.CfC(MOTOR, copy.deepcopy(NETWORKS["wired"]))
             theirs.load_state_dict(block.cfc.state_dict())
             block.cfc = theirs
-    model.to(device)
-    idx = torch.randint(model.config.vocab_size, (batch, steps), device=device)
-    return training_step(model, idx)
+    return model.to(device)
+
+
+def model_step(kind: str, device: str, chunk_size: int | None = None) -> Callable[[], None]:
+    """A training step of the language model; see `language_model`."""
+    model = language_model(kind, device, chunk_size)
+    return training_step(model, torch.randint(model.config.vocab_size, MAIN, device=device))
 
 
 def model_case(options: Options) -> Case:
@@ -290,7 +312,16 @@ def model_case(options: Options) -> Case:
     if options.compare:
         calls["ncps"] = at_best_threads(model_step("ncps", device), device)
     calls[OURS] = model_step("ours", device)
-    return Case(f"LiquidEmber 4/{MOTOR}/{UNITS} {list(MAIN)}", "training step", calls, dict)
+
+    def verify() -> dict[str, float]:
+        theirs, ours = (language_model(kind, device).eval() for kind in ("ncps", "ours"))
+        idx = torch.randint(ours.config.vocab_size, (2, 32), device=device)
+        # ncps in a model starts from a state in fp32.
+        exact, *_ = language_model("ours", device).eval().double()(idx)
+        name = "logits of LiquidEmber"
+        return held_to_ncps(name, exact, theirs(idx)[0], ours(idx)[0])
+
+    return Case(f"LiquidEmber 4/{MOTOR}/{UNITS} {list(MAIN)}", "training step", calls, verify)
 
 
 def cases(options: Options) -> Iterator[Case]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import ember_ext
 from ember_ext import _native
-from ember_ext.machine import machine
+from ember_ext.machine import machine, processor
 
 Call = Callable[[], object]
 
@@ -270,7 +270,7 @@ def _time_case(
         share = rate * medians["limit"] / limit[1] if limit else 0.0
         yield Row(
             op, case.config, case.mode, name, 1e3 * medians[name], 1e3 * low, 1e3 * high,
-            baseline / medians[name], errors.get(name, 0.0), rate, unit, share, str(device),
+            baseline / medians[name], errors.get(name, 0.0), rate, unit, share, processor(device),
             torch.get_num_threads(), _native.isa, torch.__version__, ember_ext.__version__,
         )  # fmt: skip
 
@@ -293,10 +293,10 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def with_earlier(rows: Sequence[Row], path: Path) -> list[Row]:
-    """The rows that a file has of other measurements, if there is one, and then `rows`."""
+    """The rows that a file has of other measurements or devices, if any, and then `rows`."""
 
-    def key(row: Row) -> tuple[str, str, str]:
-        return row.config, row.mode, row.contender
+    def key(row: Row) -> tuple[str, str, str, str]:
+        return row.config, row.mode, row.contender, row.device
 
     measured = {key(row) for row in rows}
     earlier = read_csv(path) if path.exists() else []
@@ -340,7 +340,10 @@ def peak_megabytes(make: Callable[..., Call], *arguments: Any) -> float:
 
 
 def plot_csv(path: Path, image: Path) -> None:
-    """Draw the times of a CSV file that `write_csv` wrote as grouped bars, one panel per mode."""
+    """Draw the times of a CSV file that `write_csv` wrote as grouped bars, one panel per mode.
+
+    Only those of the device that comes last: times of two devices do not compare.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -349,6 +352,7 @@ def plot_csv(path: Path, image: Path) -> None:
 
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    rows = [row for row in rows if row["device"] == rows[-1]["device"]]
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     names = list(dict.fromkeys(row["contender"] for row in rows))
     ours = [name for name in names if name.startswith("ember_ext")]

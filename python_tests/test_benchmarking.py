@@ -14,7 +14,18 @@ import pytest
 import torch
 
 from ember_ext import benchmarking
-from ember_ext.benchmarking import Case, Clock, EventClock, run_cases, time_in_turns
+from ember_ext.benchmarking import (
+    Case,
+    Clock,
+    EventClock,
+    Row,
+    plot_csv,
+    read_csv,
+    run_cases,
+    time_in_turns,
+    with_earlier,
+    write_csv,
+)
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "bench").glob("*.py"))
@@ -151,3 +162,20 @@ def test_the_contenders_of_the_cfc_bench_agree(monkeypatch: pytest.MonkeyPatch) 
         assert set(case.verify()) == {"ncps", bench.OURS}
         for call in case.contenders.values():
             call()
+
+
+def test_rows_of_other_measurements_are_kept(tmp_path: Path) -> None:
+    def row(contender: str, device: str, milliseconds: float) -> Row:
+        software = ("avx2", "2.13.0", "0.1.0")
+        times = (milliseconds, milliseconds, milliseconds)
+        return Row("op", "c", "forward", contender, *times, 1.0, 0.0, 0.0, "", 0.0, device, 2,
+                   *software)  # fmt: skip
+
+    path = tmp_path / "op.csv"
+    first = [row("a", "one CPU", 1.0), row("b", "one CPU", 2.0), row("a", "another", 3.0)]
+    write_csv(with_earlier(first, path), path)
+    again = row("a", "one CPU", 4.0)
+    write_csv(with_earlier([again], path), path)
+    assert read_csv(path) == [first[1], first[2], again]
+    plot_csv(path, tmp_path / "op.png")
+    assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
