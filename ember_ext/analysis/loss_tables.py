@@ -184,7 +184,8 @@ def crossover_table(grid: Grid) -> Table:
                 )
     notes = (
         "First (the published rule): the first evaluation at which the estimate of the validation "
-        "loss is below the baseline's. Persistent: the first from which it stays below to the end. "
+        "loss is below the baseline's; one at step 0 does not count, since nothing is learnt yet. "
+        "Persistent: the first from which it stays below to the end. "
         "The null pair shows what either rule finds where there is nothing to find.",
         published.CROSSOVER_NOTE,
     )
