@@ -101,9 +101,19 @@ def test_authors_small_runs_stand_beside_small_runs_only() -> None:
     assert row(small["3.1"], "Standard")["Authors' xs"].startswith("1.6167")
     assert row(small["3.2"], "CfC+LIF", "released")["Authors' xs"] == "1.6392 (n = 3)"
     assert any("authors' xs" in note for note in small["3.1"].notes)
+    assert row(small["3.1"], "Standard")["Ours vs authors' xs"] == DASH  # of another corpus
     other = by_number(synthetic_results(steps=1000))["3.1"]
     assert "Authors' xs" not in other.columns
     assert any("do not compare" in note for note in other.notes)
+
+
+def test_our_means_against_the_authors_small_runs() -> None:
+    corpus = {"name": "tinyshakespeare", "sha256": TINY_SHA256}
+    results = [dataclasses.replace(run, corpus=corpus) for run in BOTH[:21]]
+    set_losses(results, "standard", [1.6, 1.6328670, 1.6657340])  # 1 % above 1.6167
+    table = by_number(results)["3.1"]
+    assert row(table, "Standard")["Ours vs authors' xs"] == "+1.00%"
+    assert row(table, "Qwen-gate")["Ours vs authors' xs"] == DASH
 
 
 def test_another_corpus_is_told() -> None:
