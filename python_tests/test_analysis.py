@@ -44,6 +44,8 @@ from ember_ext.analysis.heads import (
     head_roles,
     role_counts,
     uniform_entropy,
+    uniform_first_token_mass,
+    uniform_support,
 )
 from ember_ext.analysis.metrics import collect_metrics
 from ember_ext.analysis.results import (
@@ -173,6 +175,13 @@ def test_noise_floor_of_null_pairs() -> None:
     assert curve.maximum == pytest.approx((0, 0.1, 0.04))
     assert measure_noise(grid, "cfc") is None
     assert noise_curve(grid, "cfc") is None
+
+
+def test_support_and_first_token_mass_of_uniform_attention() -> None:
+    assert uniform_support(256) == pytest.approx(19.34, abs=5e-3)
+    assert uniform_support(7) == 4  # 1 to 7 keys, all in use
+    assert uniform_first_token_mass(256) == pytest.approx(0.0239, abs=5e-5)
+    assert uniform_first_token_mass(3) == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
 
 
 def test_uniform_entropy_and_the_cut_off_that_follows() -> None:

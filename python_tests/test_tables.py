@@ -161,6 +161,24 @@ def test_head_roles() -> None:
     assert "gatherer H > 2.98" in table.notes[0]
 
 
+def test_heads_attend_to_so_many_keys_and_to_the_first() -> None:
+    results = synthetic_results(variants=("standard", "lif"), seeds=(1, 2))
+    for run, support in zip(results, (4.0, 2.0, 8.0, 3.0), strict=True):
+        run.evaluations[-1]["attention_support"] = [[support] * 4, [support + 1, support - 1] * 2]
+        run.evaluations[-1]["first_token_mass"] = [[support / 100] * 4, [0.1, 0.3] * 2]
+    table = by_number(results)["3.3a"]
+    standard = row(table, "Standard", DASH, "2", "L0")
+    assert (standard["Support"], standard["First-token mass"]) == (
+        "6.00 ± 2.83",
+        "0.0600 ± 0.0283",
+    )
+    lif = row(table, "LIF-learnable", "released", "2", "L1")
+    assert (lif["Support"], lif["First-token mass"]) == ("2.50 ± 0.71", "0.2000 ± 0.0000")
+    everything = row(table, "LIF-learnable", "released", "2", "all")
+    assert everything["First-token mass"].startswith("0.1125")
+    assert "Uniform attention has 38.67 and 0.0424." in table.notes[1]
+
+
 def test_depth_and_its_published_numbers() -> None:
     lif = Effect(entropy=(0.067, 0.1, 0.12, 0.161))
     table = by_number(synthetic_results({"lif": lif}, backbone="cfc", n_layer=4))["3.4"]
