@@ -18,6 +18,7 @@ from synthetic_results import SEEDS, Effect, synthetic_results
 
 from ember_ext.analysis import report
 from ember_ext.analysis.claims import Verdict, claims
+from ember_ext.analysis.figures.style import MADE_FOR
 from ember_ext.analysis.report import ReportContext, duration, escape_markdown, write_report
 from ember_ext.analysis.results import ResultError, RunResult
 
@@ -97,6 +98,7 @@ def test_page_needs_nothing_else(folder: Path, page: Page) -> None:
     sources = [value for _, name, value in page.attributes if name in ("src", "srcset", "data")]
     assert len(sources) == 7
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert MADE_FOR in page.text
     links = page.values("a", "href")
     targets = {value for _, name, value in page.attributes if name == "id"}
     assert links

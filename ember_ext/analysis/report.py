@@ -36,7 +36,7 @@ from ember_ext.analysis.comparisons import LOSS_MEASURES, compare, measure_noise
 from ember_ext.analysis.crossover import find_crossovers
 from ember_ext.analysis.depth import PROFILE_MEASURES, depth_profiles
 from ember_ext.analysis.figures import Drawing, draw_figures, write_figures
-from ember_ext.analysis.figures.style import rendered
+from ember_ext.analysis.figures.style import MADE_FOR, rendered
 from ember_ext.analysis.grid import BASELINE, Grid
 from ember_ext.analysis.labels import BACKBONE_LABELS, VARIANT_LABELS, variant_label
 from ember_ext.analysis.results import ResultError, RunResult
@@ -183,6 +183,7 @@ def _content(findings: _Findings, context: ReportContext) -> dict[str, Any]:
         "planned": len(planned),
         "finished": len(done),
         "failed": sorted(context.failed.items()),
+        "figures_made_for": MADE_FOR,
         "claims": findings.claims,
         "verdicts": [(verdict, counts[verdict]) for verdict in get_args(Verdict)],
         "facts": _facts(grid, context),

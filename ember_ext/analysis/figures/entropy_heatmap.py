@@ -10,7 +10,15 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ember_ext.analysis.figures.style import DOUBLE_COLUMN, LOOKS, new_figure, say_not_run, styled
+from ember_ext.analysis.figures.style import (
+    DOUBLE_COLUMN,
+    LOOKS,
+    SMALLEST_TEXT,
+    new_figure,
+    say_not_run,
+    styled,
+    text_color,
+)
 from ember_ext.analysis.grid import Grid
 from ember_ext.analysis.heads import head_entropies, uniform_entropy
 
@@ -60,7 +68,7 @@ def figure_3_entropy(grid: Grid) -> Figure:
 
 def _heatmap(axes: Axes, entropy: np.ndarray, limit: float) -> None:
     """Draw `entropy`, [layers, heads], the first layer on top."""
-    axes.imshow(entropy, cmap=COLORMAP, vmin=0, vmax=limit, aspect="auto")
+    image = axes.imshow(entropy, cmap=COLORMAP, vmin=0, vmax=limit, aspect="auto")
     layers, heads = entropy.shape
     axes.set(xticks=range(heads), yticks=range(layers))
     axes.tick_params(length=0)
@@ -73,8 +81,13 @@ def _heatmap(axes: Axes, entropy: np.ndarray, limit: float) -> None:
     if heads > 8:
         return
     for (layer, head), value in np.ndenumerate(entropy):
-        color = "black" if value > 0.6 * limit else "white"
-        axes.text(head, layer, f"{value:.2f}", ha="center", va="center", size=6, color=color)
+        axes.text(head, layer, _short(value), ha="center", va="center", size=SMALLEST_TEXT,
+                  color=text_color(image.to_rgba(value)))  # fmt: skip
+
+
+def _short(value: float) -> str:
+    """A number from 0 to 10 in three characters: .03 or 3.1."""
+    return f"{value:.1f}" if value >= 0.995 else f"{value:.2f}".removeprefix("0")
 
 
 def _nothing() -> Figure:
