@@ -29,11 +29,11 @@ DOUBLE_COLUMN = 6.8
 """Width in inches of every figure: that of a page, or of both columns where it has two."""
 
 SMALLEST_TEXT = 7.0
-"""Points, at that width; exponents are smaller."""
+"""Points, at that width."""
 
 MADE_FOR = (
     f"Drawn to be set {DOUBLE_COLUMN:g} in wide, over the full width of a page (both columns where "
-    f"there are two); its text is then of {SMALLEST_TEXT:g} pt or more."
+    f"there are two); its text is then of {SMALLEST_TEXT:g} pt or more, exponents aside."
 )
 """For readers and for the files themselves."""
 
