@@ -231,8 +231,20 @@ def test_text_contrasts_with_what_it_stands_on() -> None:
     assert text_color("#21918C") == "black"
     figure = figure_3_entropy(Grid(synthetic_results(variants=["standard"], seeds=[1])))
     by_value = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
-    assert by_value.keys() == {"1.4", "2.0", "2.6", "3.2", "1.0", "1.5", "1.9", "2.3"}
-    assert (by_value["1.0"], by_value["2.3"]) == ("white", "black")
+    colors = {float(value): color for value, color in by_value.items()}
+    assert (colors[min(colors)], colors[max(colors)]) == ("white", "black")
+
+
+def test_numbers_of_the_heatmap_fit_their_cells() -> None:
+    written = {
+        shape: {text.get_text() for text in figure_3_entropy(Grid(SHAPES[shape])).axes[1].texts}
+        for shape in ("three seeds", "six layers")
+    }
+    assert all(len(text) == 4 for text in written["three seeds"])
+    # With 24 heads in a row: two digits, and no 0 before the point.
+    assert all(len(text) == 3 for text in written["six layers"])
+    assert any(text.startswith(".0") for text in written["six layers"])
+    assert any(text[1] == "." for text in written["six layers"])
 
 
 def test_entropy_panels_hold_each_head_on_one_scale(grid: Grid) -> None:

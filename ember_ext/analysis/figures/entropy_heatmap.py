@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,6 +25,9 @@ from ember_ext.analysis.heads import head_entropies, uniform_entropy
 
 VARIANTS = ("standard", "lif")
 COLORMAP = "viridis"
+
+FITTING = 16
+"""Heads side by side, in all panels of a row, that leave room for numbers of four characters."""
 
 
 @styled
@@ -55,7 +59,9 @@ def figure_3_entropy(grid: Grid) -> Figure:
         if run is None:
             say_not_run(axes, f"{LOOKS[variant].label}, seed {seed}")
         else:
-            _heatmap(axes, np.array(head_entropies(run)), limit)
+            entropy = np.array(head_entropies(run))
+            write = _two_decimals if 2 * pairs * entropy.shape[1] <= FITTING else _three_characters
+            _heatmap(axes, entropy, limit, write)
         if i % (2 * pairs) == 0 and run is not None:
             axes.set_ylabel("layer")
         if i // (2 * pairs) == rows - 1 and run is not None:
@@ -66,7 +72,7 @@ def figure_3_entropy(grid: Grid) -> Figure:
     return figure
 
 
-def _heatmap(axes: Axes, entropy: np.ndarray, limit: float) -> None:
+def _heatmap(axes: Axes, entropy: np.ndarray, limit: float, write: Callable[[float], str]) -> None:
     """Draw `entropy`, [layers, heads], the first layer on top."""
     image = axes.imshow(entropy, cmap=COLORMAP, vmin=0, vmax=limit, aspect="auto")
     layers, heads = entropy.shape
@@ -81,12 +87,16 @@ def _heatmap(axes: Axes, entropy: np.ndarray, limit: float) -> None:
     if heads > 8:
         return
     for (layer, head), value in np.ndenumerate(entropy):
-        axes.text(head, layer, _short(value), ha="center", va="center", size=SMALLEST_TEXT,
+        axes.text(head, layer, write(value), ha="center", va="center", size=SMALLEST_TEXT,
                   color=text_color(image.to_rgba(value)))  # fmt: skip
 
 
-def _short(value: float) -> str:
-    """A number from 0 to 10 in three characters: .03 or 3.1."""
+def _two_decimals(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _three_characters(value: float) -> str:
+    """A number from 0 to 10: .03 or 3.1."""
     return f"{value:.1f}" if value >= 0.995 else f"{value:.2f}".removeprefix("0")
 
 
