@@ -44,6 +44,8 @@ from ember_ext.analysis.heads import (
     head_roles,
     role_counts,
     uniform_entropy,
+    uniform_first_token_mass,
+    uniform_support,
 )
 from ember_ext.analysis.metrics import collect_metrics
 from ember_ext.analysis.results import (
@@ -175,6 +177,13 @@ def test_noise_floor_of_null_pairs() -> None:
     assert noise_curve(grid, "cfc") is None
 
 
+def test_support_and_first_token_mass_of_uniform_attention() -> None:
+    assert uniform_support(256) == pytest.approx(19.34, abs=5e-3)
+    assert uniform_support(7) == 4  # 1 to 7 keys, all in use
+    assert uniform_first_token_mass(256) == pytest.approx(0.0239, abs=5e-5)
+    assert uniform_first_token_mass(3) == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+
+
 def test_uniform_entropy_and_the_cut_off_that_follows() -> None:
     assert uniform_entropy(256) == pytest.approx(4.560, abs=5e-4)
     assert uniform_entropy(128) == pytest.approx(3.878, abs=5e-4)
@@ -291,7 +300,9 @@ def test_threshold_trajectory() -> None:
     ("other", "first", "persistent"),
     [
         ([3.0, 2.0, 1.0, 0.5], None, None),
-        ([2.9, 1.9, 0.9, 0.4], 0, 0),
+        ([2.9, 1.9, 0.9, 0.4], 200, 200),
+        ([2.9, 2.0, 1.0, 0.5], None, None),  # step 0 alone
+        ([2.9, 2.1, 0.9, 0.6], 400, None),
         ([3.1, 1.9, 1.1, 0.4], 200, 600),
         ([3.1, 1.9, 0.9, 0.6], 200, None),
         ([3.1, 2.1, 0.9, 0.4], 400, 400),

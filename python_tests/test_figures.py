@@ -27,7 +27,14 @@ from ember_ext.analysis.figures import (
     figure_7_parameters,
     write_figures,
 )
-from ember_ext.analysis.figures.style import LOOKS, rendered
+from ember_ext.analysis.figures.style import (
+    DOUBLE_COLUMN,
+    LOOKS,
+    MADE_FOR,
+    SMALLEST_TEXT,
+    rendered,
+    text_color,
+)
 from ember_ext.analysis.grid import Grid
 from ember_ext.analysis.results import RunResult
 
@@ -107,6 +114,9 @@ def test_everything_is_on_the_page_and_apart(shape: str) -> None:
         shared = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)
         pairs = np.argwhere(np.triu((shared > 2).all(2), k=1))
         assert not pairs.size, (drawing.stem, [(str(seen[i]), str(seen[j])) for i, j in pairs])
+        # The width that they say they are made for, and the text that they promise for it.
+        assert drawing.figure.get_figwidth() == DOUBLE_COLUMN
+        assert min(text.get_fontsize() for text in seen) >= SMALLEST_TEXT
 
 
 @pytest.mark.parametrize(
@@ -159,6 +169,82 @@ def test_a_lost_lead_is_no_crossover() -> None:
     assert "first lead, lost again" in labels
     assert "ahead from here on" not in labels
     assert "ends ahead: 0 of 1" in words(figure)
+
+
+def test_every_triangle_is_whole() -> None:
+    """Also before the losses that the axes are made for, and at the last step."""
+    base, lif = synthetic_results(variants=["standard", "lif"], seeds=[42])
+    for before, after in zip(base.evaluations, lif.evaluations, strict=True):
+        ahead = {200: 0.5, 3000: 0.001}.get(before["step"], -0.001)
+        after[MAIN_LOSS] = before[MAIN_LOSS] - ahead
+    axes = figure_2_loss_curves(Grid([base, lif])).axes[2]
+    triangles = {str(line.get_label()): line for line in axes.lines if line.get_marker() == "v"}
+    for label, step, difference in (
+        ("first lead, lost again", 200, -0.5),
+        ("ahead from here on", 3000, -0.001),
+    ):
+        (x,), (y,) = triangles[label].get_data()
+        assert (x, y) == (step, pytest.approx(difference))
+        assert axes.get_ylim()[0] < y < axes.get_ylim()[1]
+        assert not triangles[label].get_clip_on()
+
+
+def test_variants_are_told_apart_without_colours(grid: Grid) -> None:
+    for axes in figure_2_loss_curves(grid).axes[:2]:
+        styles = {
+            LOOKS[variant].color: {
+                str(line.get_linestyle())
+                for line in axes.lines
+                if line.get_color() == LOOKS[variant].color
+            }
+            for variant in ("standard", "lif")
+        }
+        standard, lif = styles.values()
+        assert len(standard) == len(lif) == 1
+        assert standard != lif
+    for axes in figure_4_roles(Grid(SHAPES["six layers"])).axes[2:4]:
+        hatches = {bar.get_facecolor(): bar.get_hatch() for bar in axes.patches}
+        assert len(hatches) == len(set(hatches.values())) == 4
+    for axes in figure_6_thresholds(Grid(SHAPES["six layers"])).axes[:1]:
+        legend = axes.get_legend()
+        assert legend is not None
+        markers = [line.get_marker() for line in legend.get_lines()]
+        assert len(markers) == len(set(markers)) == 6
+
+
+@pytest.mark.parametrize(("noise", "unseen"), [(0.0004, 0), (1e-8, 2)])
+def test_bands_that_are_too_thin_are_said_to_be(noise: float, unseen: int) -> None:
+    effects = {v: Effect(noise=noise) for v in ("standard", "null")} | {"lif": Effect(loss=0.01)}
+    grid = Grid(synthetic_results(effects, variants=["standard", "lif", "null"]))
+    for draw in (figure_2_loss_curves, figure_7_parameters):
+        assert words(draw(grid)).count("too thin to see") == unseen
+
+
+def test_text_contrasts_with_what_it_stands_on() -> None:
+    assert [text_color(c) for c in ("white", "#FFFF00", "black", "#0072B2")] == [
+        "black",
+        "black",
+        "white",
+        "white",
+    ]
+    # Teal in the middle of the colour map, of luminance .23: black has 5.6 : 1, white 3.7 : 1.
+    assert text_color("#21918C") == "black"
+    figure = figure_3_entropy(Grid(synthetic_results(variants=["standard"], seeds=[1])))
+    by_value = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
+    colors = {float(value): color for value, color in by_value.items()}
+    assert (colors[min(colors)], colors[max(colors)]) == ("white", "black")
+
+
+def test_numbers_of_the_heatmap_fit_their_cells() -> None:
+    written = {
+        shape: {text.get_text() for text in figure_3_entropy(Grid(SHAPES[shape])).axes[1].texts}
+        for shape in ("three seeds", "six layers")
+    }
+    assert all(len(text) == 4 for text in written["three seeds"])
+    # With 24 heads in a row: two digits, and no 0 before the point.
+    assert all(len(text) == 3 for text in written["six layers"])
+    assert any(text.startswith(".0") for text in written["six layers"])
+    assert any(text[1] == "." for text in written["six layers"])
 
 
 def test_entropy_panels_hold_each_head_on_one_scale(grid: Grid) -> None:
@@ -252,3 +338,5 @@ def test_files_are_equal_for_equal_runs(tmp_path: Path) -> None:
     assert b"/FontFile2" in pdf
     assert b"CreationDate" not in pdf
     assert b"<dc:date>" not in first[2].read_bytes()
+    for path in first[1:]:
+        assert MADE_FOR.encode() in path.read_bytes()

@@ -18,6 +18,7 @@ from synthetic_results import SEEDS, Effect, synthetic_results
 
 from ember_ext.analysis import report
 from ember_ext.analysis.claims import Verdict, claims
+from ember_ext.analysis.figures.style import MADE_FOR
 from ember_ext.analysis.report import ReportContext, duration, escape_markdown, write_report
 from ember_ext.analysis.results import ResultError, RunResult
 
@@ -97,6 +98,7 @@ def test_page_needs_nothing_else(folder: Path, page: Page) -> None:
     sources = [value for _, name, value in page.attributes if name in ("src", "srcset", "data")]
     assert len(sources) == 7
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert MADE_FOR in page.text
     links = page.values("a", "href")
     targets = {value for _, name, value in page.attributes if name == "id"}
     assert links
@@ -214,6 +216,27 @@ def test_facts_say_how_long_and_where() -> None:
     ungated = report._Findings.of([first]).grid
     assert dict(report._facts(ungated, CONTEXT))["Gates"] == ["none"]
     assert [duration(s) for s in (59.6, 61, 3599.6)] == ["1 min 0 s", "1 min 1 s", "1 h 0 min"]
+
+
+def test_facts_say_how_models_were_made_and_trained() -> None:
+    results = synthetic_results(variants=["standard", "lif", "qwen-gate"], seeds=[42])
+    schedule = {"lr_schedule": "cosine", "warmup_steps": 50, "learning_rate": 6e-3}
+    (cfc,) = synthetic_results(backbone="cfc", variants=["standard"], seeds=[42], **schedule)
+    cfc.summary["trainable_parameters"] = 400_000
+    facts = dict(report._facts(report._Findings.of([*results, cfc]).grid, CONTEXT))
+    assert facts["Models"] == [
+        "Transformer: 2 layers of 128, 4 heads, windows of 128, dropout 0.1, "
+        "418,560 to 451,328 parameters",
+        "CfC: 2 layers of 128, 192 neurons, windows of 128, dropout 0.1, 418,560 parameters, "
+        "400,000 of them trainable",
+    ]
+    assert facts["Training"] == [
+        "Transformer: 3000 steps of 64 windows, evaluated every 200, AdamW with learning rate "
+        "0.001 (constant), weight decay 0.1 on matrices, gradient norm at most 1",
+        "CfC: 3000 steps of 64 windows, evaluated every 200, AdamW with learning rate 0.006 "
+        "(warm-up over 50 steps, then cosine to a tenth), weight decay 0.1 on matrices, gradient "
+        "norm at most 1",
+    ]
 
 
 def test_unknown_names_are_refused() -> None:

@@ -101,9 +101,19 @@ def test_authors_small_runs_stand_beside_small_runs_only() -> None:
     assert row(small["3.1"], "Standard")["Authors' xs"].startswith("1.6167")
     assert row(small["3.2"], "CfC+LIF", "released")["Authors' xs"] == "1.6392 (n = 3)"
     assert any("authors' xs" in note for note in small["3.1"].notes)
+    assert row(small["3.1"], "Standard")["Ours vs authors' xs"] == DASH  # of another corpus
     other = by_number(synthetic_results(steps=1000))["3.1"]
     assert "Authors' xs" not in other.columns
     assert any("do not compare" in note for note in other.notes)
+
+
+def test_our_means_against_the_authors_small_runs() -> None:
+    corpus = {"name": "tinyshakespeare", "sha256": TINY_SHA256}
+    results = [dataclasses.replace(run, corpus=corpus) for run in BOTH[:21]]
+    set_losses(results, "standard", [1.6, 1.6328670, 1.6657340])  # 1 % above 1.6167
+    table = by_number(results)["3.1"]
+    assert row(table, "Standard")["Ours vs authors' xs"] == "+1.00%"
+    assert row(table, "Qwen-gate")["Ours vs authors' xs"] == DASH
 
 
 def test_another_corpus_is_told() -> None:
@@ -149,6 +159,24 @@ def test_head_roles() -> None:
     assert first["Selective/mild/moderate/pass-through"] == "0/0/0/12"
     assert first["Largest contrast"] == "1.050"
     assert "gatherer H > 2.98" in table.notes[0]
+
+
+def test_heads_attend_to_so_many_keys_and_to_the_first() -> None:
+    results = synthetic_results(variants=("standard", "lif"), seeds=(1, 2))
+    for run, support in zip(results, (4.0, 2.0, 8.0, 3.0), strict=True):
+        run.evaluations[-1]["attention_support"] = [[support] * 4, [support + 1, support - 1] * 2]
+        run.evaluations[-1]["first_token_mass"] = [[support / 100] * 4, [0.1, 0.3] * 2]
+    table = by_number(results)["3.3a"]
+    standard = row(table, "Standard", DASH, "2", "L0")
+    assert (standard["Support"], standard["First-token mass"]) == (
+        "6.00 ± 2.83",
+        "0.0600 ± 0.0283",
+    )
+    lif = row(table, "LIF-learnable", "released", "2", "L1")
+    assert (lif["Support"], lif["First-token mass"]) == ("2.50 ± 0.71", "0.2000 ± 0.0000")
+    everything = row(table, "LIF-learnable", "released", "2", "all")
+    assert everything["First-token mass"].startswith("0.1125")
+    assert "Uniform attention has 38.67 and 0.0424." in table.notes[1]
 
 
 def test_depth_and_its_published_numbers() -> None:

@@ -1,4 +1,8 @@
-"""When one loss curve passes below another, by the published rule and by one that asks to stay."""
+"""When one loss curve passes below another, by the published rule and by one that asks to stay.
+
+An evaluation before the first step does not count: nothing has been learnt yet, and the losses of a
+pair differ by little more than rounding.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ class Crossover:
     Attributes:
         seed: of the pair.
         first: step of the first evaluation at which it is below, the published rule; None if it
-            never is. Chance alone gives one early: two equal curves part to either side.
+            is at none. Chance alone gives one early: two equal curves part to either side.
         persistent: step of the first evaluation from which it is below to the end; None if it is
             not below at the last.
     """
@@ -50,11 +54,11 @@ class CrossoverSummary:
 
 def find_crossover(base: RunResult, other: RunResult, key: str = MAIN_LOSS) -> Crossover:
     """Compare two runs of one seed, evaluated at the same steps, by one loss."""
-    steps, base_losses = base.curve(key)
-    below = [a > b for a, b in zip(base_losses, other.curve(key)[1], strict=True)]
-    first = next((step for step, is_below in zip(steps, below, strict=True) if is_below), None)
+    losses = zip(*base.curve(key), other.curve(key)[1], strict=True)
+    below = [(step, theirs < ours) for step, ours, theirs in losses if step > 0]
+    first = next((step for step, is_below in below if is_below), None)
     persistent = None
-    for step, is_below in zip(reversed(steps), reversed(below), strict=True):
+    for step, is_below in reversed(below):
         if not is_below:
             break
         persistent = step

@@ -13,6 +13,8 @@ from ember_ext.analysis.results import RunResult
 from ember_ext.analysis.statistics import spearman
 
 ATTENTION_ENTROPY = "attention_entropy"
+ATTENTION_SUPPORT = "attention_support"
+FIRST_TOKEN_MASS = "first_token_mass"
 NEURON_ENTROPY = "neuron_entropy"
 FIRE_RATE = "fire_rate"
 VIRTUAL_NEURON_ENTROPY = "virtual_neuron_entropy"
@@ -20,7 +22,7 @@ VIRTUAL_FIRE_RATE = "virtual_fire_rate"
 THRESHOLD = "threshold"
 
 PROFILE_MEASURES = {
-    "transformer": (ATTENTION_ENTROPY, THRESHOLD),
+    "transformer": (ATTENTION_ENTROPY, ATTENTION_SUPPORT, FIRST_TOKEN_MASS, THRESHOLD),
     "cfc": (NEURON_ENTROPY, FIRE_RATE, VIRTUAL_NEURON_ENTROPY, VIRTUAL_FIRE_RATE, THRESHOLD),
 }
 

@@ -20,7 +20,7 @@ NULL = "null"
 LOSSES = ("val_loss", "val_loss_estimate")
 
 LAYER_MEASURES = {
-    "transformer": ("attention_entropy",),
+    "transformer": ("attention_entropy", "attention_support", "first_token_mass"),
     "cfc": ("fire_rate", "neuron_entropy", "virtual_fire_rate", "virtual_neuron_entropy"),
 }
 

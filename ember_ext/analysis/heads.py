@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from ember_ext.analysis.metrics import SUPPORT_THRESHOLD
 from ember_ext.analysis.results import RunResult
 
 Role = Literal["pointer", "focuser", "mixed", "gatherer"]
@@ -31,6 +32,16 @@ GateLabel = Literal["selective", "mild", "moderate", "pass-through"]
 def uniform_entropy(block_size: int) -> float:
     """Mean entropy in nats of causal attention that weighs all visible tokens alike."""
     return math.lgamma(block_size + 1) / block_size
+
+
+def uniform_support(block_size: int) -> float:
+    """Mean support of the same attention: a query before which few tokens stand uses all."""
+    return sum(n for n in range(1, block_size + 1) if 1 / n > SUPPORT_THRESHOLD) / block_size
+
+
+def uniform_first_token_mass(block_size: int) -> float:
+    """Mean weight of the first token in the same attention."""
+    return sum(1 / n for n in range(1, block_size + 1)) / block_size
 
 
 def gatherer_cut_off(block_size: int) -> float:

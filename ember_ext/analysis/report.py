@@ -36,7 +36,7 @@ from ember_ext.analysis.comparisons import LOSS_MEASURES, compare, measure_noise
 from ember_ext.analysis.crossover import find_crossovers
 from ember_ext.analysis.depth import PROFILE_MEASURES, depth_profiles
 from ember_ext.analysis.figures import Drawing, draw_figures, write_figures
-from ember_ext.analysis.figures.style import rendered
+from ember_ext.analysis.figures.style import MADE_FOR, rendered
 from ember_ext.analysis.grid import BASELINE, Grid
 from ember_ext.analysis.labels import BACKBONE_LABELS, VARIANT_LABELS, variant_label
 from ember_ext.analysis.results import ResultError, RunResult
@@ -183,6 +183,7 @@ def _content(findings: _Findings, context: ReportContext) -> dict[str, Any]:
         "planned": len(planned),
         "finished": len(done),
         "failed": sorted(context.failed.items()),
+        "figures_made_for": MADE_FOR,
         "claims": findings.claims,
         "verdicts": [(verdict, counts[verdict]) for verdict in get_args(Verdict)],
         "facts": _facts(grid, context),
@@ -258,7 +259,8 @@ def _facts(grid: Grid, context: ReportContext) -> list[tuple[str, list[str]]]:
         return facts
     facts += [
         ("Corpus", _distinct(runs, _corpus)),
-        ("Models", _distinct(runs, _model)),
+        ("Models", [_model(grid, backbone) for backbone in grid.backbones]),
+        ("Training", _distinct(runs, _training)),
         ("Gates", _gate_facts(grid) or ["none"]),
         ("Time", _times(runs)),
         ("Machine", _distinct(runs, _machine)),
@@ -285,12 +287,38 @@ def _corpus(run: RunResult) -> str:
     return f"{c.get('name')}, {c.get('vocabulary')} characters, SHA-256 {c.get('sha256')}"
 
 
-def _model(run: RunResult) -> str:
-    c = run.config
-    units = f"{c['n_head']} heads" if run.backbone == "transformer" else f"{c['cfc_units']} neurons"
+def _model(grid: Grid, backbone: str) -> str:
+    """Sizes of a backbone, which all of its runs share, and the parameters, which they do not."""
+    runs = [run for run in grid.results if run.backbone == backbone]
+    c = runs[0].config
+    units = f"{c['n_head']} heads" if backbone == "transformer" else f"{c['cfc_units']} neurons"
+    # A CfC counts the frozen masks of its wiring, as the paper does.
+    counts, trainable = (
+        _range([int(run.summary[key]) for run in runs])
+        for key in ("parameters", "trainable_parameters")
+    )
+    frozen = "" if trainable == counts else f", {trainable} of them trainable"
     return (
-        f"{BACKBONE_LABELS[run.backbone]}: {c['n_layer']} layers of {c['n_embd']}, {units}, "
-        f"windows of {c['block_size']}, {c['steps']} steps, evaluated every {c['eval_interval']}"
+        f"{BACKBONE_LABELS[backbone]}: {c['n_layer']} layers of {c['n_embd']}, {units}, "
+        f"windows of {c['block_size']}, dropout {c['dropout']:g}, {counts} parameters{frozen}"
+    )
+
+
+def _range(counts: Sequence[int]) -> str:
+    """The smallest and the largest of some counts, or the only one."""
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+
+
+def _training(run: RunResult) -> str:
+    """What decides how a run is trained, besides its seed."""
+    c = run.config
+    schedule = {"cosine": "cosine to a tenth"}.get(c["lr_schedule"], c["lr_schedule"])
+    warm_up = f"warm-up over {c['warmup_steps']} steps, then " if c["warmup_steps"] else ""
+    return (
+        f"{BACKBONE_LABELS[run.backbone]}: {c['steps']} steps of {c['batch_size']} windows, "
+        f"evaluated every {c['eval_interval']}, AdamW with learning rate {c['learning_rate']:g} "
+        f"({warm_up}{schedule}), weight decay {c['weight_decay']:g} on matrices, "
+        f"gradient norm at most {c['grad_clip']:g}"
     )
 
 

@@ -10,7 +10,9 @@ import numpy as np
 from ember_ext.analysis import published
 from ember_ext.analysis.depth import (
     ATTENTION_ENTROPY,
+    ATTENTION_SUPPORT,
     FIRE_RATE,
+    FIRST_TOKEN_MASS,
     NEURON_ENTROPY,
     THRESHOLD,
     VIRTUAL_FIRE_RATE,
@@ -30,6 +32,8 @@ from ember_ext.analysis.heads import (
     gatherer_cut_off,
     role_counts,
     uniform_entropy,
+    uniform_first_token_mass,
+    uniform_support,
 )
 from ember_ext.analysis.labels import BACKBONE_LABELS, VARIANT_LABELS
 from ember_ext.analysis.results import RunResult
@@ -43,6 +47,13 @@ _ROLE_COLUMNS: dict[Role, str] = {
     "gatherer": "Gatherers",
 }
 
+_ATTENTION_MEASURES = {
+    ATTENTION_ENTROPY: ("Entropy", 3),
+    ATTENTION_SUPPORT: ("Support", 2),
+    FIRST_TOKEN_MASS: ("First-token mass", 4),
+}
+"""Columns, and their digits."""
+
 _GATE_LABELS: tuple[GateLabel, ...] = ("selective", "mild", "moderate", "pass-through")
 
 
@@ -52,7 +63,7 @@ def head_table(grid: Grid) -> Table:
         *ROW_HEAD,
         "Layer",
         *(_ROLE_COLUMNS[role] for role in ROLES),
-        "Entropy",
+        *(column for column, _ in _ATTENTION_MEASURES.values()),
         "Deviating heads",
         "Largest contrast",
         "/".join(_GATE_LABELS).capitalize(),
@@ -74,6 +85,10 @@ def head_table(grid: Grid) -> Table:
         f"nats: pointer H < 0.1, focuser H < 1, gatherer H > {gatherer_cut_off(block_size):.2f} "
         f"(77% of the {uniform_entropy(block_size):.2f} of uniform attention over windows of "
         f"{block_size}; 3.5 over windows of 256), otherwise mixed.",
+        "Support: keys with a weight above 0.01 to a query; first-token mass: the weight of the "
+        "window's first token; both, like the entropy, means over queries, windows and heads. "
+        f"Uniform attention has {uniform_support(block_size):.2f} and "
+        f"{uniform_first_token_mass(block_size):.4f}.",
         "A head deviates if its effective |θ| > 0.01 (raw 0.1 of the released gate); those of "
         "LIF-fixed do by construction. Contrast is g(1)/g(0), 1 for an open gate; the largest over "
         "heads and seeds is given. Labels, summed over seeds, are those of the authors' analysis, "
@@ -84,19 +99,22 @@ def head_table(grid: Grid) -> Table:
 
 
 def _head_cells(runs: Sequence[RunResult], layers: Sequence[int]) -> list[str]:
-    """Roles, entropy and gates of the heads of some layers."""
+    """Roles, attention and gates of the heads of some layers."""
     roles: list[Counter[Role]] = []
-    entropies: list[float] = []
     units: list[list[GateUnit]] = []
     for run in runs:
-        counts, values = role_counts(run), layer_values(run, ATTENTION_ENTROPY)
-        assert values is not None
+        counts = role_counts(run)
         roles.append(sum((counts[layer] for layer in layers), Counter()))
-        entropies.append(float(np.mean([values[layer] for layer in layers])))
         units.append([unit for unit in gate_units(run) if unit.layer in layers])
+    attention = []
+    for measure, (_, digits) in _ATTENTION_MEASURES.items():
+        profile = depth_profile(runs, measure)
+        assert profile is not None
+        means = [float(np.mean([row[layer] for layer in layers])) for row in profile.values]
+        attention.append(mean_sd(describe(means), digits))
     return [
         *(f"{np.mean([count[role] for count in roles]):.1f}" for role in ROLES),
-        mean_sd(describe(entropies), 3),
+        *attention,
         *_gate_cells(units),
     ]
 
@@ -145,6 +163,8 @@ def neuron_table(grid: Grid) -> Table:
             rows.append((*head, f"L{layer}", *cells, number(fire, 3), number(entropy, 3)))
     notes = (
         f"Means over neurons and seeds at the last evaluation. {_virtual_gate_note(grid)}",
+        "The fire rate, a mean over neurons, is also the mean share of a layer's neurons that fire "
+        "at a time (population sparsity).",
         "Published numbers stand beside runs of the paper's sizes only.",
         published.NEURONS_NOTE,
     )

@@ -19,7 +19,9 @@ from ember_ext.training.config import TrainConfig
 from ember_ext.training.streams import generator
 
 METRIC_WINDOWS = 16
-"""Validation windows that entropies and fire rates are measured on, as the authors do."""
+"""Validation windows that entropies and fire rates are measured on.
+
+The authors' attention entropies are of 16 windows as well, their fire rates of 320."""
 
 
 @torch.no_grad()

@@ -89,12 +89,13 @@ _PLANS = (
         "Loss curves and crossover",
         figure_2_loss_curves,
         "Validation loss by the paper's protocol (random batches) at every evaluation, in nats per "
-        "character. Thin lines are seeds, thick lines their means. (a, b) The axis starts after "
-        f"{SHOWN_FROM:.0%} of the steps: the fall before it would hide all else. (c, d) LIF minus "
-        "Standard of the same seed: below 0, LIF is better. Grey: RMS and "
-        "largest difference at that step between Standard runs that are equal up to rounding. "
-        "Filled triangles: the evaluation from which LIF stays ahead to the end; hollow: a first "
-        "lead that was lost.",
+        "character. Thin lines are seeds, thick lines their means. Vertical axes fit the "
+        f"values from {SHOWN_FROM:.0%} of the steps on, since the fall before would hide all else, "
+        "and all triangles; earlier values may lie outside. (c, d) LIF minus Standard of the same "
+        "seed: below 0, LIF is better. Grey: RMS and largest difference at that step between "
+        "Standard runs that are equal up to rounding, unseen where thinner than a line. Filled "
+        "triangles: the evaluation from which LIF stays ahead to the end; hollow: a first lead "
+        "that was lost.",
         {"transformer": (*_PAIR, NULL), "cfc": (*_PAIR, NULL)},
     ),
     _Plan(
@@ -114,7 +115,7 @@ _PLANS = (
         "of keys that get a weight above 0.01. Dotted: the cut-offs between roles, pointer below "
         f"{POINTER_BELOW:g} nats, focuser below {FOCUSER_BELOW:g}, gatherer above "
         f"{GATHERER_ABOVE:.0%} of uniform attention's entropy. (c, d) How many heads of a layer "
-        "have each role.",
+        "have each role, mean over seeds.",
         {"transformer": _PAIR},
     ),
     _Plan(
@@ -133,8 +134,8 @@ _PLANS = (
         "Thresholds in training",
         figure_6_thresholds,
         "Effective threshold θ at every evaluation, one row for each gate preset. Thick lines are "
-        "means of a layer over seeds; thin lines are single heads (Transformer) or a layer's mean "
-        "in one seed (CfC). Dashed: the initial value.",
+        "means of a layer over seeds; thin lines, marked at their ends, are single heads "
+        "(Transformer) or a layer's mean in one seed (CfC). Dashed: the initial value.",
         {"transformer": ("lif", "lif-seed"), "cfc": ("lif", "lif-seed")},
     ),
     _Plan(
@@ -146,7 +147,7 @@ _PLANS = (
         "drawn side by side; those that add none stand left of the break. (c, d) Difference from "
         "Standard of the same seeds: mean, and 95 % interval of the paired t-test where there are "
         "three seeds or more. Grey: RMS and largest difference between Standard runs that are "
-        "equal up to rounding.",
+        "equal up to rounding, unseen where thinner than a line.",
         {"transformer": tuple(LOOKS), "cfc": tuple(LOOKS)},
     ),
 )

@@ -10,7 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from ember_ext.analysis.figures.style import BLUE, DOUBLE_COLUMN, VERMILLION, styled
+from ember_ext.analysis.figures.style import (
+    BLUE,
+    DOUBLE_COLUMN,
+    SMALLEST_TEXT,
+    VERMILLION,
+    styled,
+)
 
 PLAIN = "#F2F2F2"
 LIF = "#F9DDCB"
@@ -28,7 +34,7 @@ class Box(NamedTuple):
 
 
 HEIGHT = 0.62
-_SMALL: dict[str, Any] = {"ha": "center", "va": "center", "size": 6.5, "color": "0.25"}
+_SMALL: dict[str, Any] = {"ha": "center", "va": "center", "size": SMALLEST_TEXT, "color": "0.25"}
 
 
 @styled

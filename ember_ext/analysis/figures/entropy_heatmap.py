@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,12 +11,23 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ember_ext.analysis.figures.style import DOUBLE_COLUMN, LOOKS, new_figure, say_not_run, styled
+from ember_ext.analysis.figures.style import (
+    DOUBLE_COLUMN,
+    LOOKS,
+    SMALLEST_TEXT,
+    new_figure,
+    say_not_run,
+    styled,
+    text_color,
+)
 from ember_ext.analysis.grid import Grid
 from ember_ext.analysis.heads import head_entropies, uniform_entropy
 
 VARIANTS = ("standard", "lif")
 COLORMAP = "viridis"
+
+FITTING = 16
+"""Heads side by side, in all panels of a row, that leave room for numbers of four characters."""
 
 
 @styled
@@ -47,7 +59,9 @@ def figure_3_entropy(grid: Grid) -> Figure:
         if run is None:
             say_not_run(axes, f"{LOOKS[variant].label}, seed {seed}")
         else:
-            _heatmap(axes, np.array(head_entropies(run)), limit)
+            entropy = np.array(head_entropies(run))
+            write = _two_decimals if 2 * pairs * entropy.shape[1] <= FITTING else _three_characters
+            _heatmap(axes, entropy, limit, write)
         if i % (2 * pairs) == 0 and run is not None:
             axes.set_ylabel("layer")
         if i // (2 * pairs) == rows - 1 and run is not None:
@@ -58,9 +72,9 @@ def figure_3_entropy(grid: Grid) -> Figure:
     return figure
 
 
-def _heatmap(axes: Axes, entropy: np.ndarray, limit: float) -> None:
+def _heatmap(axes: Axes, entropy: np.ndarray, limit: float, write: Callable[[float], str]) -> None:
     """Draw `entropy`, [layers, heads], the first layer on top."""
-    axes.imshow(entropy, cmap=COLORMAP, vmin=0, vmax=limit, aspect="auto")
+    image = axes.imshow(entropy, cmap=COLORMAP, vmin=0, vmax=limit, aspect="auto")
     layers, heads = entropy.shape
     axes.set(xticks=range(heads), yticks=range(layers))
     axes.tick_params(length=0)
@@ -73,8 +87,17 @@ def _heatmap(axes: Axes, entropy: np.ndarray, limit: float) -> None:
     if heads > 8:
         return
     for (layer, head), value in np.ndenumerate(entropy):
-        color = "black" if value > 0.6 * limit else "white"
-        axes.text(head, layer, f"{value:.2f}", ha="center", va="center", size=6, color=color)
+        axes.text(head, layer, write(value), ha="center", va="center", size=SMALLEST_TEXT,
+                  color=text_color(image.to_rgba(value)))  # fmt: skip
+
+
+def _two_decimals(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _three_characters(value: float) -> str:
+    """A number from 0 to 10: .03 or 3.1."""
+    return f"{value:.1f}" if value >= 0.995 else f"{value:.2f}".removeprefix("0")
 
 
 def _nothing() -> Figure:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ember_ext.analysis.figures.style import (
@@ -16,11 +19,13 @@ from ember_ext.analysis.figures.style import (
     GREY,
     LOOKS,
     ORANGE,
+    SMALLEST_TEXT,
     VERMILLION,
     new_figure,
     panel_title,
     say_not_run,
     styled,
+    text_color,
 )
 from ember_ext.analysis.grid import Grid
 from ember_ext.analysis.heads import (
@@ -37,11 +42,20 @@ from ember_ext.analysis.results import RunResult
 
 VARIANTS = ("standard", "lif")
 
+
+class RoleLook(NamedTuple):
+    """How a role is drawn: its markers have a colour and a shape, its bars a colour and a hatch."""
+
+    color: str
+    marker: str
+    hatch: str
+
+
 ROLE_LOOKS = {
-    "pointer": (VERMILLION, "v"),
-    "focuser": (ORANGE, "D"),
-    "mixed": (GREY, "o"),
-    "gatherer": (BLUE, "s"),
+    "pointer": RoleLook(VERMILLION, "v", "xxxx"),
+    "focuser": RoleLook(ORANGE, "D", "////"),
+    "mixed": RoleLook(GREY, "o", ""),
+    "gatherer": RoleLook(BLUE, "s", "...."),
 }
 
 
@@ -71,11 +85,22 @@ def figure_4_roles(grid: Grid) -> Figure:
         _scatter(scatter, runs, block_size)
         scatter.set_ylim(0.8, 1.3 * support)
         _bars(bars, runs)
-    handles = [
-        Line2D([], [], color=color, marker=marker, linestyle="", label=role)
-        for role, (color, marker) in ROLE_LOOKS.items()
+    handles: list[Any] = [
+        (
+            Line2D([], [], color=look.color, marker=look.marker, linestyle=""),
+            Patch(facecolor=look.color, edgecolor="white", hatch=look.hatch),
+        )
+        for look in ROLE_LOOKS.values()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.legend(
+        handles,
+        list(ROLE_LOOKS),
+        loc="outside lower center",
+        ncols=len(handles),
+        handlelength=3.4,
+        handleheight=1.1,
+        handler_map={tuple: HandlerTuple(ndivide=None)},
+    )
     return figure
 
 
@@ -88,9 +113,9 @@ def _scatter(axes: Axes, runs: Sequence[RunResult], block_size: int) -> None:
     support = np.array([_support(run) for run in runs])
     roles = np.array([head_roles(run) for run in runs])
     axes.set(xscale="log", yscale="log", xlim=(0.9 * LOWEST, 1.15 * uniform_entropy(block_size)))
-    for role, (color, marker) in ROLE_LOOKS.items():
+    for role, look in ROLE_LOOKS.items():
         chosen = roles == role
-        axes.plot(entropy[chosen], support[chosen], marker, color=color, markersize=3.6,
+        axes.plot(entropy[chosen], support[chosen], look.marker, color=look.color, markersize=3.6,
                   markeredgecolor="white", markeredgewidth=0.4)  # fmt: skip
     for cut_off in (POINTER_BELOW, FOCUSER_BELOW, gatherer_cut_off(block_size)):
         axes.axvline(cut_off, color="0.5", linewidth=0.7, linestyle=(0, (1, 2)), zorder=0)
@@ -109,13 +134,15 @@ def _bars(axes: Axes, runs: Sequence[RunResult]) -> None:
     counts = [[np.mean([c[role] for c in layer]) for role in ROLES] for layer in by_layer]
     lefts = np.zeros(len(counts))
     for role, widths in zip(ROLES, np.transpose(counts), strict=True):
-        axes.barh(range(len(counts)), widths, left=lefts, height=0.72, color=ROLE_LOOKS[role][0],
-                  edgecolor="white", linewidth=0.6)  # fmt: skip
+        look = ROLE_LOOKS[role]
+        axes.barh(range(len(counts)), widths, left=lefts, height=0.72, color=look.color,
+                  edgecolor="white", linewidth=0.6, hatch=look.hatch)  # fmt: skip
         for layer, (left, width) in enumerate(zip(lefts, widths, strict=True)):
             if width >= 0.06 * sum(counts[layer]):
-                color = "white" if role == "gatherer" else "black"
+                # On a patch of its own, which the hatch does not cross.
                 axes.text(left + width / 2, layer, f"{width:.2g}", ha="center", va="center",
-                          size=6.5, color=color)  # fmt: skip
+                          size=SMALLEST_TEXT, color=text_color(look.color),
+                          bbox={"facecolor": look.color, "linewidth": 0, "pad": 1.2})  # fmt: skip
         lefts += widths
     axes.set(xlim=(0, lefts.max()), xlabel="heads (mean over seeds)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

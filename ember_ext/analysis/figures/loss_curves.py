@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,10 +27,11 @@ PUBLISHED_CROSSOVER = 1600
 """The step at which the paper sees LIF overtake, in every seed."""
 
 SHOWN_FROM = 0.1
-"""The loss axes cover what comes after this share of the steps: before, the fall from the loss of
-an untrained model would hide everything else."""
+"""Vertical axes fit what comes after this share of the steps: before, the fall from the loss of an
+untrained model would hide everything else."""
 
-VARIANTS = ("standard", "lif")
+VARIANTS = {"standard": "-", "lif": (0, (3, 1))}
+"""Line styles: the broken line lets one below it be seen."""
 
 
 @styled
@@ -56,23 +59,24 @@ def figure_2_loss_curves(grid: Grid) -> Figure:
 
 def _losses(axes: Axes, grid: Grid, backbone: str) -> None:
     shown = []
-    for variant in VARIANTS:
+    for variant, style in VARIANTS.items():
         runs = grid.runs(backbone, variant)
         if not runs:
             continue
         look = LOOKS[variant]
         steps = np.array(runs[0].curve(MAIN_LOSS)[0])
         losses = np.array([run.curve(MAIN_LOSS)[1] for run in runs])
-        axes.plot(steps, losses.T, color=look.color, linewidth=0.5, alpha=0.45)
+        line: dict[str, Any] = {"color": look.color, "linestyle": style}
+        axes.plot(steps, losses.T, **line, linewidth=0.5, alpha=0.45)
         seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-        axes.plot(steps, losses.mean(0), color=look.color, label=f"{look.label}, {seeds}")
+        axes.plot(steps, losses.mean(0), **line, label=f"{look.label}, {seeds}")
         shown.append(losses[:, steps >= SHOWN_FROM * steps[-1]])
     if not shown:
         say_not_run(axes, BACKBONE_LABELS[backbone])
         return
     _limit(axes, np.concatenate(shown, axis=None))
     axes.set(xlim=(0, steps[-1]), ylabel="validation loss (nats)")
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right", handlelength=2.6)
 
 
 def _differences(axes: Axes, grid: Grid, backbone: str) -> str:
@@ -98,16 +102,20 @@ def _differences(axes: Axes, grid: Grid, backbone: str) -> str:
     if steps[-1] >= PUBLISHED_CROSSOVER:
         axes.axvline(PUBLISHED_CROSSOVER, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)),
                      label=f"published crossover, step {PUBLISHED_CROSSOVER}")  # fmt: skip
-    ahead = _crossovers(axes, grid, backbone, steps, differences)
-    _limit(axes, np.concatenate(shown, axis=None))
+    lasting, lost = _crossovers(axes, grid, backbone, steps, differences)
+    _limit(axes, np.concatenate([*shown, lasting, lost], axis=None))
     axes.set(xlim=(0, steps[-1]), xlabel="step", ylabel="difference (nats)")
-    return f"; ends ahead: {ahead} of {len(pairs)}"
+    return f"; ends ahead: {len(lasting)} of {len(pairs)}"
 
 
 def _crossovers(
     axes: Axes, grid: Grid, backbone: str, steps: np.ndarray, differences: np.ndarray
-) -> int:
-    """Mark the crossovers of each seed on its own curve; returns how many last to the end."""
+) -> tuple[list[float], list[float]]:
+    """Mark the crossovers of each seed on its own curve.
+
+    Returns:
+        The differences at those that last to the end, and at those that do not.
+    """
     found = find_crossovers(grid.pairs(backbone, "lif")).crossovers
     at = {int(step): i for i, step in enumerate(steps)}
     lasting, lost = [], []
@@ -127,10 +135,11 @@ def _crossovers(
                 color=LOOKS["lif"].color,
                 markerfacecolor=face,
                 markeredgewidth=0.8,
+                clip_on=False,  # one may stand on the last step
                 label=label,
                 zorder=3,
             )
-    return len(lasting)
+    return [y for _, y in lasting], [y for _, y in lost]
 
 
 def _limit(axes: Axes, values: np.ndarray) -> None:

@@ -1,9 +1,14 @@
-"""How every figure looks: sizes, fonts, colours, markers, and files that are the same each time."""
+"""How every figure looks: sizes, fonts, colours, markers, and files that are the same each time.
+
+Figures are made for the full width of a page, `DOUBLE_COLUMN`: set in one column of two, at half
+their size, their text is too small to read.
+"""
 
 from __future__ import annotations
 
 import functools
 import io
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, ParamSpec
 
@@ -12,6 +17,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
@@ -19,7 +26,16 @@ P = ParamSpec("P")
 Format = Literal["pdf", "png", "svg"]
 
 DOUBLE_COLUMN = 6.8
-"""Width in inches of a figure over both columns of a page; fonts are set for it."""
+"""Width in inches of every figure: that of a page, or of both columns where it has two."""
+
+SMALLEST_TEXT = 7.0
+"""Points, at that width."""
+
+MADE_FOR = (
+    f"Drawn to be set {DOUBLE_COLUMN:g} in wide, over the full width of a page (both columns where "
+    f"there are two); its text is then of {SMALLEST_TEXT:g} pt or more, exponents aside."
+)
+"""For readers and for the files themselves."""
 
 PNG_DPI = 300
 
@@ -58,9 +74,9 @@ _STYLE: dict[str, Any] = {
     "font.size": 7.5,
     "axes.titlesize": 8,
     "axes.labelsize": 7.5,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
+    "xtick.labelsize": SMALLEST_TEXT,
+    "ytick.labelsize": SMALLEST_TEXT,
+    "legend.fontsize": SMALLEST_TEXT,
     "figure.titlesize": 8,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -76,6 +92,7 @@ _STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "legend.handlelength": 1.6,
     "legend.borderaxespad": 0.3,
+    "hatch.linewidth": 0.6,
     "pdf.fonttype": 42,  # TrueType, embedded: text can be searched, and publishers take it
     "svg.fonttype": "path",
     "svg.hashsalt": "ember-ext",
@@ -111,10 +128,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 def rendered(figure: Figure, file_format: Format) -> bytes:
     """The figure as a file, without its date: equal figures give equal bytes."""
-    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
+    metadata = {
+        "pdf": {"Subject": MADE_FOR, "CreationDate": None},
+        "svg": {"Description": MADE_FOR, "Date": None},
+        "png": {"Description": MADE_FOR},
+    }
     file = io.BytesIO()
     with matplotlib.style.context(["default", _STYLE]):
-        figure.savefig(file, format=file_format, dpi=PNG_DPI, metadata=undated[file_format])
+        figure.savefig(file, format=file_format, dpi=PNG_DPI, metadata=metadata[file_format])
     return file.getvalue()
 
 
@@ -134,15 +155,36 @@ def noise_band(axes: Axes, x: ArrayLike, rms: ArrayLike, maximum: ArrayLike, **w
 
 
 def legend_below(figure: Figure, panels: Iterable[Axes], ncols: int) -> None:
-    """One legend for several panels, each label once, under the figure."""
+    """One legend for several panels, each label once, under the figure.
+
+    A band that is too thin to be seen in any panel is said to be.
+    """
     handles: dict[str, Artist] = {}
+    seen: set[str] = set()
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
+            thin = (
+                isinstance(handle, PolyCollection)
+                and _thickness(figure, axes, handle) < THINNEST_BAND
+            )
+            if not thin:
+                seen.add(label)
     if handles:
-        figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=ncols
-        )
+        labels = [label if label in seen else f"{label} (too thin to see)" for label in handles]
+        figure.legend(list(handles.values()), labels, loc="outside lower center", ncols=ncols)
+
+
+THINNEST_BAND = 1.5
+"""Points: what shows on both sides of the zero line."""
+
+
+def _thickness(figure: Figure, axes: Axes, band: PolyCollection) -> float:
+    """Points that a band around 0 takes at its widest, once the limits of its axes are set."""
+    low, high = axes.get_ylim()
+    widest = max(np.ptp(np.asarray(path.vertices)[:, 1]) for path in band.get_paths())
+    height = 72 * figure.get_figheight() * axes.get_position().height
+    return float(height * widest / (high - low))
 
 
 def say_not_run(axes: Axes, what: str) -> None:
@@ -161,6 +203,15 @@ def say_not_run(axes: Axes, what: str) -> None:
     )
 
 
-def layer_colors(layers: int) -> list[Any]:
-    """One colour a layer, from dark (the first) to light, of equal steps in lightness."""
-    return [colormaps["viridis"](0.85 * i / max(1, layers - 1)) for i in range(layers)]
+def text_color(background: Any) -> str:
+    """Black or white, whichever has the higher contrast with a colour, as WCAG 2 defines it."""
+    rgb = np.array(to_rgb(background))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"
+
+
+def layer_looks(layers: int) -> list[tuple[Any, str]]:
+    """A colour and a marker for each layer; colours go from dark to light in equal steps."""
+    colors = [colormaps["viridis"](0.85 * i / max(1, layers - 1)) for i in range(layers)]
+    return list(zip(colors, itertools.cycle("osD^vPX*"), strict=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from ember_ext.analysis.figures.style import (
     DOUBLE_COLUMN,
-    layer_colors,
+    layer_looks,
     new_figure,
     panel_title,
     say_not_run,
@@ -23,13 +24,21 @@ from ember_ext.analysis.results import RunResult
 
 VARIANTS = ("lif", "lif-seed")
 
+_MEAN: dict[str, Any] = {
+    "linewidth": 1.6,
+    "markersize": 4.5,
+    "markeredgecolor": "white",
+    "markeredgewidth": 0.3,
+}
+
 
 @styled
 def figure_6_thresholds(grid: Grid) -> Figure:
     """Draw θ at every evaluation: a row for each preset of the gate, a column for each backbone.
 
-    Thick lines are layer means over seeds. Thin ones are every head of every seed (Transformer),
-    or the mean over a layer's neurons for every seed (CfC).
+    Thick lines are layer means over seeds, marked at evaluations. Thin ones, marked at their ends,
+    are every head of every seed (Transformer), or the mean over a layer's neurons for every seed
+    (CfC).
     """
     runs = {(v, b): grid.runs(b, v) for v in VARIANTS for b in BACKBONE_LABELS}
     rows = [v for v in VARIANTS if v == "lif" or any(runs[v, b] for b in BACKBONE_LABELS)]
@@ -68,14 +77,16 @@ def _trajectories(axes: Axes, runs: Sequence[RunResult], each_unit: bool) -> Non
         steps, theta = thresholds(run)
         means = theta.mean(2)
         layer_means.append(means)
-        for layer, color in enumerate(layer_colors(theta.shape[1])):
+        for layer, (color, marker) in enumerate(layer_looks(theta.shape[1])):
             thin = theta[:, layer] if each_unit else means[:, layer]
             axes.plot(steps, thin, color=color, linewidth=0.5, alpha=0.5)
+            axes.plot(steps[-1:], thin[-1:], marker, color=color, markersize=2.6, zorder=1.9,
+                      clip_on=False)  # fmt: skip
     mean = np.mean(layer_means, axis=0)
-    colors = layer_colors(mean.shape[1])
-    for layer, color in enumerate(colors):
+    looks = layer_looks(mean.shape[1])
+    for layer, (color, marker) in enumerate(looks):
         axes.plot(steps, mean[:, layer], color="white", linewidth=2.2)
-        axes.plot(steps, mean[:, layer], color=color, linewidth=1.6)
+        axes.plot(steps, mean[:, layer], color=color, marker=marker, clip_on=False, **_MEAN)
     axes.axhline(mean[0, 0], color="0.5", linewidth=0.7, linestyle=(0, (3, 3)), zorder=0)
     axes.set_xlim(0, steps[-1])
     # Room for the legend, which no line then crosses.
@@ -83,8 +94,8 @@ def _trajectories(axes: Axes, runs: Sequence[RunResult], each_unit: bool) -> Non
     size = high - low or max(abs(high), 1e-3)
     axes.set_ylim(low - 0.05 * size, high + 0.32 * size)
     axes.legend(
-        [Line2D([], [], color=color, linewidth=1.6) for color in colors],
-        [f"layer {layer}" for layer in range(len(colors))],
+        [Line2D([], [], color=color, marker=marker, **_MEAN) for color, marker in looks],
+        [f"layer {layer}" for layer in range(len(looks))],
         loc="upper left",
         ncols=3,
     )
