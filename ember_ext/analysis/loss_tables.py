@@ -75,8 +75,10 @@ def performance_table(grid: Grid, backbone: str, section: str) -> Table:
         rows.append(tuple(row))
     notes.append(
         "Val loss: the smallest estimate over the evaluations of a run (random batches, the "
-        "paper's protocol), mean over seeds; sd with ddof 1, and with the paper's ddof 0. The last "
-        "two columns are on the whole validation text, which has no sampling error."
+        "paper's protocol, but the same ones at every evaluation and for every condition of a "
+        "seed; the paper drew new ones), mean over seeds; sd with ddof 1, and with the paper's "
+        "ddof 0. The last two columns are on the whole validation text, which has no sampling "
+        "error."
     )
     if config and grid.runs(backbone, "lif-refractory"):
         notes.append(_refractory_note(str(config.get("refractory_mode"))))
