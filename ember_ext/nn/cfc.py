@@ -250,7 +250,7 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         x is [B, T, C], or [B, C] for a single step. Arguments that `_scan` would complain about are
         left to it.
         """
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or _native.transforms_active():
             return None
         packed = self._packed
         if packed is None or not packed.is_current():

@@ -84,7 +84,7 @@ def cfc_scan(
         low = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(low), _round_matrices(weights, low)
     with torch.autocast(x.device.type, enabled=False):
-        if not _native.has(x.device.type, _OP):
+        if not _native.runs(x.device.type, _OP):
             return reference.cfc_scan(
                 x,
                 weights,
@@ -362,7 +362,7 @@ def check_timespans(timespans: Tensor | float, x: Tensor) -> None:
     if timespans.shape not in ((), (batch, steps), (batch, steps, 1)):
         expected = f"a scalar, [B, T] or [B, T, 1] with [B, T] = {[batch, steps]}"
         _checks.fail(_OP, "timespans", expected, list(timespans.shape))
-    if timespans.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.is_readable(timespans):
         good = (timespans >= 0) & timespans.isfinite()
         if not bool(good.all()):
             index = (~good).nonzero()[0].tolist()
@@ -381,7 +381,7 @@ def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
         _checks.fail(_OP, "lengths", "int64 or int32", lengths.dtype, TypeError)
     _checks.check_shape(_OP, "lengths", lengths, "[B]", (batch,))
     _checks.check_device(_OP, "lengths", lengths, x, "x")
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.is_readable(lengths):
         good = (lengths >= 0) & (lengths <= steps)
         if not bool(good.all()):
             index = int((~good).nonzero()[0])

@@ -122,8 +122,8 @@ def lif_attention(
     scale = _attention.default_scale(query) if scale is None else scale
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-    if not _native.has(query.device.type, _OP):
-        if query.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not _native.runs(query.device.type, _OP):
+        if _checks.is_readable(query):
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)
         return _run_reference(
             (query, key, value, threshold, leak, steepness),

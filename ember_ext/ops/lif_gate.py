@@ -76,9 +76,9 @@ def _run(
     unit_dim: int,
     eps: float,
 ) -> Tensor:
-    if not _native.has(x.device.type, _OP):
+    if not _native.runs(x.device.type, _OP):
         _check(x, threshold, leak, steepness, norm, unit_dim, eps)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _checks.is_readable(x):
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)
         y = reference.lif_gate(x, threshold, leak, steepness, norm=norm, unit_dim=unit_dim, eps=eps)
         return y.contiguous()

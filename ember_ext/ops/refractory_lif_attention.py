@@ -88,8 +88,8 @@ def refractory_lif_attention(
     seed = _attention.draw_seed(query, dropout_p, seed)
     scale = _attention.default_scale(query) if scale is None else scale
     device = query.device.type
-    if not _native.has(device, _OP):
-        if device == "cpu" and not torch.compiler.is_compiling():
+    if not _native.runs(device, _OP):
+        if _checks.is_readable(query):
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)
         with torch.autocast(device, enabled=False):
             out, load, state = reference.refractory_lif_attention(
