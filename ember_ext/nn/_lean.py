@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ember_ext import _native
+
 
 class Dropout(nn.Dropout):
     """PyTorch's dropout, equal to the bit, with a mask of one byte an element on the CPU as well.
@@ -22,16 +24,36 @@ class Dropout(nn.Dropout):
         return torch.native_dropout(x, self.p, True)[0]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does more than running its `forward`, or has that replaced."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def gelu_linear(u: Tensor, linear: nn.Linear) -> Tensor:
     """`linear(F.gelu(u))`, which keeps u but not its GELU: the backward pass computes that again.
 
+    A `linear` that does more than apply its weight, such as one with hooks, is called, and so it is
+    under forward-mode AD and `torch.func`; then autograd keeps what it keeps.
+
     Args:
-        u: [..., linear.in_features], of the dtype that `linear` computes in.
-        linear: of any device.
+        u: [..., linear.in_features].
+        linear: of any device; a subclass or another layer in its place will do as well.
 
     Returns:
         [..., linear.out_features].
     """
+    if type(linear) is not nn.Linear or has_hooks(linear) or _native.transforms_active():
+        return linear(F.gelu(u))  # type: ignore[no-any-return]
+    device = u.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if u.dtype != (torch.get_autocast_dtype(device) if autocast else linear.weight.dtype):
+        return linear(F.gelu(u))  # type: ignore[no-any-return]
     return _GELULinear.apply(u, linear.weight, linear.bias)  # type: ignore[no-any-return, no-untyped-call]
 
 
