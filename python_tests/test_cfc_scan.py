@@ -391,7 +391,7 @@ def with_weights(**changes: object) -> dict[str, object]:
         ({"chunk_size": 2.5}, ValueError, "chunk_size must be .*, got 2.5"),
         ({"timespans": -0.5}, ValueError, "timespans must be finite and >= 0, got -0.5"),
         ({"timespans": float("nan")}, ValueError, "timespans must be finite and >= 0, got nan"),
-        ({"timespans": "1"}, TypeError, "timespans must be a number or a tensor, got str"),
+        ({"timespans": "1"}, TypeError, "timespans must be a real number or a tensor, got str"),
         ({"timespans": torch.ones(8, 3)}, ValueError, r"= \[3, 8\], got \[8, 3\]"),
         ({"timespans": torch.ones(3, 8, 5)}, ValueError, r"got \[3, 8, 5\]"),
         ({"timespans": -torch.ones(3, 8)}, ValueError, r">= 0, got -1.0 at \[0, 0\]"),

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ember_ext import _native
+from ember_ext.nn._plain import has_hooks
+from ember_ext.ops._autocast import autocast_dtype
 
 
 class Dropout(nn.Dropout):
@@ -24,17 +26,6 @@ class Dropout(nn.Dropout):
         return torch.native_dropout(x, self.p, True)[0]
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` does more than running its `forward`, or has that replaced."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def gelu_linear(u: Tensor, linear: nn.Linear) -> Tensor:
     """`linear(F.gelu(u))`, which keeps u but not its GELU: the backward pass computes that again.
 
@@ -48,11 +39,10 @@ def gelu_linear(u: Tensor, linear: nn.Linear) -> Tensor:
     Returns:
         [..., linear.out_features].
     """
-    if type(linear) is not nn.Linear or has_hooks(linear) or _native.transforms_active():
+    altered = type(linear) is not nn.Linear or "forward" in linear.__dict__ or has_hooks(linear)
+    if altered or _native.transforms_active():
         return linear(F.gelu(u))  # type: ignore[no-any-return]
-    device = u.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if u.dtype != (torch.get_autocast_dtype(device) if autocast else linear.weight.dtype):
+    if u.dtype != (autocast_dtype(u.device.type) or linear.weight.dtype):
         return linear(F.gelu(u))  # type: ignore[no-any-return]
     return _GELULinear.apply(u, linear.weight, linear.bias)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ember_ext import _native, reference
 from ember_ext.ops import _checks
+from ember_ext.ops._autocast import autocast_dtype, without_autocast
 from ember_ext.reference.cfc_scan import Affine, CfCWeights
 
 Mode = Literal["default", "pure", "no_gate"]
@@ -78,12 +80,13 @@ def cfc_scan(
             lengths are checked on CPU tensors only: on a GPU the check would wait for the device.
     """
     _check(x, weights, h0, mode, activation, dropout_scale, chunk_size)
+    timespans = as_timespans(_OP, "timespans", timespans, x.dtype)
     check_timespans(timespans, x)
     check_lengths(lengths, x)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        low = torch.get_autocast_dtype(x.device.type)
+    low = autocast_dtype(x.device.type)
+    if low is not None and x.dtype != torch.float64:
         x, weights = x.to(low), _round_matrices(weights, low)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         if not _native.runs(x.device.type, _OP):
             return reference.cfc_scan(
                 x,
@@ -347,13 +350,36 @@ def _check_affine(
     _check_fits(f"{argument}.bias", affine.bias, "[out]", (out,), x)
 
 
+def as_timespans(op: str, argument: str, timespans: object, dtype: torch.dtype) -> Tensor | float:
+    """Time spans as a float (1 for None), or as a tensor of a floating dtype.
+
+    Args:
+        op: for the error.
+        argument: for the error.
+        timespans: a real number, of NumPy's, too; a tensor of a floating or integer dtype; or None.
+        dtype: of the input; integers are converted to what is computed in then.
+
+    Raises:
+        TypeError: anything else, such as a boolean or complex number.
+    """
+    if timespans is None:
+        return 1.0
+    if isinstance(timespans, Tensor):
+        if timespans.is_floating_point():
+            return timespans
+        if timespans.is_complex() or timespans.dtype == torch.bool:
+            _checks.fail(op, argument, "of a real dtype", timespans.dtype, TypeError)
+        return timespans.to(_checks.compute_dtype(dtype))
+    if isinstance(timespans, bool) or not isinstance(timespans, Real):
+        got = type(timespans).__name__
+        _checks.fail(op, argument, "a real number or a tensor", got, TypeError)
+    return float(timespans)
+
+
 def check_timespans(timespans: Tensor | float, x: Tensor) -> None:
-    """Raise unless `timespans` are what `cfc_scan` takes for `x`."""
+    """Raise unless `timespans`, from `as_timespans`, are what `cfc_scan` takes for `x`."""
     batch, steps, _ = x.shape
     if not isinstance(timespans, Tensor):
-        if isinstance(timespans, bool) or not isinstance(timespans, (int, float)):
-            got = type(timespans).__name__
-            _checks.fail(_OP, "timespans", "a number or a tensor", got, TypeError)
         if not (timespans >= 0 and math.isfinite(timespans)):
             _checks.fail(_OP, "timespans", "finite and >= 0", timespans)
         return

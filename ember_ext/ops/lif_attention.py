@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ember_ext import _native, reference
 from ember_ext.ops import _attention, _checks
+from ember_ext.ops._autocast import without_autocast
 from ember_ext.reference.lif_attention import (
     AttentionSummary,
     attention_probabilities,
@@ -154,7 +155,7 @@ def _run_reference(
     tensors: tuple[Tensor, ...], return_summary: bool, **options: Any
 ) -> Tensor | tuple[Tensor, AttentionSummary]:
     query, key, _, threshold = tensors[:4]
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         out, w = reference.lif_attention(*tensors, **options, return_weights=True)
         out = _attention.join_heads(out)
         if not return_summary:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ember_ext import _native, reference
 from ember_ext.ops import _attention, _checks
+from ember_ext.ops._autocast import without_autocast
 from ember_ext.reference.refractory_lif_attention import RefractoryMode, RefractoryState
 
 _OP = "refractory_lif_attention"
@@ -91,7 +92,7 @@ def refractory_lif_attention(
     if not _native.runs(device, _OP):
         if _checks.is_readable(query):
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             out, load, state = reference.refractory_lif_attention(
                 query,
                 key,
