@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import ncps.torch
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -669,3 +670,67 @@ def test_step_notices_new_parts() -> None:
             after, _ = network.step(x, hx)
             assert not torch.allclose(before, after)
             torch.testing.assert_close(after, network(x[:, None], hx)[0][:, 0])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("mixed_memory", [False, True])
+def test_time_spans_of_other_types(grad: bool, mixed_memory: bool) -> None:
+    network, x = nn.CfC(4, 6, mixed_memory=mixed_memory), torch.randn(3, 5, 4)
+    hx = (torch.zeros(3, 6),) * 2 if mixed_memory else torch.zeros(3, 6)
+    with torch.set_grad_enabled(grad):
+        expected, stepped = network(x, hx, 2.0)[0], network.step(x[:, 0], hx, 2.0)[0]
+        for spans in (2, np.float32(2), np.int64(2), torch.tensor(2), torch.tensor(2.0)):
+            torch.testing.assert_close(network(x, hx, spans)[0], expected)
+            torch.testing.assert_close(network.step(x[:, 0], hx, spans)[0], stepped)
+        torch.testing.assert_close(network(x, hx, torch.full((3, 5), 2))[0], expected)
+        for shape in ((3,), (3, 1)):
+            torch.testing.assert_close(network.step(x[:, 0], hx, torch.full(shape, 2))[0], stepped)
+        default = network.step(x[:, 0], hx)[0]
+        assert torch.equal(network.step(x[:, 0], hx, None)[0], default)
+        assert torch.equal(network.step(x[:, 0], hx, 1)[0], default)
+        for bad in (True, 1j, "1", torch.tensor(True), torch.tensor(1j)):
+            with pytest.raises(TypeError, match=r"nn\.CfC: timespans must be (a real|of a real)"):
+                network(x, hx, bad)
+            with pytest.raises(TypeError, match=r"nn\.CfC: timespan must be (a real|of a real)"):
+                network.step(x[:, 0], hx, bad)
+        for shape in ((1,), (1, 1), (1, 3), (3, 1, 1)):
+            with pytest.raises(ValueError, match=r"timespan must be a scalar, \[B\] = \[3\] or"):
+                network.step(x[:, 0], hx, torch.ones(shape))
+        for shape in ((), (1,)):
+            network.step(x[0, 0], None, torch.ones(shape))
+        with pytest.raises(ValueError, match=r"timespan must be a scalar or \[1\], got \[2\]"):
+            network.step(x[0, 0], None, torch.ones(2))
+
+
+def test_sizes_of_numpy_s_integers() -> None:
+    theirs = ncps.torch.CfC(4, np.int64(6), np.int64(2), backbone_units=np.int64(3))
+    ours = nn.CfC(np.int64(4), np.int64(6), np.int64(2), backbone_units=np.int64(3))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, 4)
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_mixed_memory_says_when_dtypes_differ(grad: bool) -> None:
+    network = nn.CfC(4, 6, mixed_memory=True)
+    zeros = torch.zeros(3, 6)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(TypeError, match=r"input must be of the weights' dtype torch\.float32"):
+            network(X.double())
+        # A state is taken as the other networks take theirs.
+        expected, _ = network(X, (zeros, zeros))
+        y, (h, c) = network(X, (zeros.double(), zeros.bfloat16()))
+    assert torch.equal(y, expected)
+    assert h.dtype == c.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*no compiled kernels for meta")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("mixed_memory", [False, True])
+def test_meta_device(grad: bool, mixed_memory: bool) -> None:
+    # Not built there: ncps takes a wiring's masks from NumPy.
+    network = nn.CfC(4, AutoNCP(14, 3), mixed_memory=mixed_memory).to("meta")
+    with torch.device("meta"), torch.set_grad_enabled(grad):
+        y, _ = network(torch.empty(2, 5, 4), timespans=torch.empty(2, 5))
+    assert y.shape == (2, 5, 3)
+    assert y.is_meta

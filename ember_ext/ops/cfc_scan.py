@@ -46,24 +46,26 @@ def cfc_scan(
     `default`: h_t = tanh(ff1 z) (1 - g) + tanh(ff2 z) g with g = σ(Δt time_a z + time_b z);
     `no_gate`: h_t = tanh(ff1 z) + tanh(ff2 z) g;
     `pure`: h_t = A - A exp(-Δt (|w_tau| + |ff1 z|)) ff1 z.
-    Differentiable once in every floating tensor argument but `lengths`, and through both results.
+    Differentiable once in `x`, `h0`, time spans and weights, and through both results.
     Sums, the gate and the state between steps are kept in fp32 (fp64 for fp64 input).
 
     Under autocast `x` and the weight matrices are rounded to autocast's dtype, unless `x` is fp64.
 
     Args:
         x: input, [B, T, I], in float64, float32, bfloat16 or float16; any strides.
-        weights: of a cell with H units and, where it has one, a backbone of width U, which on a
-            GPU has at most 15 layers; tensors of any floating dtype.
+        weights: an `ember_ext.ops.CfCWeights` of a cell with H units and, where it has one, a
+            backbone of width U, which on a GPU has at most 15 layers; tensors of any floating
+            dtype.
         h0: initial state, [B, H]. Default: zeros.
         timespans: Δt ≥ 0 and finite, in the unit of time that the weights were trained with: a
-            number, a tensor of no dimension, [B, T] or [B, T, 1]. Default: 1.
+            number, or a tensor of a floating or integer dtype: of no dimension, [B, T] or
+            [B, T, 1]. Default: 1.
         lengths: [B], integers within [0, T]: row b ends after `lengths[b]` steps. Its state is
             frozen from there on, its outputs are zero, and no gradient passes. Default: all T.
         mode: "default", "pure" or "no_gate".
         activation: of the backbone: "lecun_tanh", "tanh", "relu", "silu" or "gelu".
         dropout_scale: [B, T, layers - 1, U], multiplied onto the outputs of the backbone's second
-            and later layers: 0 or 1 / (1 - p). Default: no dropout.
+            and later layers: 0 or 1 / (1 - p). Not differentiable. Default: no dropout.
         chunk_size: time steps for which the backward pass keeps activations at once; those of other
             chunks are computed again. Measured with 64 rows of 256 steps and 192 units, peak memory
             and time of forward and backward, as shares of what keeping everything takes: 128 steps,
@@ -300,13 +302,13 @@ def _check(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 0):
         _checks.fail(_OP, "chunk_size", "None or an integer >= 0", repr(chunk_size))
     batch, steps, width = x.shape
-    hidden = weights.ff1.bias.shape[0]
+    hidden = _count_outputs("weights.ff1", weights.ff1)
     width += hidden
     layers = len(weights.backbone)
     if x.device.type == "cuda" and layers > MAX_CUDA_LAYERS:
         _checks.fail(_OP, "weights.backbone", f"at most {MAX_CUDA_LAYERS} layers on a GPU", layers)
     for layer, affine in enumerate(weights.backbone):
-        units = affine.bias.shape[0]
+        units = _count_outputs(f"weights.backbone[{layer}]", affine)
         _check_affine(f"weights.backbone[{layer}]", affine, "[U, in]", units, width, x)
         width = units
     heads: list[tuple[str, Affine | None]] = [("ff1", weights.ff1)]
@@ -333,6 +335,8 @@ def _check(
         units = weights.backbone[0].bias.shape[0]
         shape = (batch, steps, len(weights.backbone) - 1, units)
         _check_fits("dropout_scale", dropout_scale, "[B, T, layers - 1, U]", shape, x)
+        if dropout_scale.requires_grad and torch.is_grad_enabled():
+            _checks.fail(_OP, "dropout_scale", "detached, as it gets no gradient", "requires_grad")
 
 
 def _check_fits(
@@ -346,8 +350,18 @@ def _check_fits(
 def _check_affine(
     argument: str, affine: Affine, symbols: str, out: int, width: int, x: Tensor
 ) -> None:
+    _count_outputs(argument, affine)
     _check_fits(f"{argument}.weight", affine.weight, symbols, (out, width), x)
     _check_fits(f"{argument}.bias", affine.bias, "[out]", (out,), x)
+
+
+def _count_outputs(argument: str, affine: object) -> int:
+    if not isinstance(affine, Affine):
+        _checks.fail(_OP, argument, "an Affine", type(affine).__name__, TypeError)
+    _checks.check_tensor(_OP, f"{argument}.bias", affine.bias)
+    if affine.bias.dim() != 1:
+        _checks.fail(_OP, f"{argument}.bias", "[out]", list(affine.bias.shape))
+    return affine.bias.shape[0]
 
 
 def as_timespans(op: str, argument: str, timespans: object, dtype: torch.dtype) -> Tensor | float:

@@ -84,6 +84,9 @@ def lif_attention(
     weights and gradients of scores are rounded to query's dtype; fp32 does so, rounding its factors
     to tf32, where PyTorch's own products may (`torch.set_float32_matmul_precision`).
 
+    The weights themselves are never stored: `return_summary` describes them, and
+    `ember_ext.reference.lif_attention(..., return_weights=True)` returns them.
+
     Under autocast query, key and value are rounded to autocast's dtype, unless they are fp64.
 
     Args:
@@ -107,8 +110,8 @@ def lif_attention(
 
     Returns:
         [B, H, Tq, D] in query's dtype, laid out as [B, Tq, H, D] so that joining the heads copies
-        nothing; with `return_summary` also an `AttentionSummary`, in fp32 (fp64 for fp64 input) and
-        without gradient.
+        nothing; with `return_summary` also an `ember_ext.ops.AttentionSummary`, in fp32 (fp64 for
+        fp64 input) and without gradient.
 
     Raises:
         TypeError: an argument is not a tensor or not of a supported dtype.

@@ -63,8 +63,9 @@ def refractory_lif_attention(
         mode: "causal" or "paper". Default: "causal".
         previous_load: what the previous layer returned, broadcastable to [B, T, S + T]. Default:
             none.
-        past: what the call on the S tokens before returned. Default: none. In mode "paper" it must
-            be None: there a sequence cannot be taken in parts.
+        past: the `ember_ext.ops.RefractoryState` that the call on the S tokens before returned.
+            Default: none. In mode "paper" it must be None: there a sequence cannot be taken in
+            parts.
         dropout_p: as in `lif_attention`.
         scale: as in `lif_attention`.
         eps: as in `lif_attention`.
