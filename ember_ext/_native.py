@@ -1,4 +1,4 @@
-"""Loads the compiled operators, and says once why where they are missing.
+"""Loads the compiled operators, says whether a call is for them, and once why where it is not.
 
 `load` opens the libraries that belong to the installed `_C`. Whatever goes wrong there costs speed
 and not function: `runs` then says no, and the operators run their reference.

@@ -509,6 +509,9 @@ def test_inference_follows_the_weights(units: Any, mixed_memory: bool) -> None:
             torch.testing.assert_close(by_step() if streamed is None else streamed, expected)
 
 
+SLOWER = "ignore:.*step, which is slower:UserWarning"
+
+
 class LoRA(torch.nn.Module):
     """A low-rank adapter, which has the layer's weight for an attribute, as many do."""
 
@@ -573,7 +576,7 @@ def advance_by_steps(network: nn.CfC, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
     return torch.stack(outputs, 1), hx
 
 
-@pytest.mark.filterwarnings("ignore:.*step, which is slower:UserWarning", "ignore:.*deprecated")
+@pytest.mark.filterwarnings(SLOWER, "ignore:.*deprecated")
 @pytest.mark.parametrize("mixed_memory", [False, True], ids=["", "mixed"])
 @pytest.mark.parametrize("units", [AutoNCP(14, 3), 6], ids=["wired", "dense"])
 @pytest.mark.parametrize(
@@ -629,7 +632,7 @@ def test_altered_layers_are_called_as_ncps_calls_them(
     assert (y[1, 2:] == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated", "ignore:.*quantized tensor creation")
+@pytest.mark.filterwarnings("ignore:.*deprecated", "ignore:.*quantized tensor creation", SLOWER)
 @pytest.mark.parametrize("mixed_memory", [False, True])
 def test_quantised_layers(mixed_memory: bool) -> None:
     theirs, ours = (
@@ -656,6 +659,7 @@ def test_dropouts_of_their_own_mode() -> None:
             torch.testing.assert_close(ours.step(x[:, 0], torch.zeros(2, 6))[0], theirs(x)[0][:, 0])
 
 
+@pytest.mark.filterwarnings(SLOWER)
 def test_step_notices_new_parts() -> None:
     network = nn.CfC(3, 7, backbone_units=5)
     x, hx = torch.randn(2, 3), torch.zeros(2, 7)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import ncps.torch
 import torch
@@ -56,9 +56,8 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         - T = 0 returns the state unchanged.
         - Arguments are checked, with messages that say what was expected.
 
-    A layer that does more than apply its weights, because it was pruned, adapted, quantised or
-    hooked, is called as ncps calls it, step by step, and a warning says once which one it is. That
-    is no faster than ncps.
+    Where a cell's layer does more than apply its weights, because it was pruned, adapted, quantised
+    or hooked, the cell is called step by step as in ncps, and a warning says once for which layer.
 
     Additions: `step` for streaming, `lengths` for padded batches, and `chunk_size`.
 
@@ -676,7 +675,7 @@ def _dropout_scale(cell: Any, x: Tensor) -> Tensor | None:
 
 def _count(argument: str, value: Any) -> int:
     """`value` as an int, of NumPy's integers, too."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         _fail(argument, "an integer", type(value).__name__, TypeError)
     count = operator.index(value)
     if count < 0:
