@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import ncps.torch
@@ -577,26 +578,28 @@ def advance_by_steps(network: nn.CfC, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
 
 
 @pytest.mark.filterwarnings(SLOWER, "ignore:.*deprecated")
-@pytest.mark.parametrize("mixed_memory", [False, True], ids=["", "mixed"])
 @pytest.mark.parametrize("units", [AutoNCP(14, 3), 6], ids=["wired", "dense"])
 @pytest.mark.parametrize(
-    "alter",
+    ("alter", "mixed_memory"),
     [
-        prune_time_a,
-        normalise_time_b,
-        adapt_time_a,
-        hook_time_a,
-        replace_a_forward,
-        replace_an_activation,
-        hook_the_lstm,
+        *itertools.product(
+            (
+                prune_time_a,
+                normalise_time_b,
+                adapt_time_a,
+                hook_time_a,
+                replace_a_forward,
+                replace_an_activation,
+            ),
+            (False, True),
+        ),
+        (hook_the_lstm, True),
     ],
-    ids=lambda alter: alter.__name__,
+    ids=lambda value: value.__name__ if callable(value) else "mixed" * value,
 )
 def test_altered_layers_are_called_as_ncps_calls_them(
     alter: Any, units: Any, mixed_memory: bool
 ) -> None:
-    if alter is hook_the_lstm and not mixed_memory:
-        pytest.skip("there is no LSTM")
     theirs, ours = pair(4, units, mixed_memory=mixed_memory)
     theirs, ours = theirs.double(), ours.double()
     x = torch.randn(3, 5, 4, dtype=torch.float64)

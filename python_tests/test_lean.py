@@ -185,15 +185,10 @@ def test_models_mlps_can_be_quantised(model: nn.Module) -> None:
     assert_close(quantised_logits, logits, rtol=0.1, atol=0.05)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gelu_linear_under_autocast_takes_any_dtype(dtype: torch.dtype) -> None:
     linear = nn.Linear(16, 8)
     u = torch.randn(5, 16).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        if dtype == torch.float64:  # autocast leaves fp64 alone
-            with pytest.raises(RuntimeError, match="dtype"):
-                gelu_linear(u, linear)
-        else:
-            assert_close(
-                results(gelu_linear, u, linear), results(plain, u, linear), rtol=2e-2, atol=2e-2
-            )
+        actual, expected = results(gelu_linear, u, linear), results(plain, u, linear)
+    assert_close(actual, expected, rtol=2e-2, atol=2e-2)

@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, linearize, vm
 from torch.testing import assert_close
 
 from ember_ext import _native, nn
+from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
 from ember_ext.models._base import MLP
 from ember_ext.testing import OPERATORS, Registered, Sample
 
@@ -130,6 +131,31 @@ def test_modules_under_transforms(build: Callable[[], torch.nn.Module]) -> None:
 
     per_row = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
     for index, row in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, row), list(parameters.values()))
+        assert_close([per_row[name][index] for name in parameters], list(expected))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Ember(EmberConfig(block_size=8, n_layer=1, n_embd=8, n_head=2, dropout=0.0)),
+        LiquidEmber(
+            LiquidEmberConfig(block_size=8, n_layer=1, n_embd=8, cfc_units=12, dropout=0.0)
+        ),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_models_gradients_row_by_row(model: Ember | LiquidEmber) -> None:
+    model.double()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    idx = torch.randint(65, (3, 6))
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        _, loss, _ = functional_call(model, parameters, (row[None], row[None]))
+        return loss  # type: ignore[no-any-return]
+
+    per_row = vmap(grad(loss), in_dims=(None, 0))(parameters, idx)
+    for index, row in enumerate(idx):
         expected = torch.autograd.grad(loss(parameters, row), list(parameters.values()))
         assert_close([per_row[name][index] for name in parameters], list(expected))
 
