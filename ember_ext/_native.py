@@ -1,7 +1,7 @@
-"""Loads the compiled operators, and says once why where they are missing.
+"""Loads the compiled operators, says whether a call is for them, and once why where it is not.
 
 `load` opens the libraries that belong to the installed `_C`. Whatever goes wrong there costs speed
-and not function: `has` then says no, and the operators run their reference.
+and not function: `runs` then says no, and the operators run their reference.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 _INSTALL_HINT = "run `pip install --force-reinstall --no-deps .` in the clone"
 
@@ -41,20 +42,53 @@ def has(device_type: str, op: str | None = None) -> bool:
     """
     if device_type in _devices and (op is None or device_type == "cpu" or op in _cuda_operators):
         return True
-    if not torch.compiler.is_compiling():
-        _warn_once(device_type, op if device_type in _devices else None)
+    _warn_of_missing_kernels(device_type, op if device_type in _devices else None)
     return False
 
 
+def runs(device_type: str, op: str) -> bool:
+    """Whether a call of an operator is for its compiled kernels, and not for its reference.
+
+    Args:
+        device_type: as `torch.device.type` has it.
+        op: an operator's stem, such as "lif_gate".
+    """
+    if transforms_active():
+        warn_once(
+            f"forward-mode AD or a torch.func transform is active, for which {op} has no compiled "
+            "kernels, using the slower PyTorch reference"
+        )
+        return False
+    return has(device_type, op)
+
+
+def transforms_active() -> bool:
+    """Whether forward-mode AD or a `torch.func` transform, such as vmap, is active.
+
+    The kernels' operators have a reverse-mode gradient and nothing else, and a dual tensor does not
+    say that it requires one.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def warn_once(message: str) -> None:
+    """Say why a call goes the slower way, the first time that this is the reason."""
+    if not torch.compiler.is_compiling():
+        _warn(message)
+
+
 @functools.cache
-def _warn_once(device_type: str, op: str | None) -> None:
+def _warn(message: str) -> None:
+    warnings.warn(f"ember_ext: {message}", stacklevel=4)
+
+
+def _warn_of_missing_kernels(device_type: str, op: str | None) -> None:
     reason = unavailable.get(device_type, "there are none for this device type")
     if op is not None:
         reason = f"{op} has none yet"
-    warnings.warn(
-        f"ember_ext: no compiled kernels for {device_type} tensors, using the slower PyTorch "
-        f"reference: {reason}",
-        stacklevel=3,
+    warn_once(
+        f"no compiled kernels for {device_type} tensors, using the slower PyTorch reference: "
+        f"{reason}"
     )
 
 
@@ -89,7 +123,7 @@ def load(version: str) -> None:
         _devices.add("cpu")
     except (ImportError, RuntimeError) as error:
         unavailable["cpu"] = unavailable["cuda"] = f"{error}; {_INSTALL_HINT}"
-        _warn_once("cpu", None)
+        _warn_of_missing_kernels("cpu", None)
         return
     wanted = os.environ.get("EMBER_EXT_ISA")
     if wanted and wanted != isa:
@@ -108,4 +142,4 @@ def load(version: str) -> None:
             _cuda_operators.update(build_info["cuda_operators"].split())
         except RuntimeError as error:
             unavailable["cuda"] = f"{error}; {_INSTALL_HINT}"
-            _warn_once("cuda", None)
+            _warn_of_missing_kernels("cuda", None)

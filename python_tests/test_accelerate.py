@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ncps.torch
 import pytest
 import torch
@@ -33,8 +35,8 @@ def test_replaces_in_place_with_the_same_results() -> None:
     keys = list(model.state_dict())
     gradients = torch.autograd.grad(expected.sum(), model.wired.rnn_cell.layer_0.ff1.weight)
     report = ember_ext.accelerate(model)
-    assert report.replaced == ("wired", "dense.0")
-    assert report.left == {"mixed": "mixed memory runs step by step"}
+    assert report.replaced == ("wired", "dense.0", "mixed")
+    assert report.left == {}
     assert str(report).splitlines()[0] == "wired: accelerated"
     assert isinstance(model.wired, ember_ext.nn.CfC)
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
@@ -83,21 +85,79 @@ def with_own_forward() -> nn.Module:
     return model
 
 
+def with_part(place: str, part: nn.Module | None, **options: Any) -> nn.Module:
+    """A CfC with one module replaced, or without it."""
+    model = ncps.torch.CfC(4, 6, **options)
+    owner, _, name = place.rpartition(".")
+    if part is None:
+        delattr(model.get_submodule(owner), name)
+    else:
+        setattr(model.get_submodule(owner), name, part)
+    return model
+
+
+def with_dropouts(*rates: float) -> nn.Module:
+    model = ncps.torch.CfC(4, 6, backbone_layers=3, backbone_dropout=0.5)
+    dropouts = [m for m in model.rnn_cell.backbone if isinstance(m, nn.Dropout)]
+    for dropout, p in zip(dropouts, rates, strict=True):
+        dropout.p = p
+    return model
+
+
+TWO_LAYERS = {"backbone_layers": 2}
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (Doubling(4, 6), "Doubling is a subclass"),
+        (
+            with_part("rnn_cell.backbone.1", nn.Identity()),
+            "rnn_cell.backbone.1 is a Identity, which ncps does not put there",
+        ),
+        (with_part("rnn_cell.backbone.1", None), "rnn_cell.backbone is not made of Linear, act"),
+        (with_part("rnn_cell.backbone.1", nn.Dropout(0.5)), "rnn_cell.backbone is not made of"),
+        (with_part("rnn_cell.backbone.3", nn.ReLU(), **TWO_LAYERS), "backbone mixes activations"),
+        (with_part("rnn_cell.backbone.1", nn.GELU("tanh")), "backbone approximates GELU by tanh"),
+        (
+            with_part("rnn_cell.backbone.1.tanh", nn.Hardtanh()),
+            "activation.tanh is a torch.nn.modules.activation.Hardtanh",
+        ),
+        (with_part("rnn_cell.backbone.0", nn.Linear(10, 128, False)), "backbone.0 has no bias"),
+        (with_part("rnn_cell.ff2", nn.Linear(128, 6, False)), "rnn_cell.ff2 has no bias"),
+        (
+            with_part("rnn_cell.sigmoid", nn.Hardsigmoid()),
+            "sigmoid is a torch.nn.modules.activation.Hardsigmoid and no",
+        ),
+        (with_dropouts(0.5, 0.1), "rnn_cell.backbone has Dropouts that differ"),
+        (
+            with_part("lstm.tanh", nn.ReLU(), mixed_memory=True),
+            "lstm.tanh is a torch.nn.modules.activation.ReLU",
+        ),
+        (
+            with_part("lstm.recurrent_map", nn.Linear(6, 24), mixed_memory=True),
+            "lstm.recurrent_map has a bias",
+        ),
         (with_adapter(), "rnn_cell.ff1 is a Adapted with a forward of its own"),
         (with_hook(), "rnn_cell.layer_1 has hooks"),
         (with_own_forward(), "its forward was replaced"),
     ],
-    ids=["subclass", "adapter", "hook", "own forward"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_leaves_what_computes_something_else(model: nn.Module, reason: str) -> None:
     kind = type(model)
     report = ember_ext.accelerate(model)
     assert reason in report.left[""]
     assert type(model) is kind
+
+
+def test_unusual_backbones_are_replaced_where_their_results_stay() -> None:
+    model = with_dropouts(0.5, 0.5).eval()
+    model.rnn_cell.backbone[0] = nn.Linear(10, 128)
+    x = torch.randn(2, 3, 4)
+    expected, _ = model(x)
+    assert ember_ext.accelerate(model).replaced == ("",)
+    torch.testing.assert_close(model(x)[0], expected)
 
 
 def test_parametrised_weights_are_followed() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import ncps.torch
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ncps.wirings import NCP, AutoNCP, FullyConnected, Random, Wiring
 from torch import Tensor
+from torch.nn.utils import prune
 
-from ember_ext import nn
+from ember_ext import _native, nn
 from ember_ext.testing import assert_close
 
 MODES = ("default", "pure", "no_gate")
@@ -413,7 +416,7 @@ X = torch.zeros(3, 8, 4)
         ({"hx": torch.zeros(3, 6).int()}, TypeError, "hx must be of a floating dtype, got torch.i"),
         ({"hx": (torch.zeros(3, 6),) * 2}, TypeError, "hx must be a torch.Tensor, got tuple"),
         ({"timespans": torch.ones(3)}, ValueError, r"\[B, T\] = \[3, 8\] or .*, got \[3\]"),
-        ({"timespans": "1"}, TypeError, "timespans must be a number or a tensor, got str"),
+        ({"timespans": "1"}, TypeError, "timespans must be a real number or a tensor, got str"),
         ({"timespans": -1.0}, ValueError, "timespans must be finite and >= 0"),
         ({"timespans": torch.full((3, 8), float("inf"))}, ValueError, "timespans must be finite"),
         ({"lengths": torch.tensor([1, 2, 9])}, ValueError, r"lengths must be within \[0, T\]"),
@@ -505,3 +508,236 @@ def test_inference_follows_the_weights(units: Any, mixed_memory: bool) -> None:
             streamed = by_step() if change is not through_data else None
             torch.testing.assert_close(network(x)[0], expected)
             torch.testing.assert_close(by_step() if streamed is None else streamed, expected)
+
+
+SLOWER = "ignore:.*step, which is slower:UserWarning"
+
+
+class LoRA(torch.nn.Module):
+    """A low-rank adapter, which has the layer's weight for an attribute, as many do."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Parameter(torch.linspace(-1, 1, base.in_features)[None])
+        self.up = torch.nn.Parameter(torch.linspace(0, 1, base.out_features)[:, None])
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.t() @ self.up.t()  # type: ignore[no-any-return]
+
+
+def some_cell(network: Any) -> Any:
+    cell = network.rnn_cell
+    return cell if isinstance(cell, ncps.torch.CfCCell) else cell.layer_1
+
+
+def prune_time_a(network: Any) -> None:
+    prune.l1_unstructured(some_cell(network).time_a, "weight", 0.5)
+
+
+def normalise_time_b(network: Any) -> None:
+    torch.nn.utils.weight_norm(some_cell(network).time_b)
+
+
+def adapt_time_a(network: Any) -> None:
+    cell = some_cell(network)
+    cell.time_a = LoRA(cell.time_a).to(cell.time_a.weight)
+
+
+def hook_time_a(network: Any) -> None:
+    some_cell(network).time_a.register_forward_hook(lambda _module, _input, output: 3 * output)
+
+
+def replace_a_forward(network: Any) -> None:
+    time_b = some_cell(network).time_b
+    time_b.forward = lambda x: torch.nn.functional.linear(x, time_b.weight) - 1
+
+
+def replace_an_activation(network: Any) -> None:
+    some_cell(network).tanh = torch.nn.Hardtanh()
+
+
+def hook_the_lstm(network: Any) -> None:
+    network.lstm.recurrent_map.register_forward_hook(lambda _module, _input, output: output / 2)
+
+
+def advance_by_steps(network: nn.CfC, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+    outputs = []
+    for row in x.unbind(1):
+        y, hx = network.step(row, hx)
+        outputs.append(y)
+    return torch.stack(outputs, 1), hx
+
+
+@pytest.mark.filterwarnings(SLOWER, "ignore:.*deprecated")
+@pytest.mark.parametrize("units", [AutoNCP(14, 3), 6], ids=["wired", "dense"])
+@pytest.mark.parametrize(
+    ("alter", "mixed_memory"),
+    [
+        *itertools.product(
+            (
+                prune_time_a,
+                normalise_time_b,
+                adapt_time_a,
+                hook_time_a,
+                replace_a_forward,
+                replace_an_activation,
+            ),
+            (False, True),
+        ),
+        (hook_the_lstm, True),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "mixed" * value,
+)
+def test_altered_layers_are_called_as_ncps_calls_them(
+    alter: Any, units: Any, mixed_memory: bool
+) -> None:
+    theirs, ours = pair(4, units, mixed_memory=mixed_memory)
+    theirs, ours = theirs.double(), ours.double()
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    zeros = torch.zeros(3, ours.state_size, dtype=torch.float64)
+    hx = (zeros, zeros) if mixed_memory else zeros
+    with torch.no_grad():
+        ours(x, hx)
+        plain, _ = advance_by_steps(ours, x, hx)  # lays out the weights of the plain layers
+    alter(theirs)
+    alter(ours)
+    optimizers = [
+        torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1)
+        for network in (theirs, ours)
+    ]
+    for _ in range(2):
+        expected, expected_last = theirs(x, hx)
+        actual, last = ours(x, hx)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(last, expected_last)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x, hx)[0], expected)
+            torch.testing.assert_close(advance_by_steps(ours, x, hx)[0], expected)
+        for output, optimizer in zip((expected, actual), optimizers, strict=True):
+            optimizer.zero_grad()
+            output.square().sum().backward()
+            optimizer.step()
+    assert not torch.allclose(plain, expected)
+    # What ncps lacks, against ncps on each row's own steps.
+    spans, lengths = torch.rand(3, 5, dtype=torch.float64), torch.tensor([5, 2, 0])
+    y, _ = ours(x, hx, spans, lengths=lengths)
+    row = tuple(h[:1] for h in hx) if mixed_memory else hx[:1]
+    torch.testing.assert_close(y[1:2, :2], theirs(x[1:2, :2], row, spans[1:2, :2])[0])
+    assert (y[1, 2:] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated", "ignore:.*quantized tensor creation", SLOWER)
+@pytest.mark.parametrize("mixed_memory", [False, True])
+def test_quantised_layers(mixed_memory: bool) -> None:
+    theirs, ours = (
+        torch.ao.quantization.quantize_dynamic(network, {torch.nn.Linear})
+        for network in pair(4, 6, mixed_memory=mixed_memory)
+    )
+    assert type(ours) is nn.CfC
+    x = torch.randn(3, 5, 4)
+    _native._warn.cache_clear()
+    with pytest.warns(UserWarning, match="cells step by step.*rnn_cell.ff1 is a torch.*quantized"):
+        actual, _ = ours(x)
+    torch.testing.assert_close(actual, theirs(x)[0])
+
+
+def test_dropouts_of_their_own_mode() -> None:
+    """Dropout is for the layers to know: a network in eval mode may have one that trains."""
+    theirs, ours = pair(4, 6, backbone_layers=2, backbone_dropout=1.0)
+    x = torch.randn(2, 5, 4)
+    for network in (theirs, ours):
+        network.eval().rnn_cell.backbone[-1].train()
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+            torch.testing.assert_close(ours.step(x[:, 0], torch.zeros(2, 6))[0], theirs(x)[0][:, 0])
+
+
+@pytest.mark.filterwarnings(SLOWER)
+def test_step_notices_new_parts() -> None:
+    network = nn.CfC(3, 7, backbone_units=5)
+    x, hx = torch.randn(2, 3), torch.zeros(2, 7)
+    with torch.no_grad():
+        for change in (
+            lambda: setattr(network.rnn_cell.ff1, "weight", torch.nn.Parameter(torch.ones(7, 5))),
+            lambda: setattr(network.rnn_cell, "ff2", torch.nn.Linear(5, 7)),
+            lambda: network.rnn_cell.backbone.__setitem__(1, torch.nn.LeakyReLU()),
+        ):
+            before, _ = network.step(x, hx)
+            change()
+            after, _ = network.step(x, hx)
+            assert not torch.allclose(before, after)
+            torch.testing.assert_close(after, network(x[:, None], hx)[0][:, 0])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("mixed_memory", [False, True])
+def test_time_spans_of_other_types(grad: bool, mixed_memory: bool) -> None:
+    network, x = nn.CfC(4, 6, mixed_memory=mixed_memory), torch.randn(3, 5, 4)
+    hx = (torch.zeros(3, 6),) * 2 if mixed_memory else torch.zeros(3, 6)
+    with torch.set_grad_enabled(grad):
+        expected, stepped = network(x, hx, 2.0)[0], network.step(x[:, 0], hx, 2.0)[0]
+        for spans in (2, np.float32(2), np.int64(2), torch.tensor(2), torch.tensor(2.0)):
+            torch.testing.assert_close(network(x, hx, spans)[0], expected)
+            torch.testing.assert_close(network.step(x[:, 0], hx, spans)[0], stepped)
+        torch.testing.assert_close(network(x, hx, torch.full((3, 5), 2))[0], expected)
+        for shape in ((3,), (3, 1)):
+            torch.testing.assert_close(network.step(x[:, 0], hx, torch.full(shape, 2))[0], stepped)
+        default = network.step(x[:, 0], hx)[0]
+        assert torch.equal(network.step(x[:, 0], hx, None)[0], default)
+        assert torch.equal(network.step(x[:, 0], hx, 1)[0], default)
+        for bad in (True, 1j, "1", torch.tensor(True), torch.tensor(1j)):
+            with pytest.raises(TypeError, match=r"nn\.CfC: timespans must be (a real|of a real)"):
+                network(x, hx, bad)
+            with pytest.raises(TypeError, match=r"nn\.CfC: timespan must be (a real|of a real)"):
+                network.step(x[:, 0], hx, bad)
+        for shape in ((1,), (1, 1), (1, 3), (3, 1, 1)):
+            with pytest.raises(ValueError, match=r"timespan must be a scalar, \[B\] = \[3\] or"):
+                network.step(x[:, 0], hx, torch.ones(shape))
+        for shape in ((), (1,)):
+            network.step(x[0, 0], None, torch.ones(shape))
+        with pytest.raises(ValueError, match=r"timespan must be a scalar or \[1\], got \[2\]"):
+            network.step(x[0, 0], None, torch.ones(2))
+
+
+def test_sizes_of_numpy_s_integers() -> None:
+    theirs = ncps.torch.CfC(4, np.int64(6), np.int64(2), backbone_units=np.int64(3))
+    ours = nn.CfC(np.int64(4), np.int64(6), np.int64(2), backbone_units=np.int64(3))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, 4)
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_mixed_memory_says_when_dtypes_differ(grad: bool) -> None:
+    network = nn.CfC(4, 6, mixed_memory=True)
+    zeros = torch.zeros(3, 6)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(TypeError, match=r"input must be of the weights' dtype torch\.float32"):
+            network(X.double())
+        # A state is taken as the other networks take theirs.
+        expected, _ = network(X, (zeros, zeros))
+        y, (h, c) = network(X, (zeros.double(), zeros.bfloat16()))
+    assert torch.equal(y, expected)
+    assert h.dtype == c.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*no compiled kernels for meta")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("mixed_memory", [False, True])
+def test_meta_device(grad: bool, mixed_memory: bool) -> None:
+    # Not built there: ncps takes a wiring's masks from NumPy.
+    network = nn.CfC(4, AutoNCP(14, 3), mixed_memory=mixed_memory).to("meta")
+    with torch.device("meta"), torch.set_grad_enabled(grad):
+        y, _ = network(torch.empty(2, 5, 4), timespans=torch.empty(2, 5))
+    assert y.shape == (2, 5, 3)
+    assert y.is_meta

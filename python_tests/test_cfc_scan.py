@@ -10,14 +10,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import ember_ext
 from ember_ext import _native, reference
+from ember_ext.ops import Affine, CfCWeights
 from ember_ext.ops.cfc_scan import PackedCells
-from ember_ext.reference.cfc_scan import Affine, CfCWeights
 from ember_ext.testing import DTYPES, check_sample
 from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, flat
 
@@ -384,6 +385,23 @@ def with_weights(**changes: object) -> dict[str, object]:
             ValueError,
             r"weights.ff1.weight must be \[H, Z\] = \[5, 9\], got \[5, 8\]",
         ),
+        (with_weights(ff1=(torch.ones(5, 9), torch.ones(5))), TypeError, "ff1 must be an Affine"),
+        (with_weights(time_a=[]), TypeError, "weights.time_a must be an Affine, got list"),
+        (
+            with_weights(ff1=Affine(torch.ones(5, 9), None)),
+            TypeError,
+            "weights.ff1.bias must be a torch.Tensor, got NoneType",
+        ),
+        (
+            with_weights(backbone=(Affine(torch.ones(5, 9), torch.tensor(1.0)),)),
+            ValueError,
+            r"weights.backbone\[0\].bias must be \[out\], got \[\]",
+        ),
+        (
+            with_weights(backbone=((torch.ones(5, 9), torch.ones(5)),)),
+            TypeError,
+            r"weights.backbone\[0\] must be an Affine, got tuple",
+        ),
         (with_weights(mask=torch.ones(9, 5)), ValueError, r"weights.mask must be \[H, Z\] ="),
         ({"mode": "fast"}, ValueError, "mode must be .*, got 'fast'"),
         ({"activation": "sine"}, ValueError, "activation must be one of .*, got 'sine'"),
@@ -391,7 +409,10 @@ def with_weights(**changes: object) -> dict[str, object]:
         ({"chunk_size": 2.5}, ValueError, "chunk_size must be .*, got 2.5"),
         ({"timespans": -0.5}, ValueError, "timespans must be finite and >= 0, got -0.5"),
         ({"timespans": float("nan")}, ValueError, "timespans must be finite and >= 0, got nan"),
-        ({"timespans": "1"}, TypeError, "timespans must be a number or a tensor, got str"),
+        ({"timespans": "1"}, TypeError, "timespans must be a real number or a tensor, got str"),
+        ({"timespans": True}, TypeError, "timespans must be a real number or a tensor, got bool"),
+        ({"timespans": 1j}, TypeError, "timespans must be a real number or a tensor, got complex"),
+        ({"timespans": torch.ones(3, 8).bool()}, TypeError, "timespans must be of a real dtype"),
         ({"timespans": torch.ones(8, 3)}, ValueError, r"= \[3, 8\], got \[8, 3\]"),
         ({"timespans": torch.ones(3, 8, 5)}, ValueError, r"got \[3, 8, 5\]"),
         ({"timespans": -torch.ones(3, 8)}, ValueError, r">= 0, got -1.0 at \[0, 0\]"),
@@ -408,6 +429,27 @@ def test_bad_input(changes: dict[str, object], error: type[Exception], message: 
     arguments: dict[str, Any] = {"x": torch.randn(BATCH, STEPS, 4), **with_weights()}
     with pytest.raises(error, match=r"ember_ext\.cfc_scan: .*" + message):
         ember_ext.cfc_scan(**arguments | changes)
+
+
+def test_dropout_has_no_gradient_and_says_so() -> None:
+    weights = cfc_weights(4, 5, backbone=(6, 6), generator=torch.Generator().manual_seed(0))
+    scale = torch.ones(2, 3, 1, 6, requires_grad=True)
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(ValueError, match=r"cfc_scan: dropout_scale must be detached"):
+        scan(x, **weights, dropout_scale=scale)
+    with torch.no_grad():
+        y, _ = scan(x, **weights, dropout_scale=scale)
+    assert torch.equal(scan(x, **weights, dropout_scale=scale.detach())[0], y)
+
+
+@pytest.mark.parametrize("spans", [np.float32(2), np.int64(2), 2, torch.tensor(2)], ids=repr)
+def test_time_spans_of_other_types(spans: Any) -> None:
+    weights = cfc_weights(4, 5, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 4)
+    y, _ = scan(x, **weights, timespans=2.0)
+    assert torch.equal(scan(x, **weights, timespans=spans)[0], y)
+    many = torch.full((2, 3), 2)
+    torch.testing.assert_close(scan(x, **weights, timespans=many)[0], y)
 
 
 @needs_kernels

@@ -10,8 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
+from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
+from ember_ext.models._base import MLP
 from ember_ext.nn._lean import Dropout, gelu_linear
 
 
@@ -133,3 +136,59 @@ def test_dropout_keeps_a_byte_an_element() -> None:
     x = torch.randn(1000, requires_grad=True)
     assert kept_bytes(functools.partial(nn.Dropout(0.1), x), x) == 4 * x.numel()
     assert kept_bytes(functools.partial(Dropout(0.1), x), x) == x.numel()
+
+
+def test_gelu_linear_calls_a_linear_that_does_more() -> None:
+    linear, u, calls = nn.Linear(7, 3), torch.randn(5, 7), []
+    handle = linear.register_forward_hook(lambda *_: calls.append("forward"))
+    linear.register_full_backward_hook(lambda *_: calls.append("backward"))
+    gelu_linear(u.requires_grad_(), linear).sum().backward()
+    assert calls == ["forward", "backward"]
+    handle.remove()
+    linear = prune.l1_unstructured(nn.Linear(7, 3), "weight", 0.5)
+    for _ in range(2):  # the second step needs the mask to be applied anew
+        assert_close(results(gelu_linear, u, linear), results(plain, u, linear))
+        with torch.no_grad():
+            linear.weight_orig.mul_(0.5)
+    linear = nn.Linear(7, 3)
+    linear.forward = lambda x: 2 * F.linear(x, linear.weight)  # type: ignore[method-assign]
+    assert_close(gelu_linear(u, linear), plain(u, linear))
+    linear = nn.utils.parametrizations.weight_norm(nn.Linear(7, 3))
+    assert_close(results(gelu_linear, u, linear), results(plain, u, linear))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "model",
+    [
+        Ember(EmberConfig(block_size=8, n_layer=1, n_embd=16, n_head=2)),
+        LiquidEmber(LiquidEmberConfig(block_size=8, n_layer=1, n_embd=16, cfc_units=24)),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_models_mlps_can_be_quantised(model: nn.Module) -> None:
+    model.eval()
+    idx = torch.randint(65, (2, 8))
+    # ncps' own wired cells multiply their weights by a mask, which quantised weights cannot be.
+    mlp = {
+        f"{name}.{part}"
+        for name, m in model.named_modules()
+        if isinstance(m, MLP)
+        for part in ("c_fc", "c_proj")
+    }
+    spec = dict.fromkeys(mlp, torch.ao.quantization.default_dynamic_qconfig)
+    quantised = torch.ao.quantization.quantize_dynamic(model, spec)
+    assert type(quantised) is type(model)
+    with torch.no_grad():
+        logits, quantised_logits = model(idx)[0], quantised(idx)[0]
+    assert not torch.equal(logits, quantised_logits)
+    assert_close(quantised_logits, logits, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gelu_linear_under_autocast_takes_any_dtype(dtype: torch.dtype) -> None:
+    linear = nn.Linear(16, 8)
+    u = torch.randn(5, 16).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = results(gelu_linear, u, linear), results(plain, u, linear)
+    assert_close(actual, expected, rtol=2e-2, atol=2e-2)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ember_ext
 from ember_ext import _native, nn, reference
+from ember_ext.nn import AttentionCache
 from ember_ext.ops import lif_attention
 from ember_ext.reference.lif_attention import attention_probabilities as probabilities
 from ember_ext.reference.lif_attention import dropout_keep, philox, summarize, visible_keys
@@ -421,5 +422,39 @@ def test_bad_module(arguments: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_module_refuses_what_does_not_fit() -> None:
+    module = nn.LIFSelfAttention(6, 2)
+    for x, error, got in (
+        (torch.ones(2, 3, 5), ValueError, r"\[2, 3, 5\]"),
+        (torch.ones(3, 6), ValueError, r"\[3, 6\]"),
+        ([1.0], TypeError, "list"),
+    ):
+        with pytest.raises(error, match=rf"nn\.LIFSelfAttention: x must be .*, got {got}"):
+            module(x)
+
+
+@pytest.mark.parametrize("refractory", ["causal", "paper"])
+def test_refractory_module_refuses_a_cache_without_loads(refractory: Any) -> None:
+    module, x = nn.LIFSelfAttention(6, 2, refractory=refractory), torch.randn(2, 3, 6)
+    empty, cached = torch.zeros(2, 2, 0, 3), torch.randn(2, 2, 4, 3)
+    expected, _, _ = module(x)
+    torch.testing.assert_close(module(x, AttentionCache(empty, empty, None))[0], expected)
+    message = "cache.loads must be" if refractory == "causal" else "cache must be None"
+    with pytest.raises(ValueError, match=rf"ember_ext\.nn\.LIFSelfAttention: {message}"):
+        module(x, AttentionCache(cached, cached, None))
+
+
+@pytest.mark.filterwarnings("ignore:.*no compiled kernels for meta")
+@pytest.mark.parametrize("refractory", [None, "causal", "paper"])
+def test_module_on_the_meta_device(refractory: Any) -> None:
+    with torch.device("meta"):
+        y, _, _ = nn.LIFSelfAttention(6, 2, refractory=refractory)(torch.empty(2, 3, 6))
+    assert y.shape == (2, 3, 6)
+    assert y.is_meta
+
+
 def test_public_names() -> None:
+    q = torch.zeros(1, 1, 1, 1)
+    _, summary = lif_attention(q, q, q, *torch.ones(3, 1), return_summary=True)
+    assert type(summary) is ember_ext.ops.AttentionSummary
     assert ember_ext.lif_attention is lif_attention

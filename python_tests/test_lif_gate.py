@@ -259,8 +259,9 @@ def arguments(**changes: object) -> dict[str, object]:
         ({"threshold": torch.ones(3, device="meta")}, ValueError, "threshold must be on x's dev"),
         ({"norm": "l3"}, ValueError, "norm must be None, 'l1' or 'l2', got 'l3'"),
         ({"unit_dim": 2}, ValueError, r"unit_dim must be within \[-2, 1\], got 2"),
-        ({"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
-        ({"eps": float("nan")}, ValueError, "eps must be >= 0, got nan"),
+        ({"eps": -1.0}, ValueError, "eps must be finite and >= 0, got -1.0"),
+        ({"eps": float("nan")}, ValueError, "eps must be finite and >= 0, got nan"),
+        ({"eps": float("inf")}, ValueError, "eps must be finite and >= 0, got inf"),
         ({"threshold": torch.tensor([0, float("nan"), 0])}, ValueError, "finite, got nan at ind"),
         ({"leak": torch.tensor([0.5, 1.5, 0.5])}, ValueError, r"within \[0, 1\], got 1.5 at in"),
         ({"leak": torch.full((3,), -0.5)}, ValueError, r"leak must be within \[0, 1\], got -0.5"),
@@ -314,5 +315,7 @@ def test_module_learns_and_loads() -> None:
 def test_module_errors() -> None:
     with pytest.raises(ValueError, match=r"ember_ext\.nn\.LIFGate: preset must be one of"):
         nn.LIFGate(3, preset="published")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"nn\.LIFGate: norm must be None, 'l1' or 'l2', got 'l3'"):
+        nn.LIFGate(3, norm="l3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_units must be >= 0"):
         nn.LIFGate(-1)

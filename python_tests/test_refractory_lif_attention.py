@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ember_ext import _native, reference
-from ember_ext.ops import lif_attention, refractory_lif_attention
+from ember_ext.ops import RefractoryState, lif_attention, refractory_lif_attention
 from ember_ext.reference.lif_attention import attention_probabilities, visible_keys
-from ember_ext.reference.refractory_lif_attention import RefractoryState
 from ember_ext.testing import (
     DTYPES,
     Sample,

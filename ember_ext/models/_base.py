@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ember_ext.nn._lean import Dropout, gelu_linear
 from ember_ext.nn.lif_gate import LIFParameters, PresetName
-from ember_ext.ops._checks import fail
+from ember_ext.ops._checks import fail, is_readable
 
 State = TypeVar("State")
 
@@ -250,7 +250,7 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
             fail(self._name, argument, "an int64 tensor", got, TypeError)
         if tokens.dim() != 2 or tokens.numel() == 0:
             fail(self._name, argument, "[B, T] with B, T ≥ 1", list(tokens.shape))
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if is_readable(tokens):
             smallest, largest = (int(v) for v in tokens.aminmax())
             if smallest < lowest or largest >= self.config.vocab_size:
                 expected = f"within [{lowest}, {self.config.vocab_size})"

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ember_ext import _native
+from ember_ext.nn._plain import has_hooks
+from ember_ext.ops._autocast import autocast_dtype
+
 
 class Dropout(nn.Dropout):
     """PyTorch's dropout, equal to the bit, with a mask of one byte an element on the CPU as well.
@@ -25,13 +29,21 @@ class Dropout(nn.Dropout):
 def gelu_linear(u: Tensor, linear: nn.Linear) -> Tensor:
     """`linear(F.gelu(u))`, which keeps u but not its GELU: the backward pass computes that again.
 
+    A `linear` that does more than apply its weight, such as one with hooks, is called, and so it is
+    under forward-mode AD and `torch.func`; then autograd keeps what it keeps.
+
     Args:
-        u: [..., linear.in_features], of the dtype that `linear` computes in.
-        linear: of any device.
+        u: [..., linear.in_features].
+        linear: of any device; a subclass or another layer in its place will do as well.
 
     Returns:
         [..., linear.out_features].
     """
+    altered = type(linear) is not nn.Linear or "forward" in linear.__dict__ or has_hooks(linear)
+    if altered or _native.transforms_active():
+        return linear(F.gelu(u))  # type: ignore[no-any-return]
+    if u.dtype != (autocast_dtype(u.device.type) or linear.weight.dtype):
+        return linear(F.gelu(u))  # type: ignore[no-any-return]
     return _GELULinear.apply(u, linear.weight, linear.bias)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import ncps.torch
 from torch import nn
 
+from ember_ext.nn._plain import why_cells_differ, why_lstm_differs
 from ember_ext.nn.cfc import CfC
 
 
@@ -39,9 +40,9 @@ def accelerate(model: nn.Module) -> Acceleration:
         model: any module; it may itself be an `ncps.torch.CfC`.
 
     Returns:
-        Which modules were replaced, and which were left and why: those with mixed memory (it runs
-        step by step in either class), subclasses, and those whose cells do more than apply their
-        own weights, such as hooks, adapters or quantised layers.
+        Which modules were replaced, and which were left and why: subclasses, and those whose cells
+        do more than apply their own weights, such as by hooks, adapters or quantised layers. What
+        is done to a cell afterwards is followed, too: then `CfC` calls it step by step.
     """
     replaced: list[str] = []
     left: dict[str, str] = {}
@@ -63,35 +64,7 @@ def _reason_to_leave(module: Any) -> str | None:
         return f"{type(module).__name__} is a subclass that may compute something else"
     if "forward" in vars(module):
         return "its forward was replaced"
-    if module.use_mixed:
-        return "mixed memory runs step by step"
-    for name, part in module.rnn_cell.named_modules(prefix="rnn_cell"):
-        if "parametrizations" in name.split("."):
-            continue  # what it computes arrives through the weight that it stands for
-        hooks = (part._forward_hooks, part._forward_pre_hooks)
-        if any(hooks) or part._backward_hooks or part._backward_pre_hooks:
-            return f"{name} has hooks"
-        if not _is_plain(part):
-            return f"{name} is a {type(part).__name__} with a forward of its own"
-    return None
-
-
-_PARTS = (
-    ncps.torch.CfCCell,
-    ncps.torch.WiredCfCCell,
-    ncps.torch.cfc_cell.LeCun,
-    nn.Dropout,
-    nn.GELU,
-    nn.Linear,
-    nn.ReLU,
-    nn.Sequential,
-    nn.SiLU,
-    nn.Sigmoid,
-    nn.Tanh,
-)
-
-
-def _is_plain(part: nn.Module) -> bool:
-    """Whether `part` computes what ncps built it for."""
-    known = next((kind for kind in _PARTS if isinstance(part, kind)), None)
-    return known is not None and type(part).forward is known.forward and "forward" not in vars(part)
+    reason = why_cells_differ(module.rnn_cell)
+    if reason is None and module.use_mixed:
+        reason = why_lstm_differs(module.lstm)
+    return reason

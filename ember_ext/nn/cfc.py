@@ -8,9 +8,9 @@ the next layer starts: three scans instead of three cells per time step.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
-from numbers import Number
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import ncps.torch
 import torch
@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ember_ext import _native
+from ember_ext.nn._plain import ACTIVATIONS as ACTIVATION_LAYERS
+from ember_ext.nn._plain import why_cells_differ, why_lstm_differs
+from ember_ext.ops._autocast import autocast_dtype
 from ember_ext.ops.cfc_scan import (
     ACTIVATIONS,
     MODES,
     Activation,
     PackedCells,
+    as_timespans,
     cfc_scan,
     check_lengths,
     check_timespans,
@@ -33,14 +37,6 @@ from ember_ext.reference.cfc_scan import Affine, CfCWeights, activate
 
 Hidden = Tensor | tuple[Tensor, Tensor]
 """[B, S], or with mixed memory a pair (h, c) of such; S = `state_size`."""
-
-_ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    ncps.torch.cfc_cell.LeCun: "lecun_tanh",
-    nn.Tanh: "tanh",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-}
 
 
 class CfC(ncps.torch.CfC):  # type: ignore[misc]
@@ -59,6 +55,9 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         - The default state has the input's dtype and not always float32.
         - T = 0 returns the state unchanged.
         - Arguments are checked, with messages that say what was expected.
+
+    Where a cell's layer does more than apply its weights, because it was pruned, adapted, quantised
+    or hooked, the cell is called step by step as in ncps, and a warning says once for which layer.
 
     Additions: `step` for streaming, `lengths` for padded batches, and `chunk_size`.
 
@@ -111,21 +110,22 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
                 expected = f"{units.input_dim}, for which the wiring was built"
                 _fail("input_size", expected, input_size)
         else:
-            _check_count("units", units, 0)
+            units = _count("units", units)
             if activation not in ACTIVATIONS:
                 _fail("activation", f"one of {list(ACTIVATIONS)}", repr(activation))
         if mode not in MODES:
             _fail("mode", f"one of {list(MODES)}", repr(mode))
         if input_size is not None or not isinstance(units, Wiring):
-            _check_count("input_size", input_size, 0)
-        for name, count in (
-            ("proj_size", proj_size),
-            ("backbone_units", backbone_units),
-            ("backbone_layers", backbone_layers),
-            ("chunk_size", chunk_size),
-        ):
-            if count is not None:
-                _check_count(name, count, 0)
+            input_size = _count("input_size", input_size)
+        proj_size, backbone_units, backbone_layers, chunk_size = (
+            None if count is None else _count(name, count)
+            for name, count in (
+                ("proj_size", proj_size),
+                ("backbone_units", backbone_units),
+                ("backbone_layers", backbone_layers),
+                ("chunk_size", chunk_size),
+            )
+        )
         if backbone_dropout is not None and not 0 <= backbone_dropout <= 1:
             _fail("backbone_dropout", "within [0, 1]", backbone_dropout)
         super().__init__(
@@ -200,7 +200,7 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
                 result = self._run_packed(x, h, spans, lengths)
             y, h = result or self._scan(x, h, spans, lengths)
         else:
-            y, h, c = self._mixed_scan(x, h, c, spans, lengths)
+            y, h, c = self._step_through(x, h, c, spans, lengths)
         if not self.return_sequences:
             readout = self.fc(h[:, h.shape[1] - self._output_width :])
         else:
@@ -213,18 +213,20 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         return readout, h if c is None else (h, c)
 
     def step(
-        self, input: Tensor, hx: Hidden | None = None, timespan: Tensor | float = 1.0
+        self, input: Tensor, hx: Hidden | None = None, timespan: Tensor | float | None = 1.0
     ) -> tuple[Tensor, Hidden]:
         """One time step, for streaming: `forward` on a sequence of length 1, without its dimension.
 
         Without gradients the weights are laid out once for many steps, and again after an optimiser
-        or any operation has changed them. Only what is written past autograd, through `.data` or
-        NumPy, goes unnoticed until the next call of `forward`.
+        or any operation has changed them, or a layer was replaced or hooked. Only what leaves no
+        trace goes unnoticed until the next call of `forward`: a write past autograd, through
+        NumPy or `.data`, another `.data`, or a layer whose `forward` is replaced.
 
         Args:
             input: [B, C], or [C] for a single sequence.
             hx: the state, as `forward` takes and returns it. Default: zeros.
-            timespan: time since the previous step, ≥ 0: a number, [B] or [B, 1]. Default: 1.
+            timespan: time since the previous step, ≥ 0: a number, a tensor of no dimension, [B] or
+                [B, 1], without B for a single sequence. Default: 1.
 
         Returns:
             The output [B, units] (or motor neurons, or `proj_size`), and the new state.
@@ -232,14 +234,15 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         batched = input.dim() == 2
         if not batched and input.dim() != 1:
             _fail("input", "[B, C] or [C]", list(input.shape))
+        span = timespan if type(timespan) is float else self._step_timespan(timespan, input)
         if batched and isinstance(hx, Tensor) and not torch.is_grad_enabled():
-            result = self._run_packed(input, hx, timespan)
+            result = self._run_packed(input, hx, span)
             if result is not None:
                 return result if self.proj_size is None else (self.fc(result[0]), result[1])
         time_dim = 1 if batched and self.batch_first else 0
-        if isinstance(timespan, Tensor) and timespan.dim() > 0:
-            timespan = timespan.reshape(input.shape[:-1]).unsqueeze(time_dim)
-        y, hx = self.forward(input.unsqueeze(time_dim), hx, timespan)
+        if isinstance(span, Tensor) and span.dim() > 0:
+            span = span.reshape(input.shape[:-1]).unsqueeze(time_dim)
+        y, hx = self.forward(input.unsqueeze(time_dim), hx, span)
         return (y.squeeze(time_dim) if self.return_sequences else y), hx
 
     def _run_packed(
@@ -250,15 +253,18 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         x is [B, T, C], or [B, C] for a single step. Arguments that `_scan` would complain about are
         left to it.
         """
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or _native.transforms_active():
             return None
         packed = self._packed
         if packed is None or not packed.is_current():
             inference = any(tensor.is_inference() for tensor in self.rnn_cell.parameters())
-            if inference or not _native.has("cpu"):
-                return None  # an inference tensor does not say when it changes
+            # An inference tensor does not say when it changes.
+            if inference or not _native.has("cpu") or self._calls_cells():
+                return None
             packed = self._packed = _Packed(self)
-        if (packed.drops_out and self.training) or torch.is_autocast_enabled("cpu"):
+        if packed.dropouts and any(dropout.training for dropout in packed.dropouts):
+            return None
+        if torch.is_autocast_enabled("cpu"):
             return None
         if x.dtype != packed.dtype or h.dtype != packed.dtype:
             return None
@@ -282,6 +288,9 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         self, x: Tensor, h0: Tensor, timespans: Tensor | float, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The stack of scans: motor output [B, T, M] and final state [B, S]."""
+        if self._calls_cells():
+            y, h, _ = self._step_through(x, h0, None, timespans, lengths)
+            return y, h
         finals = []
         for cell, h in zip(self._cells, h0.split(self._layer_sizes, 1), strict=True):
             weights, activation = _weights(cell)
@@ -299,47 +308,79 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
             finals.append(final)
         return x, finals[0] if len(finals) == 1 else torch.cat(finals, 1)
 
-    def _mixed_scan(
+    def _calls_cells(self) -> bool:
+        """Whether the cells must be called at each step: they do more than apply their weights."""
+        reason = why_cells_differ(self.rnn_cell)
+        if reason is not None:
+            _native.warn_once(f"nn.CfC calls its cells step by step, which is slower: {reason}")
+        return reason is not None
+
+    def _step_through(
         self,
         x: Tensor,
         h: Tensor,
-        c: Tensor,
+        c: Tensor | None,
         timespans: Tensor | float,
         lengths: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_scan` with the LSTM in between, which ties the layers of a wiring together."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `_scan`, step by step; with c, the LSTM comes before the cells and ties them."""
         check_timespans(timespans, x)
         check_lengths(lengths, x)
-        advance = self._mixed_step(x, timespans)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
+        if x.dtype != dtype and autocast_dtype(x.device.type) is None:
+            _fail("input", f"of the weights' dtype {dtype}", x.dtype, TypeError)
+        h, c = h.to(x.dtype), None if c is None else c.to(x.dtype)
+        # Taken apart at once: the gradient of one step's slice is as large as the whole.
+        inputs = x.unbind(1)
+        if isinstance(timespans, Tensor):
+            timespans = timespans.to(dtype)
+        varying = isinstance(timespans, Tensor) and timespans.dim() > 0
+        spans = timespans.unbind(1) if varying else (timespans,) * len(inputs)  # type: ignore[union-attr]
+        advance = self._cells_step(x, inputs, spans, None if varying else timespans)
+        remember = None if c is None else self._lstm_step(x, inputs)
         outputs = []
-        # The input's part of the LSTM has no recurrence. Its cell adds 1 to the third gate.
-        offset = nn.functional.pad(c.new_ones(c.shape[1]), (2 * c.shape[1], c.shape[1]))
-        gates = nn.functional.linear(
-            x, self.lstm.input_map.weight, self.lstm.input_map.bias + offset
-        )
-        recurrent = self.lstm.recurrent_map.weight.t()
-        for t, z in enumerate(gates.unbind(1)):
-            mixed, new_c = _lstm(torch.addmm(z, h, recurrent), c)
+        for t in range(len(inputs)):
+            mixed, new_c = (h, c) if remember is None else remember(t, h, c)
             value, new_h = advance(t, mixed)
             if lengths is not None:
                 running = (t < lengths)[:, None]
-                new_h, new_c = torch.where(running, new_h, h), torch.where(running, new_c, c)
+                new_h = torch.where(running, new_h, h)
+                new_c = None if c is None else torch.where(running, new_c, c)  # type: ignore[arg-type]
                 value = torch.where(running, value, 0)
             h, c = new_h, new_c
             outputs.append(value)
         y = torch.stack(outputs, 1) if outputs else x.new_empty(x.shape[0], 0, self._output_width)
         return y, h, c
 
-    def _mixed_step(
-        self, x: Tensor, timespans: Tensor | float
+    def _lstm_step(self, x: Tensor, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """What takes step t of the LSTM from h and c to the next ones, [B, S] each."""
+        reason = why_lstm_differs(self.lstm)
+        if reason is not None:
+            _native.warn_once(f"nn.CfC calls its LSTM at each step, which is slower: {reason}")
+            return lambda t, h, c: self.lstm(inputs[t], (h, c))
+        # The input's part of the LSTM has no recurrence. Its cell adds 1 to the third gate.
+        size = int(self.state_size)
+        offset = nn.functional.pad(x.new_ones(size), (2 * size, size))
+        bias = self.lstm.input_map.bias + offset
+        gates = nn.functional.linear(x, self.lstm.input_map.weight, bias).unbind(1)
+        recurrent = self.lstm.recurrent_map.weight.t()
+        return lambda t, h, c: _lstm(torch.addmm(gates[t], h, recurrent), c)
+
+    def _cells_step(
+        self,
+        x: Tensor,
+        inputs: Sequence[Tensor],
+        spans: Sequence[Tensor | float],
+        fixed: Tensor | float | None,
     ) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
-        """What takes step t of the cells from a state [B, S] to the output and the next state."""
-        # Taken apart at once: the gradient of one step's slice is as large as the whole.
-        inputs = x.unbind(1)
-        varying = isinstance(timespans, Tensor) and timespans.dim() > 0
-        if isinstance(timespans, Tensor):
-            timespans = timespans.to(self._cells[0].ff1.weight.dtype)
-        spans = timespans.unbind(1) if varying else (timespans,) * len(inputs)  # type: ignore[union-attr]
+        """What takes step t of the cells from a state [B, S] to the output and the next state.
+
+        Args:
+            x: the input, [B, T, C].
+            inputs: x at each step.
+            spans: the time span of each step: a number, a tensor of no dimension, or [B, 1].
+            fixed: that of all steps, or None if they vary.
+        """
         if not torch.is_grad_enabled() and inputs:
             self._forget_packed()
             zeros = x.new_zeros(x.shape[0], int(self.state_size))
@@ -348,7 +389,8 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
                 packed = self._packed
                 assert packed is not None
                 return lambda t, h: packed.run(inputs[t], h, spans[t], None)  # type: ignore[return-value]
-        fixed = None if varying else timespans
+        if self._calls_cells():
+            return lambda t, h: self.rnn_cell.forward(inputs[t], h, spans[t])
         cells = [
             _step_by_step(cell, x if i == 0 else None, fixed, _dropout_scale(cell, x))
             for i, cell in enumerate(self._cells)
@@ -403,18 +445,21 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
             _fail(name, f"{symbols} = {list(shape)}", list(h.shape))
         return h if batched else h.unsqueeze(0)
 
+    def _step_timespan(self, timespan: Tensor | float | None, input: Tensor) -> Tensor | float:
+        """`timespan` as a float, or a floating tensor of no dimension, [B] or [B, 1]."""
+        timespan = as_timespans("nn.CfC", "timespan", timespan, input.dtype)
+        rows = input.shape[:-1]
+        if isinstance(timespan, Tensor) and timespan.shape not in ((), rows, (*rows, 1)):
+            expected = f"a scalar, [B] = {list(rows)} or [B, 1]" if rows else "a scalar or [1]"
+            _fail("timespan", expected, list(timespan.shape))
+        return timespan
+
     def _batch_major_timespans(
         self, timespans: Tensor | float | None, x: Tensor, batched: bool
     ) -> Tensor | float:
-        """`timespans` as a number, a tensor of no dimension, or [B, T, 1]."""
-        if timespans is None:
-            return 1.0
-        if not isinstance(timespans, Tensor):
-            if not isinstance(timespans, Number):
-                got = type(timespans).__name__
-                _fail("timespans", "a number or a tensor", got, TypeError)
-            return timespans
-        if timespans.dim() == 0:
+        """`timespans` as a float, a floating tensor of no dimension, or one of [B, T, 1]."""
+        timespans = as_timespans("nn.CfC", "timespans", timespans, x.dtype)
+        if not isinstance(timespans, Tensor) or timespans.dim() == 0:
             return timespans
         batch, steps = x.shape[:2]
         shape: tuple[int, ...] = (batch, steps) if self.batch_first else (steps, batch)
@@ -449,28 +494,41 @@ class _Packed:
     """A network's weights laid out for inference, and what tells whether they still are its own."""
 
     def __init__(self, network: CfC) -> None:
+        modules = list(network.rnn_cell.modules())
         self._sources = [
             (owned, name, value, value._version)
-            for module in network.rnn_cell.modules()
+            for module in modules
             for owned in (module._parameters, module._buffers)
             for name, value in owned.items()
             if value is not None
         ]
+        self._children = [(m._modules, dict(m._modules)) for m in modules if m._modules]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._optimizer_steps = _OptimizerSteps.count
         self._cells = network._cells
         self._fixed: tuple[float, PackedCells] | None = None
         self._varying: PackedCells | None = None
         self.inputs, self.state = int(self._cells[0].input_size), int(network.state_size)
         self.dtype = self._cells[0].ff1.weight.dtype
-        self.drops_out = any(isinstance(m, nn.Dropout) for m in network.rnn_cell.modules())
+        self.dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
 
     def is_current(self) -> bool:
-        """Whether every tensor is the same object, unchanged since as far as autograd can tell."""
-        if self._optimizer_steps != _OptimizerSteps.count:
+        """Whether the cells have these parts still, without hooks, and the parts these weights.
+
+        Every tensor must be the same object, unchanged since as far as autograd can tell. Where its
+        memory lies would take as long to ask as all the rest.
+        """
+        if self._optimizer_steps != _OptimizerSteps.count or any(self._hooks):
             return False
-        for owned, name, value, version in self._sources:
-            if owned[name] is not value or value._version != version:
+        for children, known in self._children:
+            if children != known:
                 return False
+        try:
+            for owned, name, value, version in self._sources:
+                if owned[name] is not value or value._version != version:
+                    return False
+        except KeyError:  # pruned or parametrised: the weight goes by another name
+            return False
         return True
 
     def run(
@@ -487,8 +545,7 @@ class _Packed:
             lengths = lengths.to(torch.int64)
         if isinstance(timespans, Tensor):
             shape = x.shape[:-1]
-            good = timespans.numel() in (1, shape.numel()) and timespans.is_floating_point()
-            if not good or not bool(((timespans >= 0) & timespans.isfinite()).all()):
+            if not bool(((timespans >= 0) & timespans.isfinite()).all()):
                 return None
             timespans = timespans.detach().reshape(() if timespans.numel() == 1 else shape)
             timespans = timespans.expand(shape)
@@ -585,8 +642,8 @@ def _weights(cell: Any) -> tuple[CfCWeights, Activation]:
     for layer in () if cell.backbone is None else cell.backbone:
         if isinstance(layer, nn.Linear):
             backbone.append(Affine(layer.weight, layer.bias))
-        elif type(layer) in _ACTIVATIONS:
-            activation = _ACTIVATIONS[type(layer)]
+        elif type(layer) in ACTIVATION_LAYERS:
+            activation = ACTIVATION_LAYERS[type(layer)]
     pure = cell.mode == "pure"
 
     def head(name: str) -> Affine | None:
@@ -616,11 +673,14 @@ def _dropout_scale(cell: Any, x: Tensor) -> Tensor | None:
     return nn.functional.dropout(ones, dropouts[0].p)
 
 
-def _check_count(argument: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+def _count(argument: str, value: Any) -> int:
+    """`value` as an int, of NumPy's integers, too."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         _fail(argument, "an integer", type(value).__name__, TypeError)
-    if value < least:
-        _fail(argument, f">= {least}", value)
+    count = operator.index(value)
+    if count < 0:
+        _fail(argument, ">= 0", count)
+    return count
 
 
 def _fail(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ember_ext import ops
 from ember_ext.nn._lean import Dropout
 from ember_ext.nn.lif_gate import LIFParameters, PresetName
+from ember_ext.ops._checks import fail
 from ember_ext.reference.lif_attention import (
     attention_probabilities,
     gate_probabilities,
@@ -60,7 +61,8 @@ class AttentionCache(NamedTuple):
     value: Tensor
     """[B, n_head, S, head_dim]"""
     loads: RefractoryState | None
-    """With refractory thresholds, the attention drawn by each key so far."""
+    """With refractory thresholds, the attention drawn by each key so far: an
+    `ember_ext.ops.RefractoryState`, whose sums are of no elements where S = 0."""
 
 
 class SelfAttention(nn.Module):
@@ -109,7 +111,12 @@ class SelfAttention(nn.Module):
         Returns:
             The output [B, T, n_embd], the cache with x added (None without one), and this layer's
             load, [B, T, S + T] or [B, 1, S + T].
+
+        Raises:
+            TypeError: x is not a tensor.
+            ValueError: x has another shape, or the cache does not fit.
         """
+        self._check_input(x)
         query, key, value = self.qkv(x)
         past = None
         if cache is not None:
@@ -146,6 +153,14 @@ class SelfAttention(nn.Module):
             for part in self.c_attn(x).chunk(3, 2)
         )
         return query, key, value
+
+    def _check_input(self, x: object) -> None:
+        op = f"nn.{type(self).__name__}"
+        if not isinstance(x, Tensor):
+            fail(op, "x", "a torch.Tensor", type(x).__name__, TypeError)
+        n_embd = self.c_proj.out_features
+        if x.dim() != 3 or x.shape[2] != n_embd:
+            fail(op, "x", f"[B, T, n_embd] with n_embd = {n_embd}", list(x.shape))
 
     @property
     def dropout_p(self) -> float:
@@ -211,6 +226,11 @@ class LIFSelfAttention(SelfAttention):
             y = ops.lif_attention(query, key, value, *gates, dropout_p=self.dropout_p)
             return y, previous_load, None
         assert self.refractory is not None
+        if past is None and key.shape[2] > query.shape[2]:
+            if self.refractory == "paper":
+                fail("nn.LIFSelfAttention", "cache", "None with refractory='paper'", "a cache")
+            expected = "the RefractoryState of the cached tokens, whose loads thresholds follow"
+            fail("nn.LIFSelfAttention", "cache.loads", expected, None)
         return ops.refractory_lif_attention(
             query,
             key,

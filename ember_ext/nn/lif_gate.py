@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ember_ext import ops
-from ember_ext.ops.lif_gate import Norm
+from ember_ext.ops.lif_gate import Norm, check_norm
 
 PresetName = Literal["seed", "released"]
 
@@ -120,6 +120,9 @@ class LIFGate(LIFParameters):
         unit_dim: the dimension of the input along which units lie. Default: the last.
 
     Shapes: input [..., num_units, ...] of any floating dtype, output alike.
+
+    Raises:
+        ValueError: an unknown preset or norm, or a negative `num_units`.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class LIFGate(LIFParameters):
     ) -> None:
         super().__init__(num_units, preset=preset, learnable=learnable)
         self.norm: Norm | None = GATE_PRESETS[preset].norm if norm == "preset" else norm
+        check_norm(f"nn.{type(self).__name__}", self.norm)
         self.unit_dim = unit_dim
 
     def forward(self, x: Tensor) -> Tensor:

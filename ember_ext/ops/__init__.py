@@ -1,11 +1,24 @@
 """The public operators: argument checks, fake kernels, autograd and autocast.
 
-Each function here has a definition of the same name in `ember_ext.reference`.
+Each function here has a definition of the same name in `ember_ext.reference`. Under forward-mode AD
+and the transforms of `torch.func` a function runs its definition, and a warning says so once.
 """
 
 from ember_ext.ops.cfc_scan import cfc_scan
 from ember_ext.ops.lif_attention import lif_attention
 from ember_ext.ops.lif_gate import lif_gate
 from ember_ext.ops.refractory_lif_attention import refractory_lif_attention
+from ember_ext.reference.cfc_scan import Affine, CfCWeights
+from ember_ext.reference.lif_attention import AttentionSummary
+from ember_ext.reference.refractory_lif_attention import RefractoryState
 
-__all__ = ["cfc_scan", "lif_attention", "lif_gate", "refractory_lif_attention"]
+__all__ = [
+    "Affine",
+    "AttentionSummary",
+    "CfCWeights",
+    "RefractoryState",
+    "cfc_scan",
+    "lif_attention",
+    "lif_gate",
+    "refractory_lif_attention",
+]

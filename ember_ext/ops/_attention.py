@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ember_ext.ops import _checks
+from ember_ext.ops._autocast import autocast_dtype
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on and they are not fp64."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type) or tensors[0].dtype == torch.float64:
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None or tensors[0].dtype == torch.float64:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) for t in tensors)
 
 
@@ -70,7 +70,7 @@ def check_attention(
     seed: Tensor | None,
 ) -> None:
     """Check what all attention operators take, naming the operator `op` and the argument."""
-    any_dtype = isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)
+    any_dtype = isinstance(query, Tensor) and autocast_dtype(query.device.type) is not None
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _checks.check_tensor(op, name, tensor)
         if tensor.dim() != 4:

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ember_ext import _native
+
 FLOATING = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -42,6 +44,15 @@ def check_shape(
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that an operator on `dtype` computes and keeps its parameters in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_readable(value: Tensor) -> bool:
+    """Whether a check may look at the values: on a GPU it would wait, in a trace it cannot."""
+    return (
+        value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not _native.transforms_active()
+    )
 
 
 def check_gate_parameters(op: str, threshold: Tensor, leak: Tensor, steepness: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ember_ext import _native, reference
 from ember_ext.ops import _checks
+from ember_ext.ops._autocast import autocast_dtype, without_autocast
 from ember_ext.reference.cfc_scan import Affine, CfCWeights
 
 Mode = Literal["default", "pure", "no_gate"]
@@ -44,24 +46,26 @@ def cfc_scan(
     `default`: h_t = tanh(ff1 z) (1 - g) + tanh(ff2 z) g with g = σ(Δt time_a z + time_b z);
     `no_gate`: h_t = tanh(ff1 z) + tanh(ff2 z) g;
     `pure`: h_t = A - A exp(-Δt (|w_tau| + |ff1 z|)) ff1 z.
-    Differentiable once in every floating tensor argument but `lengths`, and through both results.
+    Differentiable once in `x`, `h0`, time spans and weights, and through both results.
     Sums, the gate and the state between steps are kept in fp32 (fp64 for fp64 input).
 
     Under autocast `x` and the weight matrices are rounded to autocast's dtype, unless `x` is fp64.
 
     Args:
         x: input, [B, T, I], in float64, float32, bfloat16 or float16; any strides.
-        weights: of a cell with H units and, where it has one, a backbone of width U, which on a
-            GPU has at most 15 layers; tensors of any floating dtype.
+        weights: an `ember_ext.ops.CfCWeights` of a cell with H units and, where it has one, a
+            backbone of width U, which on a GPU has at most 15 layers; tensors of any floating
+            dtype.
         h0: initial state, [B, H]. Default: zeros.
         timespans: Δt ≥ 0 and finite, in the unit of time that the weights were trained with: a
-            number, a tensor of no dimension, [B, T] or [B, T, 1]. Default: 1.
+            number, or a tensor of a floating or integer dtype: of no dimension, [B, T] or
+            [B, T, 1]. Default: 1.
         lengths: [B], integers within [0, T]: row b ends after `lengths[b]` steps. Its state is
             frozen from there on, its outputs are zero, and no gradient passes. Default: all T.
         mode: "default", "pure" or "no_gate".
         activation: of the backbone: "lecun_tanh", "tanh", "relu", "silu" or "gelu".
         dropout_scale: [B, T, layers - 1, U], multiplied onto the outputs of the backbone's second
-            and later layers: 0 or 1 / (1 - p). Default: no dropout.
+            and later layers: 0 or 1 / (1 - p). Not differentiable. Default: no dropout.
         chunk_size: time steps for which the backward pass keeps activations at once; those of other
             chunks are computed again. Measured with 64 rows of 256 steps and 192 units, peak memory
             and time of forward and backward, as shares of what keeping everything takes: 128 steps,
@@ -78,13 +82,14 @@ def cfc_scan(
             lengths are checked on CPU tensors only: on a GPU the check would wait for the device.
     """
     _check(x, weights, h0, mode, activation, dropout_scale, chunk_size)
+    timespans = as_timespans(_OP, "timespans", timespans, x.dtype)
     check_timespans(timespans, x)
     check_lengths(lengths, x)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        low = torch.get_autocast_dtype(x.device.type)
+    low = autocast_dtype(x.device.type)
+    if low is not None and x.dtype != torch.float64:
         x, weights = x.to(low), _round_matrices(weights, low)
-    with torch.autocast(x.device.type, enabled=False):
-        if not _native.has(x.device.type, _OP):
+    with without_autocast(x.device.type):
+        if not _native.runs(x.device.type, _OP):
             return reference.cfc_scan(
                 x,
                 weights,
@@ -297,13 +302,13 @@ def _check(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 0):
         _checks.fail(_OP, "chunk_size", "None or an integer >= 0", repr(chunk_size))
     batch, steps, width = x.shape
-    hidden = weights.ff1.bias.shape[0]
+    hidden = _count_outputs("weights.ff1", weights.ff1)
     width += hidden
     layers = len(weights.backbone)
     if x.device.type == "cuda" and layers > MAX_CUDA_LAYERS:
         _checks.fail(_OP, "weights.backbone", f"at most {MAX_CUDA_LAYERS} layers on a GPU", layers)
     for layer, affine in enumerate(weights.backbone):
-        units = affine.bias.shape[0]
+        units = _count_outputs(f"weights.backbone[{layer}]", affine)
         _check_affine(f"weights.backbone[{layer}]", affine, "[U, in]", units, width, x)
         width = units
     heads: list[tuple[str, Affine | None]] = [("ff1", weights.ff1)]
@@ -330,6 +335,8 @@ def _check(
         units = weights.backbone[0].bias.shape[0]
         shape = (batch, steps, len(weights.backbone) - 1, units)
         _check_fits("dropout_scale", dropout_scale, "[B, T, layers - 1, U]", shape, x)
+        if dropout_scale.requires_grad and torch.is_grad_enabled():
+            _checks.fail(_OP, "dropout_scale", "detached, as it gets no gradient", "requires_grad")
 
 
 def _check_fits(
@@ -343,17 +350,50 @@ def _check_fits(
 def _check_affine(
     argument: str, affine: Affine, symbols: str, out: int, width: int, x: Tensor
 ) -> None:
+    _count_outputs(argument, affine)
     _check_fits(f"{argument}.weight", affine.weight, symbols, (out, width), x)
     _check_fits(f"{argument}.bias", affine.bias, "[out]", (out,), x)
 
 
+def _count_outputs(argument: str, affine: object) -> int:
+    if not isinstance(affine, Affine):
+        _checks.fail(_OP, argument, "an Affine", type(affine).__name__, TypeError)
+    _checks.check_tensor(_OP, f"{argument}.bias", affine.bias)
+    if affine.bias.dim() != 1:
+        _checks.fail(_OP, f"{argument}.bias", "[out]", list(affine.bias.shape))
+    return affine.bias.shape[0]
+
+
+def as_timespans(op: str, argument: str, timespans: object, dtype: torch.dtype) -> Tensor | float:
+    """Time spans as a float (1 for None), or as a tensor of a floating dtype.
+
+    Args:
+        op: for the error.
+        argument: for the error.
+        timespans: a real number, of NumPy's, too; a tensor of a floating or integer dtype; or None.
+        dtype: of the input; integers are converted to what is computed in then.
+
+    Raises:
+        TypeError: anything else, such as a boolean or complex number.
+    """
+    if timespans is None:
+        return 1.0
+    if isinstance(timespans, Tensor):
+        if timespans.is_floating_point():
+            return timespans
+        if timespans.is_complex() or timespans.dtype == torch.bool:
+            _checks.fail(op, argument, "of a real dtype", timespans.dtype, TypeError)
+        return timespans.to(_checks.compute_dtype(dtype))
+    if isinstance(timespans, bool) or not isinstance(timespans, Real):
+        got = type(timespans).__name__
+        _checks.fail(op, argument, "a real number or a tensor", got, TypeError)
+    return float(timespans)
+
+
 def check_timespans(timespans: Tensor | float, x: Tensor) -> None:
-    """Raise unless `timespans` are what `cfc_scan` takes for `x`."""
+    """Raise unless `timespans`, from `as_timespans`, are what `cfc_scan` takes for `x`."""
     batch, steps, _ = x.shape
     if not isinstance(timespans, Tensor):
-        if isinstance(timespans, bool) or not isinstance(timespans, (int, float)):
-            got = type(timespans).__name__
-            _checks.fail(_OP, "timespans", "a number or a tensor", got, TypeError)
         if not (timespans >= 0 and math.isfinite(timespans)):
             _checks.fail(_OP, "timespans", "finite and >= 0", timespans)
         return
@@ -362,7 +402,7 @@ def check_timespans(timespans: Tensor | float, x: Tensor) -> None:
     if timespans.shape not in ((), (batch, steps), (batch, steps, 1)):
         expected = f"a scalar, [B, T] or [B, T, 1] with [B, T] = {[batch, steps]}"
         _checks.fail(_OP, "timespans", expected, list(timespans.shape))
-    if timespans.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.is_readable(timespans):
         good = (timespans >= 0) & timespans.isfinite()
         if not bool(good.all()):
             index = (~good).nonzero()[0].tolist()
@@ -381,7 +421,7 @@ def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
         _checks.fail(_OP, "lengths", "int64 or int32", lengths.dtype, TypeError)
     _checks.check_shape(_OP, "lengths", lengths, "[B]", (batch,))
     _checks.check_device(_OP, "lengths", lengths, x, "x")
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.is_readable(lengths):
         good = (lengths >= 0) & (lengths <= steps)
         if not bool(good.all()):
             index = int((~good).nonzero()[0])

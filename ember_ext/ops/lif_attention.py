@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ember_ext import _native, reference
 from ember_ext.ops import _attention, _checks
+from ember_ext.ops._autocast import without_autocast
 from ember_ext.reference.lif_attention import (
     AttentionSummary,
     attention_probabilities,
@@ -83,6 +84,9 @@ def lif_attention(
     weights and gradients of scores are rounded to query's dtype; fp32 does so, rounding its factors
     to tf32, where PyTorch's own products may (`torch.set_float32_matmul_precision`).
 
+    The weights themselves are never stored: `return_summary` describes them, and
+    `ember_ext.reference.lif_attention(..., return_weights=True)` returns them.
+
     Under autocast query, key and value are rounded to autocast's dtype, unless they are fp64.
 
     Args:
@@ -106,8 +110,8 @@ def lif_attention(
 
     Returns:
         [B, H, Tq, D] in query's dtype, laid out as [B, Tq, H, D] so that joining the heads copies
-        nothing; with `return_summary` also an `AttentionSummary`, in fp32 (fp64 for fp64 input) and
-        without gradient.
+        nothing; with `return_summary` also an `ember_ext.ops.AttentionSummary`, in fp32 (fp64 for
+        fp64 input) and without gradient.
 
     Raises:
         TypeError: an argument is not a tensor or not of a supported dtype.
@@ -122,8 +126,8 @@ def lif_attention(
     scale = _attention.default_scale(query) if scale is None else scale
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-    if not _native.has(query.device.type, _OP):
-        if query.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not _native.runs(query.device.type, _OP):
+        if _checks.is_readable(query):
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)
         return _run_reference(
             (query, key, value, threshold, leak, steepness),
@@ -154,7 +158,7 @@ def _run_reference(
     tensors: tuple[Tensor, ...], return_summary: bool, **options: Any
 ) -> Tensor | tuple[Tensor, AttentionSummary]:
     query, key, _, threshold = tensors[:4]
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         out, w = reference.lif_attention(*tensors, **options, return_weights=True)
         out = _attention.join_heads(out)
         if not return_summary:

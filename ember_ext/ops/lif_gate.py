@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -45,7 +46,7 @@ def lif_gate(
         steepness: k, shape as `threshold`, finite and > 0.
         norm: "l1", "l2" or None: the norm of each row that the gate preserves. Default: None.
         unit_dim: the dimension of `x` along which θ, λ and k vary. Default: the last.
-        eps: added to ‖y‖. Default: 1e-8.
+        eps: added to ‖y‖, finite, >= 0. Default: 1e-8.
 
     Returns:
         y, contiguous, with the shape and dtype of `x`.
@@ -56,13 +57,13 @@ def lif_gate(
             checked on CPU tensors only: on a GPU the check would wait for the device.
     """
     if torch.compiler.is_compiling():
-        _check(x, threshold, leak, steepness, norm, unit_dim, eps)
+        _check(x, threshold, leak, steepness, norm, unit_dim)
         return _run(x, threshold, leak, steepness, norm, unit_dim, eps)
     try:
         return _run(x, threshold, leak, steepness, norm, unit_dim, eps)
     except Exception:
         # The kernel refuses what is wrong at no cost; only here is the error put into words.
-        _check(x, threshold, leak, steepness, norm, unit_dim, eps)
+        _check(x, threshold, leak, steepness, norm, unit_dim)
         _checks.check_gate_parameters(_OP, threshold, leak, steepness)
         raise
 
@@ -76,15 +77,17 @@ def _run(
     unit_dim: int,
     eps: float,
 ) -> Tensor:
-    if not _native.has(x.device.type, _OP):
-        _check(x, threshold, leak, steepness, norm, unit_dim, eps)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not 0 <= eps < math.inf:
+        _checks.fail(_OP, "eps", "finite and >= 0", eps)
+    if not _native.runs(x.device.type, _OP):
+        _check(x, threshold, leak, steepness, norm, unit_dim)
+        if _checks.is_readable(x):
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)
         y = reference.lif_gate(x, threshold, leak, steepness, norm=norm, unit_dim=unit_dim, eps=eps)
         return y.contiguous()
     dtype = _checks.compute_dtype(x.dtype)
     if threshold.dtype != dtype or leak.dtype != dtype or steepness.dtype != dtype:
-        _check(x, threshold, leak, steepness, norm, unit_dim, eps)
+        _check(x, threshold, leak, steepness, norm, unit_dim)
         threshold, leak, steepness = threshold.to(dtype), leak.to(dtype), steepness.to(dtype)
     arguments = (x, threshold, leak, steepness, _NORM_CODES[norm], unit_dim, eps)
     needs_grad = torch.is_grad_enabled() and (
@@ -104,24 +107,26 @@ def _check(
     steepness: Tensor,
     norm: str | None,
     unit_dim: int,
-    eps: float,
 ) -> None:
     _checks.check_tensor(_OP, "x", x)
-    if norm not in _NORM_CODES:
-        _checks.fail(_OP, "norm", "None, 'l1' or 'l2'", repr(norm))
+    check_norm(_OP, norm)
     dims = x.dim()
     if dims == 0:
         _checks.fail(_OP, "x", "of at least one dimension", "a scalar")
     if not -dims <= unit_dim < dims:
         _checks.fail(_OP, "unit_dim", f"within [{-dims}, {dims - 1}]", unit_dim)
-    if not eps >= 0:
-        _checks.fail(_OP, "eps", ">= 0", eps)
     units = x.shape[unit_dim]
     for name, parameter in (("threshold", threshold), ("leak", leak), ("steepness", steepness)):
         _checks.check_tensor(_OP, name, parameter)
         if parameter.dim() != 1 or parameter.shape[0] != units:
             _checks.fail(_OP, name, f"[x.shape[{unit_dim}]] = [{units}]", list(parameter.shape))
         _checks.check_device(_OP, name, parameter, x, "x")
+
+
+def check_norm(op: str, norm: object) -> None:
+    """Raise ValueError unless `norm` is one that the gate can keep."""
+    if norm not in _NORM_CODES:
+        _checks.fail(op, "norm", "None, 'l1' or 'l2'", repr(norm))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

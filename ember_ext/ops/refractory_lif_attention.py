@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ember_ext import _native, reference
 from ember_ext.ops import _attention, _checks
+from ember_ext.ops._autocast import without_autocast
 from ember_ext.reference.refractory_lif_attention import RefractoryMode, RefractoryState
 
 _OP = "refractory_lif_attention"
@@ -62,8 +63,9 @@ def refractory_lif_attention(
         mode: "causal" or "paper". Default: "causal".
         previous_load: what the previous layer returned, broadcastable to [B, T, S + T]. Default:
             none.
-        past: what the call on the S tokens before returned. Default: none. In mode "paper" it must
-            be None: there a sequence cannot be taken in parts.
+        past: the `ember_ext.ops.RefractoryState` that the call on the S tokens before returned.
+            Default: none. In mode "paper" it must be None: there a sequence cannot be taken in
+            parts.
         dropout_p: as in `lif_attention`.
         scale: as in `lif_attention`.
         eps: as in `lif_attention`.
@@ -88,10 +90,10 @@ def refractory_lif_attention(
     seed = _attention.draw_seed(query, dropout_p, seed)
     scale = _attention.default_scale(query) if scale is None else scale
     device = query.device.type
-    if not _native.has(device, _OP):
-        if device == "cpu" and not torch.compiler.is_compiling():
+    if not _native.runs(device, _OP):
+        if _checks.is_readable(query):
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             out, load, state = reference.refractory_lif_attention(
                 query,
                 key,
