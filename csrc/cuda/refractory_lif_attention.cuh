@@ -803,7 +803,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_previous_kernel(
       }
     }
   }
-  if (p.previous_strides[1] == 0) {
+  if (p.one_previous_row) {
     tile.sum_queries(p, sum, scratch.mean_sums + (batch * tiles + index) * p.keys);
     return;
   }

@@ -78,6 +78,8 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
         (2, 0, 0, 3, 1, 4, 0.0, "rows", False),
         (2, 2, 2, 0, 3, 4, 0.0, "row", True),
         (2, 2, 2, 5, 0, 0, 0.0, "rows", False),
+        (2, 2, 1, 50, 2, 8, 0.0, "row, expanded", False),
+        (2, 2, 2, 7, 0, 4, 0.0, "rows, expanded", False),
     ]
     for mode in ("causal", "paper"):
         for batch, heads, groups, queries, earlier, size, dropout_p, previous, state in cases:
@@ -90,10 +92,17 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
                     "row": (batch, 1, keys),
                     "number": (1, 1, 1),
                 }[previous]
-                tensors["previous_load"] = torch.rand(shape, generator=generator) / max(keys, 1)
+                load = torch.rand(shape, generator=generator) / max(keys, 1)
+                if "expanded" in previous:
+                    # In the compute dtype, so that the kernels get its strides of 0.
+                    load = load.to(torch.promote_types(dtype, torch.float32))
+                    load = load.expand(batch, queries, keys)
+                tensors["previous_load"] = load
             if state and mode == "causal":
                 # As much as `earlier` queries can have drawn.
                 probabilities = torch.rand(batch, heads, earlier, generator=generator)
+                    "row, expanded": (batch, 1, keys),
+                    "rows, expanded": (1, queries, keys),
                 tensors["past_probabilities"] = 2 * probabilities
                 tensors["past_weights"] = 2 * torch.rand(batch, earlier, generator=generator)
             options: dict[str, Any] = {"mode": mode, "dropout_p": dropout_p}
