@@ -429,6 +429,17 @@ def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
         operators.cfc_scan_backward(y, h, saved[:-1], None, weights, *rest, True, True)
 
 
+        (
+            with_weights(
+                backbone=(
+                    Affine(torch.ones(3, 9), torch.ones(3)),
+                    Affine(torch.ones(9, 3), torch.ones(9)),
+                )
+            )
+            | {"dropout_scale": torch.ones(3, 8, 1, 3)},
+            ValueError,
+            r"weights.backbone must be of one width U with dropout_scale, got \[3, 9\]",
+        ),
 @needs_kernels
 @pytest.mark.parametrize("spans", [False, True])
 @pytest.mark.parametrize("steps", [None, 7])
@@ -451,12 +462,24 @@ def test_packed_cells(mode: str, steps: int | None, spans: bool) -> None:
         )
         lasts.append(last)
     if steps is None:
+    maps = [torch.randn(3, 8), torch.randn(6, 4), torch.randn(12, 7)]
+    with pytest.raises(RuntimeError, match="invalid arguments"):
+        operators.cfc_scan_forward(x, h0, maps, None, None, torch.ones(2, 5, 1, 3), *rest[3:])
         x, expected, dt = x[:, 0], expected[:, 0], None if dt is None else dt[:, 0]
     y, last = packed.run(x, h, dt, lengths)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(last, torch.cat(lasts, 1))
     if dt is None and mode == "pure":
         dt = torch.full(x.shape[:-1], 0.5)
+@pytest.mark.cuda
+def test_raw_operators_refuse_tensors_of_another_device() -> None:
+    x, h0, weights = torch.randn(2, 5, 3), torch.randn(2, 4), [torch.randn(12, 8)]
+    rest = (None, None, None, None, 0, 0, 0)
+    for bad in ((x.cuda(), h0, weights), (x, h0.cuda(), weights), (x, h0, [weights[0].cuda()])):
+        with pytest.raises(RuntimeError, match="invalid arguments"):
+            torch.ops.ember_ext.cfc_scan_forward(*bad, *rest)
+
+
     operators, plan = torch.ops.ember_ext, list(packed._plan)
     torch.library.opcheck(
         operators.cfc_scan_packed.default, (x, h, dt, lengths, packed._packed, plan)
