@@ -204,10 +204,15 @@ template <typename T, bool matrix_units>
 __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
     lif_attention_forward_kernel(LifAttentionParams p, AttentionDropout keep) {
   using C = compute_t<T>;
+// Blocks that share the columns of a result; one also where there are none, for the rows' sums.
+__host__ __device__ __forceinline__ int64_t attention_columns(const LifAttentionParams& p) {
+  return attention_tiles(p.size > 0 ? p.size : 1);
+}
+
   using Products = AttentionProductsFor<T, matrix_units>;
   Products products;
   AttentionBlock block;
-  const int column = block.next(attention_tiles(p.size)) * kTile;
+  const int column = block.next(attention_columns(p)) * kTile;
   const int first = block.next(attention_tiles(p.queries)) * kTile;
   const int head_index = block.next(p.heads);
   const AttentionHead<T> head(p, keep, int(block.rest), head_index);
@@ -295,7 +300,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
   using Products = AttentionProductsFor<T, matrix_units>;
   Products products;
   AttentionBlock block;
-  const int column = block.next(attention_tiles(p.size)) * kTile;
+  const int column = block.next(attention_columns(p)) * kTile;
   const int tiles = int(attention_tiles(p.queries)), tile = block.next(tiles);
   const int head_index = block.next(p.heads);
   const AttentionHead<T> head(p, keep, int(block.rest), head_index);
@@ -393,7 +398,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
   using Products = AttentionProductsFor<T, matrix_units>;
   Products products;
   AttentionBlock block;
-  const int column = block.next(attention_tiles(p.size)) * kTile;
+  const int column = block.next(attention_columns(p)) * kTile;
   const int first = block.next(attention_tiles(p.keys)) * kTile;
   const int group = block.next(p.groups), batch = int(block.rest);
   const int key = first + patch_row();

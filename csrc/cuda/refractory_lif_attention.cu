@@ -49,7 +49,7 @@ struct Launches {
   cudaStream_t stream;
   AttentionDropout keep = dropout_of(p);
   int64_t pairs = p.batch * p.heads, query_tiles = attention_tiles(p.queries),
-          key_tiles = attention_tiles(p.keys), columns = refractory_columns(p);
+          key_tiles = attention_tiles(p.keys), columns = attention_columns(p);
   cudaError_t status = cudaSuccess;
 
   // Does nothing once a launch has failed.

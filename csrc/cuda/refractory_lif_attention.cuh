@@ -37,12 +37,6 @@ struct RefractoryScratch {
   C* row_sums;    // backward: delta and E, [2, B, H, Q]
 };
 
-// Blocks that share the columns of a result; one also where there are none, for the rows' sums.
-__host__ __device__ __forceinline__ int64_t
-refractory_columns(const RefractoryLifAttentionParams& p) {
-  return attention_tiles(p.size > 0 ? p.size : 1);
-}
-
 // One head, with what makes its thresholds.
 template <typename T>
 struct RefractoryHead : AttentionHead<T> {
@@ -115,13 +109,7 @@ struct RefractoryTile {
   // values = products of rows of a, which belong to queries, with rows of b, which belong to keys.
   __device__ __forceinline__ void rows(const AttentionRows<T>& a, const AttentionRows<T>& b,
                                        Values& values) {
-    if (a.size == 0) {
-#pragma unroll
-      for (int q = 0; q < kPatch; ++q) {
-#pragma unroll
-        for (int k = 0; k < kPatch; ++k) at(values, q, k) = 0;
-      }
-    } else if (keys_first) {
+    if (keys_first) {
       products.rows(b, keys, a, queries, values);
     } else {
       products.rows(a, queries, b, keys, values);
@@ -391,7 +379,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_out_kernel(RefractoryLifAttenti
   using Products = typename Tile::Products;
   Tile tile;
   AttentionBlock block;
-  const int columns = int(refractory_columns(p));
+  const int columns = int(attention_columns(p));
   const int column = block.next(columns) * kTile;
   const int first = block.next(attention_tiles(p.queries)) * kTile;
   const int head_index = block.next(p.heads);
@@ -649,7 +637,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_backward_queries_kernel(
   using Tile = RefractoryTile<T, matrix_units, false>;
   Tile tile;
   AttentionBlock block;
-  const int columns = int(refractory_columns(p));
+  const int columns = int(attention_columns(p));
   const int column = block.next(columns) * kTile;
   tile.queries = block.next(attention_tiles(p.queries)) * kTile;
   const int head_index = block.next(p.heads);
@@ -710,7 +698,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_backward_keys_kernel(
   using Tile = RefractoryTile<T, matrix_units, true>;
   Tile tile;
   AttentionBlock block;
-  const int columns = int(refractory_columns(p));
+  const int columns = int(attention_columns(p));
   const int column = block.next(columns) * kTile;
   tile.keys = block.next(attention_tiles(p.keys)) * kTile;
   const int group = block.next(p.groups), batch = int(block.rest);
