@@ -81,6 +81,11 @@ struct AttentionHead {
     return (batch * p.heads + head) * p.queries + i;
   }
 
+  // Query i, or for one past the end the last, whose row no other tile's block writes.
+  __device__ __forceinline__ int existing(int i) const {
+    return i < int(p.queries) ? i : int(p.queries) - 1;
+  }
+
   __device__ __forceinline__ bool visible(int i, int j) const {
     return i < int(p.queries) && j < int(p.keys) &&
            (!p.causal || j <= i + int(p.keys) - int(p.queries)) &&
@@ -278,7 +283,7 @@ struct AttentionRowStats {
   __device__ __forceinline__ AttentionRowStats(const AttentionHead<T>& head, int i) {
     const LifAttentionParams& p = head.p;
     const int64_t rows = p.batch * p.heads * p.queries;
-    const C* stats = static_cast<const C*>(p.row_stats) + head.row(i < int(p.queries) ? i : 0);
+    const C* stats = static_cast<const C*>(p.row_stats) + head.row(head.existing(i));
     largest = stats[0];
     inverse_sum = stats[rows];
     inverse_weight_sum = stats[2 * rows];
@@ -419,7 +424,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
       for (int c = 0; c < kPatch; ++c) {
         const int i = queries + patch_column() + c;
         const AttentionRowStats<C> stats(head, i);
-        const int64_t row = head.row(i < int(p.queries) ? i : 0);
+        const int64_t row = head.row(head.existing(i));
         const C delta = row_gradients[row];
         const C mean = row_gradients[p.batch * p.heads * p.queries + row];
         bool kept[kPatch];

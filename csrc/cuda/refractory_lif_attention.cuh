@@ -226,7 +226,7 @@ struct RefractoryTile {
   __device__ __forceinline__ GatedProbability<C> gated(const Head& head, Values& p, Values& load,
                                                        int q, int k) const {
     const int j = key(k) < int(head.r.keys) ? key(k) : 0;
-    const int i = query(q) < int(head.r.queries) ? query(q) : 0;
+    const int i = head.existing(query(q));
     return {head, at(p, q, k), head.threshold_at(i, j, at(load, q, k))};
   }
 
@@ -263,7 +263,7 @@ struct RefractoryTile {
     through_weights(head, grad_out, scratch.above, t);
 #pragma unroll
     for (int q = 0; q < kPatch; ++q) {
-      const int i = query(q) < int(head.r.queries) ? query(q) : 0;
+      const int i = head.existing(query(q));
       const C delta = scratch.row_sums[head.row(i)];
       const C inverse = AttentionRowStats<C>(head, i).inverse_weight_sum;
 #pragma unroll
@@ -735,7 +735,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_backward_keys_kernel(
         tile.probability_gradients(head, grad_out, scratch, values, load, t);
 #pragma unroll
         for (int q = 0; q < kPatch; ++q) {
-          const int i = tile.query(q) < int(p.queries) ? tile.query(q) : 0;
+          const int i = head.existing(tile.query(q));
           const C mean = scratch.row_sums[p.batch * p.heads * p.queries + head.row(i)];
 #pragma unroll
           for (int k = 0; k < kPatch; ++k) values[k][q] *= t[k][q] - mean;
