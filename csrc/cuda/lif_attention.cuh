@@ -204,16 +204,16 @@ __device__ __forceinline__ void row_maxima(Products& products, const AttentionHe
   }
 }
 
-// Grid: batch x heads x tiles of queries x 64 columns of the result.
-template <typename T, bool matrix_units>
-__global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
-    lif_attention_forward_kernel(LifAttentionParams p, AttentionDropout keep) {
-  using C = compute_t<T>;
 // Blocks that share the columns of a result; one also where there are none, for the rows' sums.
 __host__ __device__ __forceinline__ int64_t attention_columns(const LifAttentionParams& p) {
   return attention_tiles(p.size > 0 ? p.size : 1);
 }
 
+// Grid: batch x heads x tiles of queries x 64 columns of the result.
+template <typename T, bool matrix_units>
+__global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
+    lif_attention_forward_kernel(LifAttentionParams p, AttentionDropout keep) {
+  using C = compute_t<T>;
   using Products = AttentionProductsFor<T, matrix_units>;
   Products products;
   AttentionBlock block;
@@ -224,6 +224,13 @@ __host__ __device__ __forceinline__ int64_t attention_columns(const LifAttention
   const int end = head.end_of_keys(first + kTile - 1), row = first + patch_row();
   C scores[kPatch][kPatch], largest[kPatch], inverse_sum[kPatch];
   row_maxima(products, head, first, end, largest, inverse_sum);
+
+  // A row's largest weight, which belongs to its largest score, says how its weights are scaled.
+  C factors[kPatch];
+#pragma unroll
+  for (int r = 0; r < kPatch; ++r) {
+    factors[r] = Products::scale_for(GatedProbability<C>(head, inverse_sum[r]).gate).factor;
+  }
 
   // Rows are divided by the sum of what multiplies the values: their weights, rounded or not, then
   // still add up to 1.
@@ -243,7 +250,7 @@ __host__ __device__ __forceinline__ int64_t attention_columns(const LifAttention
           weight = e * GatedProbability<C>(head, e * inverse_sum[r]).gate;
         }
         weight_sum[r] += weight;
-        weight = Products::rounded(weight);
+        weight = Products::rounded(weight * factors[r]);
         rounded_sum[r] += weight;
         scores[r][c] = kept[c] ? weight : C(0);
       }
@@ -257,9 +264,10 @@ __host__ __device__ __forceinline__ int64_t attention_columns(const LifAttention
   for (int r = 0; r < kPatch; ++r) {
     const C total = across_columns<Sum>(weight_sum[r]) * inverse_sum[r];
     const C inverse = inverse_sum[r] == 0 ? C(0) : C(1) / (total + C(p.eps));
-    const C rounded_total = across_columns<Sum>(rounded_sum[r]) * inverse_sum[r];
+    const C unit = inverse_sum[r] / factors[r];
+    const C rounded_total = across_columns<Sum>(rounded_sum[r]) * unit;
     const C factor =
-        inverse_sum[r] == 0 ? C(0) : inverse_sum[r] / (rounded_total + C(p.eps)) * head.keep_factor;
+        inverse_sum[r] == 0 ? C(0) : unit / (rounded_total + C(p.eps)) * head.keep_factor;
 #pragma unroll
     for (int c = 0; c < kPatch; ++c) out[r][c] *= factor;
     if (column == 0 && patch_column() == 0 && row + r < int(p.queries)) {

@@ -86,7 +86,7 @@ struct RefractoryTile {
   static constexpr size_t kBytes = (kAcross + 1) * kTile * sizeof(C);  // beyond the products'
 
   Products products;
-  C* totals;      // [kAcross, kTile]: sums over 4 queries
+  C* totals;      // [kAcross, kTile]: sums over 4 queries; or what scale_rows() leaves
   C* row_values;  // [kTile]: for the kernel's own use
   int queries = 0, keys = 0;
 
@@ -386,7 +386,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_out_kernel(RefractoryLifAttenti
   const RefractoryHead<T> head(p, keep, int(block.rest), head_index);
   const int end = head.end_of_keys(first + kTile - 1), row = first + patch_row();
 
-  C sum[kPatch] = {}, rounded_sum[kPatch] = {};
+  C sum[kPatch] = {}, rounded_sum[kPatch] = {}, units[kPatch];
   C values[kPatch][kPatch], load[kPatch][kPatch];
   typename Products::Result weighted;
   tile.queries = first;
@@ -395,32 +395,35 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_out_kernel(RefractoryLifAttenti
     tile.loads(head, values, load);
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
-      const C inverse_sum = AttentionRowStats<C>(head, row + r).inverse_sum;
-      // Weights are stored relative to the row's largest, which fp16 needs.
-      const C relative = inverse_sum == 0 ? C(0) : C(1) / inverse_sum;
+#pragma unroll
+      for (int c = 0; c < kPatch; ++c) {
+        const GatedProbability<C> gated = tile.gated(head, values, load, r, c);
+        values[r][c] = gated.p * gated.gate;
+        sum[r] += values[r][c];
+      }
+    }
+    // Thresholds differ from key to key: no bound on a row's weights is known before its end.
+    Products::scale_rows(values, tile.totals, units);
+#pragma unroll
+    for (int r = 0; r < kPatch; ++r) {
       bool kept[kPatch];
       head.dropout(row + r, tile.key(0), kept);
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
-        const GatedProbability<C> gated = tile.gated(head, values, load, r, c);
-        C weight = gated.p * gated.gate;
-        sum[r] += weight;
-        weight = Products::rounded(weight * relative);
-        rounded_sum[r] += weight;
+        const C weight = Products::rounded(values[r][c]);
+        rounded_sum[r] += weight * units[r];
         values[r][c] = kept[c] ? weight : C(0);
       }
     }
     tile.products.store(values);
-    tile.products.add_tile(head.value, tile.keys, column, weighted);
+    tile.products.add_scaled_rows(head.value, tile.keys, column, tile.totals, weighted);
   }
   tile.products.read(weighted, values);
 #pragma unroll
   for (int r = 0; r < kPatch; ++r) {
     const C total = across_columns<Sum>(sum[r]), rounded = across_columns<Sum>(rounded_sum[r]);
     const C inverse_sum = AttentionRowStats<C>(head, row + r).inverse_sum;
-    const C factor = inverse_sum == 0
-                         ? C(0)
-                         : inverse_sum / (rounded * inverse_sum + C(p.eps)) * head.keep_factor;
+    const C factor = inverse_sum == 0 ? C(0) : C(1) / (rounded + C(p.eps)) * head.keep_factor;
 #pragma unroll
     for (int c = 0; c < kPatch; ++c) values[r][c] *= factor;
     if (column == 0 && patch_column() == 0 && row + r < int(p.queries)) {
