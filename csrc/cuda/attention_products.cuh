@@ -149,8 +149,9 @@ struct AttentionProducts<T, false> {
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) sums[r][c] = 0;
     }
-    // Once even without columns, for the barriers, which other methods count on.
-    for (int first = 0; first == 0 || first < a.size; first += kDepth) {
+    // Other methods count on the loop's barriers.
+    if (a.size == 0) __syncthreads();
+    for (int first = 0; first < a.size; first += kDepth) {
       __syncthreads();
       // Neighbouring threads take neighbouring rows: their stores go to different banks.
       const int row = int(threadIdx.x) % kTile;
@@ -309,8 +310,9 @@ struct AttentionProducts<T, true> {
     using namespace nvcuda::wmma;
     T* const other = stage + kTile * kStride;
     Result products;
-    // Once even without columns, for the barriers, which other methods count on.
-    for (int first = 0; first == 0 || first < a.size; first += kDepth) {
+    // Other methods count on the loop's barriers.
+    if (a.size == 0) __syncthreads();
+    for (int first = 0; first < a.size; first += kDepth) {
       __syncthreads();
       load<kDepth>(a, a_first, first, stage, kStride);
       load<kDepth>(b, b_first, first, other, kStride);
