@@ -23,6 +23,8 @@ build_info: dict[str, str] = {}
 """How the library was built: version, torch, compiler, cuda, cuda_architectures, cuda_operators; {}
 if missing."""
 
+_ISAS = ("baseline", "avx2", "avx512")
+
 isa = ""
 """What the CPU kernels use: "baseline", "avx2" or "avx512"; empty if there are none."""
 
@@ -125,8 +127,14 @@ def load(version: str) -> None:
         unavailable["cpu"] = unavailable["cuda"] = f"{error}; {_INSTALL_HINT}"
         _warn_of_missing_kernels("cpu", None)
         return
-    wanted = os.environ.get("EMBER_EXT_ISA")
-    if wanted and wanted != isa:
+    wanted = os.environ.get("EMBER_EXT_ISA", "")
+    if wanted and wanted.lower() not in _ISAS:
+        names = ", ".join(_ISAS)
+        warnings.warn(
+            f"ember_ext: EMBER_EXT_ISA must be one of {names}, got {wanted}; using {isa}",
+            stacklevel=2,
+        )
+    elif wanted and wanted.lower() != isa:
         warnings.warn(
             f"ember_ext: this machine cannot run EMBER_EXT_ISA={wanted}, using {isa}",
             stacklevel=2,

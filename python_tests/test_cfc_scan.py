@@ -19,7 +19,7 @@ import ember_ext
 from ember_ext import _native, reference
 from ember_ext.ops import Affine, CfCWeights
 from ember_ext.ops.cfc_scan import PackedCells
-from ember_ext.testing import DTYPES, check_sample
+from ember_ext.testing import DTYPES, Sample, check_sample
 from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, flat
 
 needs_kernels = pytest.mark.skipif(not _native.has("cpu"), reason="no compiled kernels")
@@ -335,6 +335,34 @@ def test_no_steps_keep_the_state() -> None:
     assert torch.equal(gradient, torch.ones(2, 4))
 
 
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("chunk_size", [0, 2])
+def test_no_units(chunk_size: int) -> None:
+    """Nothing comes out, and so nothing has a gradient."""
+    tensors = example(2, 3, 4, 0, backbone=(5, 6))
+    y, last, *gradients = results(tensors, chunk_size=chunk_size)
+    assert y.shape == (2, 3, 0)
+    assert last.shape == (2, 0)
+    for gradient in gradients:
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_silu_goes_to_zero_far_below_it(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    u = torch.tensor([-largest, -1e30, -1000.0, -88.5, -87.0, -1.0, 0.0, 5.0], dtype=dtype)
+    tensors = {
+        name: value.detach().to(dtype)
+        for name, value in example(len(u), 1, 1, 1, backbone=(1,)).items()
+    }
+    tensors |= {"x": u.view(-1, 1, 1), "backbone0_bias": torch.zeros(1, dtype=dtype)}
+    tensors["backbone0_weight"] = torch.tensor([[1.0, 0.0]], dtype=dtype)
+    one = Sample("silu", tensors, {"activation": "silu"}, scale=5.0)
+    check_sample(scan, definition, one)
+    y, _ = scan(**one.tensors, **one.options)
+    assert torch.equal(y[0], y[1])
+
+
 def test_large_input_saturates() -> None:
     tensors = {name: value.detach() for name, value in example(2, 6, 4, 7).items()}
     tensors["x"] = 1e30 * tensors["x"]
@@ -422,6 +450,17 @@ def with_weights(**changes: object) -> dict[str, object]:
         ({"lengths": torch.tensor([1, 9, 2])}, ValueError, r"\[0, 8\], got 9 at index 1"),
         ({"lengths": torch.tensor([1, -1, 2])}, ValueError, "got -1 at index 1"),
         ({"dropout_scale": torch.ones(3, 8, 1, 4)}, ValueError, "dropout_scale must be None"),
+        (
+            with_weights(
+                backbone=(
+                    Affine(torch.ones(3, 9), torch.ones(3)),
+                    Affine(torch.ones(9, 3), torch.ones(9)),
+                )
+            )
+            | {"dropout_scale": torch.ones(3, 8, 1, 3)},
+            ValueError,
+            r"weights.backbone must be of one width U with dropout_scale, got \[3, 9\]",
+        ),
     ],
     ids=str,
 )
@@ -465,10 +504,22 @@ def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
     ):
         with pytest.raises(RuntimeError, match="invalid arguments"):
             operators.cfc_scan_forward(*bad, *rest)
+    maps = [torch.randn(3, 8), torch.randn(6, 4), torch.randn(12, 7)]
+    with pytest.raises(RuntimeError, match="invalid arguments"):
+        operators.cfc_scan_forward(x, h0, maps, None, None, torch.ones(2, 5, 1, 3), *rest[3:])
     weights = [torch.randn(12, 8)]
     y, h, saved = operators.cfc_scan_forward(x, h0, weights, *rest)
     with pytest.raises(RuntimeError, match="invalid arguments"):
         operators.cfc_scan_backward(y, h, saved[:-1], None, weights, *rest, True, True)
+
+
+@pytest.mark.cuda
+def test_raw_operators_refuse_tensors_of_another_device() -> None:
+    x, h0, weights = torch.randn(2, 5, 3), torch.randn(2, 4), [torch.randn(12, 8)]
+    rest = (None, None, None, None, 0, 0, 0)
+    for bad in ((x.cuda(), h0, weights), (x, h0.cuda(), weights), (x, h0, [weights[0].cuda()])):
+        with pytest.raises(RuntimeError, match="invalid arguments"):
+            torch.ops.ember_ext.cfc_scan_forward(*bad, *rest)
 
 
 @needs_kernels

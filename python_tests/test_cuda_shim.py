@@ -28,6 +28,17 @@ def test_sound_kernel_passes(faulty: cuda_shim.Shim) -> None:
     assert torch.equal(run(faulty, "sound"), torch.arange(64.0).flip(0))
 
 
+def test_a_refused_launch_leaves_no_error_for_the_next(faulty: cuda_shim.Shim) -> None:
+    faulty.library.cuda_shim_refuse_attributes(1)
+    try:
+        with pytest.raises(cuda_shim.KernelFaultError, match="the launcher returned 1"):
+            run(faulty, "sound_with_much_memory")
+    finally:
+        faulty.library.cuda_shim_refuse_attributes(0)
+    assert faulty.library.cuda_shim_last_error() == 0
+    run(faulty, "sound_with_much_memory")
+
+
 def test_sound_product_passes(faulty: cuda_shim.Shim) -> None:
     a = torch.arange(64.0).repeat(2).view(16, 8)
     assert torch.equal(run(faulty, "sound_product")[:32], (a @ a.T).flatten()[:32])

@@ -304,6 +304,18 @@ def test_summary_describes_the_reference_s_weights(dtype: torch.dtype, causal: b
             torch.testing.assert_close(value.double(), target, rtol=1e-4, atol=tolerance)
 
 
+@pytest.mark.parametrize("queries", [7, 300])
+def test_summary_without_columns_is_that_of_equal_scores(queries: int) -> None:
+    values = tensors(2, 3, queries, 305, 1, torch.float32)
+    equal = values | {"query": torch.zeros_like(values["query"])}
+    none = {name: value[..., :0] if value.dim() == 4 else value for name, value in values.items()}
+    out, summary = lif_attention(**none, return_summary=True)
+    _, expected = lif_attention(**equal, return_summary=True)
+    assert out.shape == (2, 3, queries, 0)
+    for actual, target in zip(summary, expected, strict=True):
+        assert torch.equal(actual, target)
+
+
 def test_summary_of_uniform_attention() -> None:
     """A causal softmax of equal scores over 256 keys: the figures that the paper reports."""
     zeros, one = torch.zeros(1, 1, 256, 4), torch.ones(1)

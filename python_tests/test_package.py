@@ -90,9 +90,30 @@ def test_a_library_of_other_schemas_is_not_used(tmp_path: Path) -> None:
 
 
 @needs_kernels
-def test_an_instruction_set_that_is_missing_is_named() -> None:
-    result = run_python("import ember_ext", EMBER_EXT_ISA="sse9")
-    assert "cannot run EMBER_EXT_ISA=sse9" in result.stderr
+def test_an_unknown_instruction_set_leaves_the_best() -> None:
+    code = "from ember_ext import _native; print(_native.isa)"
+    best = run_python(code, EMBER_EXT_ISA="").stdout
+    result = run_python(code, EMBER_EXT_ISA="sse9")
+    expected = f"must be one of baseline, avx2, avx512, got sse9; using {best.strip()}"
+    assert result.stderr.count(expected) == 1
+    assert result.stdout == best
+
+
+@needs_kernels
+def test_instruction_sets_are_named_in_letters_of_either_case() -> None:
+    code = "from ember_ext import _native; print(_native.isa)"
+    result = run_python(code, EMBER_EXT_ISA="BaseLine")
+    assert (result.stdout, result.stderr) == ("baseline\n", "")
+
+
+def test_every_extension_that_kernels_are_compiled_with_is_looked_for() -> None:
+    lists = re.findall(r"set\(avx\w+_flags ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    extensions = set(re.findall(r"-m(\w+)", " ".join(lists))) - {"prefer"}
+    assert {"avx2", "f16c", "avx512f"} <= extensions
+    looked_for = (ROOT / "csrc/cpu/isa.cpp").read_text()
+    for extension in extensions:
+        names = f'__builtin_cpu_supports("{extension}")', f"bit_{extension.upper()}"
+        assert any(name in looked_for for name in names), extension
 
 
 @needs_kernels

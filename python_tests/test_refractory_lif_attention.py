@@ -149,8 +149,8 @@ def test_double_backward_is_refused() -> None:
 
 @needs_kernels
 @both_modes
-@pytest.mark.parametrize("extras", [True, False])
-def test_opcheck(mode: str, extras: bool) -> None:
+@pytest.mark.parametrize(("extras", "expanded"), [(False, False), (True, False), (True, True)])
+def test_opcheck(mode: str, extras: bool, expanded: bool) -> None:
     look_ahead = mode == "paper"
     values = tensors(2, 7, 3)
     loads: list[Tensor | None] = [None, None, None]
@@ -158,6 +158,8 @@ def test_opcheck(mode: str, extras: bool) -> None:
         given = with_loads(values, mode)
         names = ("previous_load", "past_probabilities", "past_weights")
         loads = [given.get(name) for name in names]
+        if expanded:
+            loads[0] = given["previous_load"][:1, :1].expand(2, 7, -1)
     leaves = [value.requires_grad_() for value in values.values()]
     seed = torch.tensor(5) if extras else None
     options = (0.2 if extras else 0.0, look_ahead, 0.5, 1e-8, 3)

@@ -1,7 +1,7 @@
 // ember_ext::cfc_scan_forward and cfc_scan_backward: tensors to CfcScanParams.
 //
-// Shapes, dtypes, devices and values are checked in ember_ext/ops/cfc_scan.py; here they are taken
-// as given.
+// Shapes, dtypes, devices and values are checked and explained in ember_ext/ops/cfc_scan.py. Here
+// those checks are repeated, tersely, that memory safety rests on.
 #include "../common/cfc_scan.h"
 
 #ifdef __linux__
@@ -51,9 +51,12 @@ Tensor new_buffer(const Tensor& like, int64_t size, ScalarType dtype) {
 
 // Dense copies where needed, kept alive for as long as the parameters point to them.
 struct Arguments {
+  const Tensor& like;  // on the device that all tensors must be on
   CfcScanParams p{};
   std::vector<CfcLayer> layers;
   Tensors held;
+
+  explicit Arguments(const Tensor& like_) : like(like_) {}
 
   const void* hold(const Tensor& t) {
     held.push_back(dense(t));
@@ -61,11 +64,9 @@ struct Arguments {
   }
   const void* hold(const MaybeTensor& t) { return t ? hold(*t) : nullptr; }
 
-  // Python has checked and explained; this only keeps a direct call of the raw operators from
-  // reading beyond a tensor's end.
   static void expect(bool good) { STD_TORCH_CHECK(good, "ember_ext.cfc_scan: invalid arguments"); }
-  static void expect(const MaybeTensor& t, int64_t size, ScalarType dtype) {
-    expect(!t || (t->numel() == size && t->scalar_type() == dtype));
+  void expect(const MaybeTensor& t, int64_t size, ScalarType dtype) const {
+    expect(!t || (t->numel() == size && t->scalar_type() == dtype && t->device() == like.device()));
   }
 
   // p.dtype, batch, steps, inputs, hidden and chunk are set.
@@ -96,6 +97,9 @@ struct Arguments {
     expect(lengths, p.batch, ScalarType::Long);
     const int64_t scaled = p.num_layers - 2;
     expect(dropout_scale, scaled > 0 ? cells * scaled * layers[0].units : 0, compute);
+    for (int64_t l = 1; dropout_scale && l <= scaled; ++l) {
+      expect(layers[l].units == layers[0].units);
+    }
     expect(decay, 2 * p.hidden, compute);
     expect(p.mode != CfcMode::pure || (timespans && decay));
     p.heads = layers.back().segments;
@@ -130,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> cfc_scan_forward(const Tensor& x, const Tenso
                                                     MaybeTensor decay, int64_t mode,
                                                     int64_t activation, int64_t chunk) {
   const ScalarType compute = compute_type(x);
-  Arguments a;
+  Arguments a(x);
   CfcScanParams& p = a.p;
   a.expect(x.dim() == 3 && h0.dim() == 2);
   p.dtype = dtype_of(x);
@@ -164,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> cfc_scan_backward(
     MaybeTensor decay, int64_t mode, int64_t activation, int64_t chunk, bool input_gradient,
     bool weight_gradients) {
   const ScalarType compute = compute_type(grad_y);
-  Arguments a;
+  Arguments a(grad_y);
   CfcScanParams& p = a.p;
   a.expect(grad_y.dim() == 3 && !weights.empty() && weights[0].dim() == 2);
   p.dtype = dtype_of(grad_y);
@@ -200,8 +204,14 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> cfc_scan_backward(
   p.grad_h0 = grad_h0.mutable_data_ptr();
   p.grad_timespans = timespans ? grad_timespans.mutable_data_ptr() : nullptr;
   p.grad_decay = decay && weight_gradients ? grad_decay.mutable_data_ptr() : nullptr;
-  const Tensor workspace = a.workspace(grad_y, compute, true);
-  EMBER_LAUNCH(cfc_scan_backward, p, grad_y);
+  if (p.batch * p.hidden > 0) {
+    const Tensor workspace = a.workspace(grad_y, compute, true);
+    EMBER_LAUNCH(cfc_scan_backward, p, grad_y);
+  } else {
+    // Nothing depends on anything, and forward has not been there to write `saved`.
+    for (Tensor* t : {&grad_x, &grad_h0, &grad_timespans, &grad_decay}) torch::stable::zero_(*t);
+    for (Tensor& t : grad_weights) torch::stable::zero_(t);
+  }
   return {grad_x, grad_h0, grad_weights, grad_timespans, grad_decay};
 }
 
@@ -258,19 +268,18 @@ Tensor cfc_scan_pack(Tensors weights, std::vector<int64_t> plan) {
   char* to = static_cast<char*>(packed.mutable_data_ptr());
   size_t i = 0;
   for (Stack stack(plan); stack.next(p, layers);) {
-    Arguments a;
+    Arguments a(like);
     for (CfcLayer& layer : layers) {
-      Arguments::expect(i < weights.size());
-      Arguments::expect(weights[i], layer.segments * layer.units * (1 + layer.inputs),
-                        like.scalar_type());
+      a.expect(i < weights.size());
+      a.expect(weights[i], layer.segments * layer.units * (1 + layer.inputs), like.scalar_type());
       layer.weight = a.hold(weights[i++]);
     }
     p.packed = to;
     EMBER_LAUNCH(cfc_scan_pack, p, like);
     to += cfc_packed_size(p) * element;
     if (p.mode == CfcMode::pure) {
-      Arguments::expect(i < weights.size());
-      Arguments::expect(weights[i], 2 * p.hidden, like.scalar_type());
+      a.expect(i < weights.size());
+      a.expect(weights[i], 2 * p.hidden, like.scalar_type());
       std::memcpy(to, a.hold(weights[i++]), size_t(2 * p.hidden * element));
     }
     to += 2 * p.hidden * element;
@@ -287,22 +296,23 @@ std::tuple<Tensor, Tensor> cfc_scan_packed(const Tensor& x_, const Tensor& h_,
   const ScalarType compute = compute_type(x_);
   const Tensor x = dense(x_), h = dense(h_);
   const bool single = x.dim() == 2;
-  Arguments::expect((single || x.dim() == 3) && h.dim() == 2 && h.scalar_type() == compute);
-  Arguments a;
+  Arguments a(x);
+  a.expect((single || x.dim() == 3) && h.dim() == 2);
   CfcScanParams& p = a.p;
   p.dtype = dtype_of(x);
   p.batch = x.size(0);
   p.steps = single ? 1 : x.size(1);
-  Arguments::expect(h.size(0) == p.batch);
-  Arguments::expect(timespans, p.batch * p.steps, compute);
-  Arguments::expect(lengths, p.batch, ScalarType::Long);
+  a.expect(h.size(0) == p.batch);
+  a.expect(h, h.numel(), compute);
+  a.expect(timespans, p.batch * p.steps, compute);
+  a.expect(lengths, p.batch, ScalarType::Long);
   const int64_t element = compute == ScalarType::Double ? 8 : 4;
   char* weights = static_cast<char*>(packed.mutable_data_ptr());
   p.packed = weights;
   int64_t scratch = 0, between = 0, states = 0, packed_size = 0, inputs = x.size(single ? 1 : 2);
   for (Stack stack(plan); stack.next(p, a.layers);) {
-    Arguments::expect(p.inputs == inputs);
-    Arguments::expect(p.heads == 3 || (timespans && p.heads == (p.mode == CfcMode::pure ? 1 : 4)));
+    a.expect(p.inputs == inputs);
+    a.expect(p.heads == 3 || (timespans && p.heads == (p.mode == CfcMode::pure ? 1 : 4)));
     const int64_t own = cfc_workspace(p, false).size;
     scratch = own > scratch ? own : scratch;
     between = p.hidden > between ? p.hidden : between;
@@ -310,8 +320,8 @@ std::tuple<Tensor, Tensor> cfc_scan_packed(const Tensor& x_, const Tensor& h_,
     packed_size += cfc_packed_size(p) + 2 * p.hidden;
     inputs = p.hidden;
   }
-  Arguments::expect(states > 0 && states == h.size(1) && packed.numel() == packed_size);
-  Arguments::expect(packed.scalar_type() == compute);
+  a.expect(states > 0 && states == h.size(1));
+  a.expect(packed, packed_size, compute);
   Tensor y = single ? torch::stable::new_empty(x, {p.batch, inputs})
                     : torch::stable::new_empty(x, {p.batch, p.steps, inputs});
   Tensor last = torch::stable::new_empty(h, {p.batch, states});

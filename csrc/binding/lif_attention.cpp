@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_forward(
     sums = torch::stable::new_empty(gates, {0});
     load = torch::stable::new_empty(gates, {0});
   }
-  if (inputs.empty()) {
+  // Without columns there still are weights to summarise.
+  if (!inputs.has_pairs() || (p.size == 0 && !summary)) {
     for (Tensor* t : {&out, &row_stats, &sums, &load}) torch::stable::zero_(*t);
     return {out, row_stats, sums, load};
   }
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_backward(
   Tensor grad_query = new_joined_like(inputs.query), grad_key = new_joined_like(inputs.key),
          grad_value = new_joined_like(inputs.value);
   Tensor grad_gates = torch::stable::new_empty(gates, {3, p.heads});
-  if (inputs.empty()) {
+  if (!inputs.has_pairs() || p.size == 0) {
     for (Tensor* t : {&grad_query, &grad_key, &grad_value, &grad_gates}) torch::stable::zero_(*t);
     return {grad_query, grad_key, grad_value, grad_gates};
   }

@@ -107,7 +107,7 @@ struct AttentionInputs {
     check(valid_gates(p.dtype, p.heads, p.threshold, p.leak, p.steepness));
   }
 
-  bool empty() const { return p.batch * p.heads * p.queries * p.keys * p.size == 0; }
+  bool has_pairs() const { return p.batch * p.heads * p.queries * p.keys > 0; }
 };
 
 }  // namespace binding

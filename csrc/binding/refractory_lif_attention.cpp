@@ -59,6 +59,8 @@ struct RefractoryInputs : AttentionInputs<RefractoryLifAttentionParams> {
     p.previous_load = previous_load->const_data_ptr();
     p.previous_strides[0] = previous_load->stride(0);
     p.previous_strides[1] = rows == 1 ? 0 : previous_load->stride(1);
+    // Not the stride, which is 0 for an expanded tensor, too, whose gradient has all its rows.
+    p.one_previous_row = rows == 1;
   }
 
   // Rows of the gradient of previous_load.

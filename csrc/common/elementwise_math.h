@@ -142,9 +142,12 @@ EMBER_HD double hyperbolic_tangent(double x) {
 
 #endif  // __CUDACC__
 
+// Not 1 / (1 + e^-x), which never falls to 0: it would leave something of the product with a large
+// negative number.
 template <typename T>
 EMBER_HD T sigmoid(T x) {
-  return T(1) / (T(1) + exponential(-x));
+  const T e = exponential(x);
+  return e / (T(1) + e);
 }
 
 }  // namespace EMBER_ISA

@@ -53,6 +53,7 @@ struct RefractoryLifAttentionParams : LifAttentionParams {
   const void* across;              // C [H]
   const void* previous_load;       // C [B, Q, K], keys dense, or null for zeros
   int64_t previous_strides[2];     // of batch and query, in elements; 0 where broadcast
+  bool one_previous_row;           // previous_load is C [B, 1, K], the same for all queries
   const void* past_probabilities;  // C [B, H, S], or null for zeros; null with look_ahead
   const void* past_weights;        // C [B, S]; null like past_probabilities
 
@@ -69,7 +70,7 @@ struct RefractoryLifAttentionParams : LifAttentionParams {
 
   // Written by backward, besides grad_query, grad_key, grad_value. grad_gates is C [5, H]:
   // threshold, leak, steepness, within, across.
-  void* grad_previous_load;  // C [B, Q, K]; [B, 1, K] if the query stride is 0; null: not wanted
+  void* grad_previous_load;       // C, dense, of previous_load's shape, or null: not wanted
   void* grad_past_probabilities;  // C [B, H, S], or null: not wanted
   void* grad_past_weights;        // C [B, S]; null like grad_past_probabilities
 };

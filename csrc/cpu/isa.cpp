@@ -1,11 +1,24 @@
 #include "isa.h"
 
+#include <strings.h>
+
 #include <cstdlib>
-#include <cstring>
 #include <initializer_list>
+
+#ifdef EMBER_X86
+#include <cpuid.h>
+#endif
 
 namespace ember {
 namespace {
+
+#ifdef EMBER_X86
+// Not every supported compiler's __builtin_cpu_supports() knows this name.
+bool machine_has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 bool machine_has(Isa isa) {
 #ifdef EMBER_X86
@@ -15,7 +28,7 @@ bool machine_has(Isa isa) {
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
              machine_has(Isa::avx2);
     case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && machine_has_f16c();
     default:
       return true;
   }
@@ -26,11 +39,13 @@ bool machine_has(Isa isa) {
 
 Isa choose() {
   const char* wanted = std::getenv("EMBER_EXT_ISA");
-  for (Isa isa : {Isa::avx512, Isa::avx2}) {
-    if (machine_has(isa) && (!wanted || !*wanted || !std::strcmp(wanted, isa_name(isa))))
-      return isa;
+  Isa best = Isa::baseline;
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+    if (!machine_has(isa)) continue;
+    if (wanted && !strcasecmp(wanted, isa_name(isa))) return isa;
+    best = isa;
   }
-  return Isa::baseline;
+  return best;
 }
 
 }  // namespace

@@ -7,8 +7,9 @@ namespace ember {
 
 enum class Isa : int32_t { baseline, avx2, avx512 };
 
-// The best set that this machine has, or the one named by the environment variable EMBER_EXT_ISA
-// ("baseline", "avx2", "avx512") if the machine has it. Decided once, at the first call.
+// The one named by the environment variable EMBER_EXT_ISA ("baseline", "avx2" or "avx512", in
+// letters of either case), or, if that names none that this machine has, the best that it has.
+// Decided once, at the first call.
 Isa selected_isa();
 const char* isa_name(Isa isa);
 

@@ -517,7 +517,6 @@ void causal_backward_in_step(const Params& p, const ThreadPool& pool,
   using C = compute_t<T>;
   const int64_t rows = refractory_strip_rows(p), step_rows = refractory_step_rows(p);
   const int64_t last = last_multiple(p.queries, step_rows);
-  const bool one_row = refractory_one_previous_row(p);
   for (int64_t start = last; start >= 0; start -= step_rows) {
     const Strip step(p, start, smaller(step_rows, p.queries - start));
     const auto run_unit = [&](int64_t i) {
@@ -530,8 +529,8 @@ void causal_backward_in_step(const Params& p, const ThreadPool& pool,
       for (int64_t r = last_multiple(step.rows, rows); r >= 0; r -= rows) {
         Share<C> share{};
         if (p.grad_previous_load) {
-          share = one_row ? unit_row(p, unit, scratch)
-                          : Share<C>{nullptr, s.share + r * s.stride, s.stride, true};
+          share = p.one_previous_row ? unit_row(p, unit, scratch)
+                                     : Share<C>{nullptr, s.share + r * s.stride, s.stride, true};
         }
         const Strip strip(p, start + r, smaller(rows, step.rows - r));
         causal_backward_strip<T>(p, unit, strip, scratch, s, share);
@@ -542,7 +541,7 @@ void causal_backward_in_step(const Params& p, const ThreadPool& pool,
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) run_unit(i);
                  });
-    if (p.grad_previous_load && !one_row) {
+    if (p.grad_previous_load && !p.one_previous_row) {
       for_columns(p, pool, step.rows, [&](int64_t b, int64_t begin, int64_t end) {
         add_shares(p, scratch, true, b, step, begin, end, p.grad_previous_load);
       });
@@ -555,7 +554,7 @@ template <typename C>
 Share<C> previous_share(const Params& p, const Unit& unit, const Strip& strip,
                         const RefractoryScratch<C>& scratch) {
   if (!p.grad_previous_load) return {};
-  if (refractory_one_previous_row(p)) return unit_row(p, unit, scratch);
+  if (p.one_previous_row) return unit_row(p, unit, scratch);
   return shared_rows<C>(p, unit, strip, p.grad_previous_load);
 }
 
@@ -747,7 +746,6 @@ void backward(const Params& p, const ThreadPool& pool) {
   using C = compute_t<T>;
   using Workspace = RefractoryWorkspace<C>;
   const RefractoryScratch<C> scratch(p, true, pool.threads, p.scratch);
-  const bool one_row = refractory_one_previous_row(p);
   if (refractory_in_step(p)) {
     causal_backward_in_step<T>(p, pool, scratch);
   } else if (!p.look_ahead) {
@@ -755,7 +753,7 @@ void backward(const Params& p, const ThreadPool& pool) {
              [&](int64_t b, const Workspace& s) { causal_backward_entry<T>(p, b, scratch, s); });
   } else {
     // Units that add to the same rows of a gradient take turns.
-    const int64_t turns = p.grad_previous_load && !one_row ? p.groups : 1;
+    const int64_t turns = p.grad_previous_load && !p.one_previous_row ? p.groups : 1;
     for_each(p, pool, scratch, true, refractory_units(p) / turns,
              [&](int64_t i, const Workspace& s) {
                for (int64_t turn = 0; turn < turns; ++turn) {
@@ -763,7 +761,7 @@ void backward(const Params& p, const ThreadPool& pool) {
                }
              });
   }
-  if (p.grad_previous_load && one_row) {
+  if (p.grad_previous_load && p.one_previous_row) {
     sum_unit_rows(p, scratch, p.grad_previous_load, nullptr);
   }
   sum_gates(p, scratch);

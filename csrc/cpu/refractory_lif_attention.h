@@ -23,11 +23,6 @@ inline bool refractory_in_step(const RefractoryLifAttentionParams& p) {
   return !p.look_ahead && p.batch < enough_tasks && p.groups > 1;
 }
 
-// Whether the gradient of the previous layer's load has one row for all queries.
-inline bool refractory_one_previous_row(const RefractoryLifAttentionParams& p) {
-  return p.previous_strides[1] == 0;
-}
-
 // Queries of a strip. Causal strips begin where forward saved the loads.
 inline int64_t refractory_strip_rows(const RefractoryLifAttentionParams& p) {
   const int64_t most = p.look_ahead ? 48 : p.block;

@@ -113,6 +113,12 @@ constexpr int kMostBlocks = 2;
 template <typename T, bool matrix_units>
 struct AttentionProducts;
 
+// What values are multiplied by before a tile holds them, and its inverse.
+template <typename C>
+struct AttentionScale {
+  C factor = 1, unit = 1;
+};
+
 // Sums in registers, 4 x 4 to a thread, over operands staged in shared memory.
 template <typename T>
 struct AttentionProducts<T, false> {
@@ -143,6 +149,8 @@ struct AttentionProducts<T, false> {
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) sums[r][c] = 0;
     }
+    // Other methods count on the loop's barriers.
+    if (a.size == 0) __syncthreads();
     for (int first = 0; first < a.size; first += kDepth) {
       __syncthreads();
       // Neighbouring threads take neighbouring rows: their stores go to different banks.
@@ -154,6 +162,17 @@ struct AttentionProducts<T, false> {
       __syncthreads();
       multiply(stage, stage + kDepth * kStride, kDepth, sums);
     }
+  }
+
+  // Nothing has to be scaled here; matrix units may want it.
+  static __device__ __forceinline__ AttentionScale<C> scale_for(C) { return {}; }
+  static __device__ __forceinline__ void scale_rows(C (&)[kPatch][kPatch], C*, C (&units)[kPatch]) {
+#pragma unroll
+    for (int r = 0; r < kPatch; ++r) units[r] = 1;
+  }
+  __device__ __forceinline__ void add_scaled_rows(const AttentionRows<T>& b, int first, int column,
+                                                  const C*, Result& sums) {
+    add_tile(b, first, column, sums);
   }
 
   // A value as the tile holds it.
@@ -255,7 +274,8 @@ struct AttentionProducts<T, true> {
   static constexpr size_t kBytes =
       kTile * kScoreStride * sizeof(C) + kStage * sizeof(T) + kAttentionThreads / kWarp * sizeof(C);
   static constexpr int kBlocks = kMostBlocks;
-  // fp16 ends at 65504 and is coarse below 1e-4, where gradients may lie.
+  // fp16 ends at 65504 and is coarse below 1e-4, where gradients may lie, and the weights of gates
+  // that are all but closed.
   static constexpr bool kScales = std::is_same<T, float16>::value;
 
   template <typename Use, typename Layout>
@@ -290,6 +310,8 @@ struct AttentionProducts<T, true> {
     using namespace nvcuda::wmma;
     T* const other = stage + kTile * kStride;
     Result products;
+    // Other methods count on the loop's barriers.
+    if (a.size == 0) __syncthreads();
     for (int first = 0; first < a.size; first += kDepth) {
       __syncthreads();
       load<kDepth>(a, a_first, first, stage, kStride);
@@ -309,6 +331,39 @@ struct AttentionProducts<T, true> {
       }
     }
     read_scores(products, sums);
+  }
+
+  // For values up to `most`, a power of two that makes the largest one within [2^13, 2^14).
+  static __device__ __forceinline__ AttentionScale<C> scale_for(C most) {
+    if constexpr (kScales) {
+      uint32_t exponent = bit_cast<uint32_t>(most) >> 23;
+      exponent = exponent < 20 ? 20 : exponent > 253 ? 253 : exponent;
+      return {bit_cast<float>((267 - exponent) << 23), bit_cast<float>((exponent - 13) << 23)};
+    } else {
+      return {};
+    }
+  }
+
+  // Multiplies each row of a tile of values >= 0 by the factor that suits it. Its unit goes to
+  // `units`, and to `memory`, shared and [kTile, kPiece], for add_scaled_rows(), which waits before
+  // it reads.
+  static __device__ __forceinline__ void scale_rows(C (&values)[kPatch][kPatch], C* memory,
+                                                    C (&units)[kPatch]) {
+#pragma unroll
+    for (int r = 0; r < kPatch; ++r) {
+      units[r] = 1;
+      if constexpr (kScales) {
+        C most = 0;
+#pragma unroll
+        for (int c = 0; c < kPatch; ++c) most = Maximum::of(values[r][c], most);
+        const AttentionScale<C> scale = scale_for(across_columns<Maximum>(most));
+#pragma unroll
+        for (int c = 0; c < kPatch; ++c) values[r][c] *= scale.factor;
+        units[r] = scale.unit;
+        static_assert(kPiece == kAcross, "each thread of a row writes one of its units");
+        memory[(patch_row() + r) * kPiece + int(threadIdx.x) % kAcross] = scale.unit;
+      }
+    }
   }
 
   static __device__ __forceinline__ C rounded(C value) {
@@ -353,15 +408,12 @@ struct AttentionProducts<T, true> {
       __syncthreads();
 #pragma unroll
       for (int w = 0; w < kAttentionThreads / kWarp; ++w) most = Maximum::of(maximum[w], most);
-      // The largest value becomes one within [2^13, 2^14).
-      uint32_t exponent = bit_cast<uint32_t>(most) >> 23;
-      exponent = exponent < 20 ? 20 : exponent > 253 ? 253 : exponent;
-      const C factor = bit_cast<float>((267 - exponent) << 23);
-      unit = bit_cast<float>((exponent - 13) << 23);
+      const AttentionScale<C> scale = scale_for(most);
+      unit = scale.unit;
 #pragma unroll
       for (int r = 0; r < kPatch; ++r) {
 #pragma unroll
-        for (int c = 0; c < kPatch; ++c) values[r][c] *= factor;
+        for (int c = 0; c < kPatch; ++c) values[r][c] *= scale.factor;
       }
       store(values);
     }
@@ -385,6 +437,27 @@ struct AttentionProducts<T, true> {
       }
     } else {
       multiply_tile(sums);
+    }
+  }
+
+  // The same for a tile whose rows scale_rows() has scaled.
+  __device__ __forceinline__ void add_scaled_rows(const AttentionRows<T>& b, int first, int column,
+                                                  const C* memory, Result& sums) {
+    using namespace nvcuda::wmma;
+    if constexpr (kScales) {
+      Result products;
+      add_tile(b, first, column, products);
+      Accumulator units;
+      load_matrix_sync(units, memory + piece_row() * kPiece, kPiece, mem_row_major);
+#pragma unroll
+      for (int n = 0; n < kPieces; ++n) {
+#pragma unroll
+        for (int i = 0; i < Accumulator::num_elements; ++i) {
+          sums.pieces[n].x[i] += products.pieces[n].x[i] * units.x[i];
+        }
+      }
+    } else {
+      add_tile(b, first, column, sums);
     }
   }
 

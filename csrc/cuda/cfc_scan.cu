@@ -166,11 +166,8 @@ class Scan {
     if (p_.num_layers > kCfcMostLayers || widest > most || chunk_ > 0x7fffffff) {
       return cudaErrorInvalidValue;
     }
-    int device = 0, bytes = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) {
-      status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    }
+    int bytes = 0;
+    const cudaError_t status = most_shared_memory(bytes);
     shared_limit_ = bytes / int(sizeof(C));
     return status;
   }

@@ -265,6 +265,14 @@ __global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
     }
     values(state_after(0))[i] = h;
   });
+  // What the biases multiply, also above a layer without units.
+  for (int l = 1; plan.keep && l <= last; ++l) {
+    const CfcScanLayer& layer = plan.layers[l];
+    for (int64_t i = threadIdx.x; i < int64_t(plan.steps) * rows; i += kCfcThreads<C>) {
+      if (!block.exists(int(i % rows))) continue;
+      block.piece(layer.input, layer.input_stride, int(i / rows), int(i % rows))[0] = 1;
+    }
+  }
   __syncthreads();
 
   for (int slot = 0; slot < plan.steps; ++slot) {
@@ -299,7 +307,6 @@ __global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
               }
               if (plan.keep) {
                 C* kept = block.piece(above.input, above.input_stride, slot, row);
-                if (unit == 0) kept[0] = 1;
                 kept[1 + unit] = v.value;
                 block.piece(layer.kept, layer.kept_stride, slot, row)[unit] = v.slope;
               }

@@ -29,6 +29,22 @@ struct Identity {
   using type = T;
 };
 
+// `status`. CUDA keeps it, too, and whoever asks for the last error next would take it for theirs.
+inline cudaError_t cleared(cudaError_t status) {
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
+// The most shared memory that the device gives a block.
+inline cudaError_t most_shared_memory(int& bytes) {
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  return cleared(status);
+}
+
 // Launches kernel(arguments...) with `shared` bytes of dynamic shared memory. An empty grid is no
 // error.
 template <typename... P>
@@ -38,15 +54,19 @@ cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t sha
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const size_t without_asking = 48 * 1024;
   if (shared > without_asking) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    // All that there is, not `shared`: what one host thread allows, another that launches the same
+    // kernel for another shape must not take back.
+    int most = 0;
+    cudaError_t status = most_shared_memory(most);
+    if (status == cudaSuccess) {
+      status =
+          cleared(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    }
     if (status != cudaSuccess) return status;
   }
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, shared,
-                   stream);
-  // Also clears the error, which the next caller of CUDA would otherwise take for its own.
-  return cudaGetLastError();
+  return cleared(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers,
+                                  shared, stream));
 }
 
 }  // namespace cuda

@@ -26,7 +26,7 @@ cudaError_t forward(const LifAttentionParams& p, cudaStream_t stream) {
   const int64_t pairs = p.batch * p.heads;
   const size_t shared = attention_shared_bytes<T, matrix_units>();
   cudaError_t status = launch(lif_attention_forward_kernel<T, matrix_units>,
-                              pairs * attention_tiles(p.queries) * attention_tiles(p.size),
+                              pairs * attention_tiles(p.queries) * attention_columns(p),
                               kAttentionThreads, shared, stream, p, dropout_of(p));
   if (status != cudaSuccess || !p.summary) return status;
   double* partials = static_cast<double*>(p.scratch);
@@ -45,7 +45,7 @@ cudaError_t backward(const LifAttentionParams& p, cudaStream_t stream) {
   double* gate_partials = static_cast<double*>(p.scratch);
   C* row_gradients =
       reinterpret_cast<C*>(static_cast<char*>(p.scratch) + backward_scratch(p).row_gradients);
-  const int64_t columns = attention_tiles(p.size);
+  const int64_t columns = attention_columns(p);
   cudaError_t status =
       launch(lif_attention_backward_queries_kernel<T, matrix_units>,
              p.batch * p.heads * attention_tiles(p.queries) * columns, kAttentionThreads, shared,

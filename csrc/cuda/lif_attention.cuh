@@ -81,6 +81,11 @@ struct AttentionHead {
     return (batch * p.heads + head) * p.queries + i;
   }
 
+  // Query i, or for one past the end the last, whose row no other tile's block writes.
+  __device__ __forceinline__ int existing(int i) const {
+    return i < int(p.queries) ? i : int(p.queries) - 1;
+  }
+
   __device__ __forceinline__ bool visible(int i, int j) const {
     return i < int(p.queries) && j < int(p.keys) &&
            (!p.causal || j <= i + int(p.keys) - int(p.queries)) &&
@@ -199,6 +204,11 @@ __device__ __forceinline__ void row_maxima(Products& products, const AttentionHe
   }
 }
 
+// Blocks that share the columns of a result; one also where there are none, for the rows' sums.
+__host__ __device__ __forceinline__ int64_t attention_columns(const LifAttentionParams& p) {
+  return attention_tiles(p.size > 0 ? p.size : 1);
+}
+
 // Grid: batch x heads x tiles of queries x 64 columns of the result.
 template <typename T, bool matrix_units>
 __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, matrix_units>::kBlocks)
@@ -207,13 +217,20 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
   using Products = AttentionProductsFor<T, matrix_units>;
   Products products;
   AttentionBlock block;
-  const int column = block.next(attention_tiles(p.size)) * kTile;
+  const int column = block.next(attention_columns(p)) * kTile;
   const int first = block.next(attention_tiles(p.queries)) * kTile;
   const int head_index = block.next(p.heads);
   const AttentionHead<T> head(p, keep, int(block.rest), head_index);
   const int end = head.end_of_keys(first + kTile - 1), row = first + patch_row();
   C scores[kPatch][kPatch], largest[kPatch], inverse_sum[kPatch];
   row_maxima(products, head, first, end, largest, inverse_sum);
+
+  // A row's largest weight, which belongs to its largest score, says how its weights are scaled.
+  C factors[kPatch];
+#pragma unroll
+  for (int r = 0; r < kPatch; ++r) {
+    factors[r] = Products::scale_for(GatedProbability<C>(head, inverse_sum[r]).gate).factor;
+  }
 
   // Rows are divided by the sum of what multiplies the values: their weights, rounded or not, then
   // still add up to 1.
@@ -233,7 +250,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
           weight = e * GatedProbability<C>(head, e * inverse_sum[r]).gate;
         }
         weight_sum[r] += weight;
-        weight = Products::rounded(weight);
+        weight = Products::rounded(weight * factors[r]);
         rounded_sum[r] += weight;
         scores[r][c] = kept[c] ? weight : C(0);
       }
@@ -247,9 +264,10 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
   for (int r = 0; r < kPatch; ++r) {
     const C total = across_columns<Sum>(weight_sum[r]) * inverse_sum[r];
     const C inverse = inverse_sum[r] == 0 ? C(0) : C(1) / (total + C(p.eps));
-    const C rounded_total = across_columns<Sum>(rounded_sum[r]) * inverse_sum[r];
+    const C unit = inverse_sum[r] / factors[r];
+    const C rounded_total = across_columns<Sum>(rounded_sum[r]) * unit;
     const C factor =
-        inverse_sum[r] == 0 ? C(0) : inverse_sum[r] / (rounded_total + C(p.eps)) * head.keep_factor;
+        inverse_sum[r] == 0 ? C(0) : unit / (rounded_total + C(p.eps)) * head.keep_factor;
 #pragma unroll
     for (int c = 0; c < kPatch; ++c) out[r][c] *= factor;
     if (column == 0 && patch_column() == 0 && row + r < int(p.queries)) {
@@ -273,7 +291,7 @@ struct AttentionRowStats {
   __device__ __forceinline__ AttentionRowStats(const AttentionHead<T>& head, int i) {
     const LifAttentionParams& p = head.p;
     const int64_t rows = p.batch * p.heads * p.queries;
-    const C* stats = static_cast<const C*>(p.row_stats) + head.row(i < int(p.queries) ? i : 0);
+    const C* stats = static_cast<const C*>(p.row_stats) + head.row(head.existing(i));
     largest = stats[0];
     inverse_sum = stats[rows];
     inverse_weight_sum = stats[2 * rows];
@@ -295,7 +313,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
   using Products = AttentionProductsFor<T, matrix_units>;
   Products products;
   AttentionBlock block;
-  const int column = block.next(attention_tiles(p.size)) * kTile;
+  const int column = block.next(attention_columns(p)) * kTile;
   const int tiles = int(attention_tiles(p.queries)), tile = block.next(tiles);
   const int head_index = block.next(p.heads);
   const AttentionHead<T> head(p, keep, int(block.rest), head_index);
@@ -393,7 +411,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
   using Products = AttentionProductsFor<T, matrix_units>;
   Products products;
   AttentionBlock block;
-  const int column = block.next(attention_tiles(p.size)) * kTile;
+  const int column = block.next(attention_columns(p)) * kTile;
   const int first = block.next(attention_tiles(p.keys)) * kTile;
   const int group = block.next(p.groups), batch = int(block.rest);
   const int key = first + patch_row();
@@ -414,7 +432,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
       for (int c = 0; c < kPatch; ++c) {
         const int i = queries + patch_column() + c;
         const AttentionRowStats<C> stats(head, i);
-        const int64_t row = head.row(i < int(p.queries) ? i : 0);
+        const int64_t row = head.row(head.existing(i));
         const C delta = row_gradients[row];
         const C mean = row_gradients[p.batch * p.heads * p.queries + row];
         bool kept[kPatch];

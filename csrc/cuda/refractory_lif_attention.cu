@@ -34,7 +34,7 @@ RefractoryScratch<C> lay_out(const RefractoryLifAttentionParams& p, bool backwar
   scratch.gates = arena.take<double>(pairs * tiles * 5);
   scratch.above = arena.take<C>(p.batch * (p.look_ahead ? 1 : p.queries) * p.keys);
   scratch.row_sums = arena.take<C>(2 * pairs * p.queries);
-  if (p.previous_strides[1] == 0) scratch.mean_sums = arena.take<C>(p.batch * tiles * p.keys);
+  if (p.one_previous_row) scratch.mean_sums = arena.take<C>(p.batch * tiles * p.keys);
   return scratch;
 }
 
@@ -49,7 +49,7 @@ struct Launches {
   cudaStream_t stream;
   AttentionDropout keep = dropout_of(p);
   int64_t pairs = p.batch * p.heads, query_tiles = attention_tiles(p.queries),
-          key_tiles = attention_tiles(p.keys), columns = refractory_columns(p);
+          key_tiles = attention_tiles(p.keys), columns = attention_columns(p);
   cudaError_t status = cudaSuccess;
 
   // Does nothing once a launch has failed.
@@ -103,7 +103,7 @@ struct Launches {
     if (p.grad_previous_load) {
       tiles(p.batch * query_tiles * key_tiles,
             refractory_lif_attention_previous_kernel<T, matrix_units>, keep, scratch);
-      if (p.previous_strides[1] == 0) {
+      if (p.one_previous_row) {
         each(p.batch * p.keys, refractory_lif_attention_sum_previous_kernel<C>,
              static_cast<const C*>(scratch.mean_sums));
       }

@@ -37,12 +37,6 @@ struct RefractoryScratch {
   C* row_sums;    // backward: delta and E, [2, B, H, Q]
 };
 
-// Blocks that share the columns of a result; one also where there are none, for the rows' sums.
-__host__ __device__ __forceinline__ int64_t
-refractory_columns(const RefractoryLifAttentionParams& p) {
-  return attention_tiles(p.size > 0 ? p.size : 1);
-}
-
 // One head, with what makes its thresholds.
 template <typename T>
 struct RefractoryHead : AttentionHead<T> {
@@ -92,7 +86,7 @@ struct RefractoryTile {
   static constexpr size_t kBytes = (kAcross + 1) * kTile * sizeof(C);  // beyond the products'
 
   Products products;
-  C* totals;      // [kAcross, kTile]: sums over 4 queries
+  C* totals;      // [kAcross, kTile]: sums over 4 queries; or what scale_rows() leaves
   C* row_values;  // [kTile]: for the kernel's own use
   int queries = 0, keys = 0;
 
@@ -115,13 +109,7 @@ struct RefractoryTile {
   // values = products of rows of a, which belong to queries, with rows of b, which belong to keys.
   __device__ __forceinline__ void rows(const AttentionRows<T>& a, const AttentionRows<T>& b,
                                        Values& values) {
-    if (a.size == 0) {
-#pragma unroll
-      for (int q = 0; q < kPatch; ++q) {
-#pragma unroll
-        for (int k = 0; k < kPatch; ++k) at(values, q, k) = 0;
-      }
-    } else if (keys_first) {
+    if (keys_first) {
       products.rows(b, keys, a, queries, values);
     } else {
       products.rows(a, queries, b, keys, values);
@@ -238,7 +226,7 @@ struct RefractoryTile {
   __device__ __forceinline__ GatedProbability<C> gated(const Head& head, Values& p, Values& load,
                                                        int q, int k) const {
     const int j = key(k) < int(head.r.keys) ? key(k) : 0;
-    const int i = query(q) < int(head.r.queries) ? query(q) : 0;
+    const int i = head.existing(query(q));
     return {head, at(p, q, k), head.threshold_at(i, j, at(load, q, k))};
   }
 
@@ -275,7 +263,7 @@ struct RefractoryTile {
     through_weights(head, grad_out, scratch.above, t);
 #pragma unroll
     for (int q = 0; q < kPatch; ++q) {
-      const int i = query(q) < int(head.r.queries) ? query(q) : 0;
+      const int i = head.existing(query(q));
       const C delta = scratch.row_sums[head.row(i)];
       const C inverse = AttentionRowStats<C>(head, i).inverse_weight_sum;
 #pragma unroll
@@ -391,14 +379,14 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_out_kernel(RefractoryLifAttenti
   using Products = typename Tile::Products;
   Tile tile;
   AttentionBlock block;
-  const int columns = int(refractory_columns(p));
+  const int columns = int(attention_columns(p));
   const int column = block.next(columns) * kTile;
   const int first = block.next(attention_tiles(p.queries)) * kTile;
   const int head_index = block.next(p.heads);
   const RefractoryHead<T> head(p, keep, int(block.rest), head_index);
   const int end = head.end_of_keys(first + kTile - 1), row = first + patch_row();
 
-  C sum[kPatch] = {}, rounded_sum[kPatch] = {};
+  C sum[kPatch] = {}, rounded_sum[kPatch] = {}, units[kPatch];
   C values[kPatch][kPatch], load[kPatch][kPatch];
   typename Products::Result weighted;
   tile.queries = first;
@@ -407,32 +395,35 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_out_kernel(RefractoryLifAttenti
     tile.loads(head, values, load);
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
-      const C inverse_sum = AttentionRowStats<C>(head, row + r).inverse_sum;
-      // Weights are stored relative to the row's largest, which fp16 needs.
-      const C relative = inverse_sum == 0 ? C(0) : C(1) / inverse_sum;
+#pragma unroll
+      for (int c = 0; c < kPatch; ++c) {
+        const GatedProbability<C> gated = tile.gated(head, values, load, r, c);
+        values[r][c] = gated.p * gated.gate;
+        sum[r] += values[r][c];
+      }
+    }
+    // Thresholds differ from key to key: no bound on a row's weights is known before its end.
+    Products::scale_rows(values, tile.totals, units);
+#pragma unroll
+    for (int r = 0; r < kPatch; ++r) {
       bool kept[kPatch];
       head.dropout(row + r, tile.key(0), kept);
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
-        const GatedProbability<C> gated = tile.gated(head, values, load, r, c);
-        C weight = gated.p * gated.gate;
-        sum[r] += weight;
-        weight = Products::rounded(weight * relative);
-        rounded_sum[r] += weight;
+        const C weight = Products::rounded(values[r][c]);
+        rounded_sum[r] += weight * units[r];
         values[r][c] = kept[c] ? weight : C(0);
       }
     }
     tile.products.store(values);
-    tile.products.add_tile(head.value, tile.keys, column, weighted);
+    tile.products.add_scaled_rows(head.value, tile.keys, column, tile.totals, weighted);
   }
   tile.products.read(weighted, values);
 #pragma unroll
   for (int r = 0; r < kPatch; ++r) {
     const C total = across_columns<Sum>(sum[r]), rounded = across_columns<Sum>(rounded_sum[r]);
     const C inverse_sum = AttentionRowStats<C>(head, row + r).inverse_sum;
-    const C factor = inverse_sum == 0
-                         ? C(0)
-                         : inverse_sum / (rounded * inverse_sum + C(p.eps)) * head.keep_factor;
+    const C factor = inverse_sum == 0 ? C(0) : C(1) / (rounded + C(p.eps)) * head.keep_factor;
 #pragma unroll
     for (int c = 0; c < kPatch; ++c) values[r][c] *= factor;
     if (column == 0 && patch_column() == 0 && row + r < int(p.queries)) {
@@ -649,7 +640,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_backward_queries_kernel(
   using Tile = RefractoryTile<T, matrix_units, false>;
   Tile tile;
   AttentionBlock block;
-  const int columns = int(refractory_columns(p));
+  const int columns = int(attention_columns(p));
   const int column = block.next(columns) * kTile;
   tile.queries = block.next(attention_tiles(p.queries)) * kTile;
   const int head_index = block.next(p.heads);
@@ -710,7 +701,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_backward_keys_kernel(
   using Tile = RefractoryTile<T, matrix_units, true>;
   Tile tile;
   AttentionBlock block;
-  const int columns = int(refractory_columns(p));
+  const int columns = int(attention_columns(p));
   const int column = block.next(columns) * kTile;
   tile.keys = block.next(attention_tiles(p.keys)) * kTile;
   const int group = block.next(p.groups), batch = int(block.rest);
@@ -747,7 +738,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_backward_keys_kernel(
         tile.probability_gradients(head, grad_out, scratch, values, load, t);
 #pragma unroll
         for (int q = 0; q < kPatch; ++q) {
-          const int i = tile.query(q) < int(p.queries) ? tile.query(q) : 0;
+          const int i = head.existing(tile.query(q));
           const C mean = scratch.row_sums[p.batch * p.heads * p.queries + head.row(i)];
 #pragma unroll
           for (int k = 0; k < kPatch; ++k) values[k][q] *= t[k][q] - mean;
@@ -803,7 +794,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_previous_kernel(
       }
     }
   }
-  if (p.previous_strides[1] == 0) {
+  if (p.one_previous_row) {
     tile.sum_queries(p, sum, scratch.mean_sums + (batch * tiles + index) * p.keys);
     return;
   }

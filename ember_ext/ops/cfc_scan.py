@@ -332,7 +332,10 @@ def _check(
     if dropout_scale is not None:
         if len(weights.backbone) < 2:
             _checks.fail(_OP, "dropout_scale", "None with fewer than two backbone layers", "one")
-        units = weights.backbone[0].bias.shape[0]
+        widths = [affine.bias.shape[0] for affine in weights.backbone]
+        if len(set(widths)) > 1:
+            _checks.fail(_OP, "weights.backbone", "of one width U with dropout_scale", widths)
+        units = widths[0]
         shape = (batch, steps, len(weights.backbone) - 1, units)
         _check_fits("dropout_scale", dropout_scale, "[B, T, layers - 1, U]", shape, x)
         if dropout_scale.requires_grad and torch.is_grad_enabled():

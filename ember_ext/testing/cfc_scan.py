@@ -91,6 +91,7 @@ def cfc_samples(dtype: torch.dtype) -> Iterator[Sample]:
         (1, 1, 1, 1, "default", (1,), "silu", "none"),
         (7, 7, 0, 7, "default", (), "lecun_tanh", "rows"),
         (0, 3, 3, 4, "default", (5,), "lecun_tanh", "none"),
+        (3, 4, 2, 5, "default", (4, 0), "tanh", "rows"),
     ]
     for index, (batch, steps, inputs, hidden, mode, backbone, activation, spans) in enumerate(
         cases

@@ -34,6 +34,16 @@ def attention_tensors(
     }
 
 
+def close_gates(tensors: dict[str, Tensor], steepness: float, threshold: float) -> None:
+    """Let nothing leak, so that weights are as small as exp(-steepness * threshold).
+
+    The first query's are not: its one probability is 1.
+    """
+    tensors["leak"] = torch.zeros_like(tensors["leak"])
+    tensors["steepness"] = torch.full_like(tensors["steepness"], steepness)
+    tensors["threshold"] = torch.full_like(tensors["threshold"], threshold)
+
+
 def gradient_scales(tensors: dict[str, Tensor]) -> dict[str, float]:
     """Sizes of the terms that cancel in the gradients, by the names of a sample's results.
 
@@ -46,6 +56,17 @@ def gradient_scales(tensors: dict[str, Tensor]) -> dict[str, float]:
     if tensors["key"].shape[2] == 1:
         scales |= {"d query": 1.0, "d key": 1.0}
     return scales
+
+
+def closed_gradient_scales(tensors: dict[str, Tensor]) -> dict[str, float]:
+    """As `gradient_scales`, for gates that are all but closed.
+
+    Where every gate is about exp(k (p - threshold)), moving the threshold multiplies the weights of
+    a row by one number, which their sum takes out again: terms of size k cancel.
+    """
+    scales = gradient_scales(tensors)
+    moved = scales["d threshold"] * float(tensors["steepness"].max())
+    return scales | dict.fromkeys(("d threshold", "d within"), moved)
 
 
 def attention_samples(dtype: torch.dtype) -> Iterator[Sample]:
@@ -95,3 +116,8 @@ def attention_samples(dtype: torch.dtype) -> Iterator[Sample]:
         for name, value in tensors.items()
     }
     yield Sample("tokens innermost", tensors, {"scale": -0.7, "eps": 0.1}, gradient_scales(tensors))
+    for steepness, threshold in ((50.0, 0.5), (20.0, 0.8)):
+        tensors = attention_tensors(1, 2, 2, 100, 100, 8, dtype, generator=generator)
+        close_gates(tensors, steepness, threshold)
+        name = f"gates all but closed, k={steepness} theta={threshold}"
+        yield Sample(name, tensors, {"eps": 0.0}, closed_gradient_scales(tensors))

@@ -98,6 +98,8 @@ class Launch:
     blocks: int
     threads: int
     shared_bytes: int
+    allowed_bytes: int
+    """How much shared memory the kernel may have."""
 
 
 class KernelFaultError(AssertionError):
@@ -185,7 +187,7 @@ class Shim:
         """Every launch so far."""
         lines = self.library.cuda_shim_launches().decode().splitlines()
         fields = [line.split("\t") for line in lines]
-        return [Launch(kernel, int(b), int(t), int(s)) for kernel, b, t, s in fields]
+        return [Launch(kernel, *map(int, numbers)) for kernel, *numbers in fields]
 
     def kernels(self) -> set[str]:
         """The full names of all kernels that the launchers can launch."""

@@ -65,7 +65,7 @@ bool block_or(bool condition, Place place);
 void meet(void* argument, void (*together)(void* const* arguments), Place place);
 [[noreturn]] void fault(const char* what, Place place);
 
-void allow_shared_memory(const void* kernel, int bytes);
+cudaError_t allow_shared_memory(const void* kernel, int bytes);
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared,
                 const std::function<void()>& body);
 
@@ -90,8 +90,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments
 
 template <typename... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
-  cuda_shim::allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
-  return cudaSuccess;
+  return cuda_shim::allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
 }
 
 template <typename... P>

@@ -102,6 +102,9 @@ __global__ void unloaded_product(const float* in, float* out) {
                                out);                                                          \
   }
 FAULT(sound, 64)
+extern "C" int sound_with_much_memory(const float* in, float* out) {
+  return ember::cuda::launch(ember::cuda::sound, 1, 64, 60 << 10, nullptr, in, out);
+}
 FAULT(missing_barrier, 64)
 FAULT(divergent_barrier, 64)
 FAULT(divergent_shuffle, 64)

@@ -202,7 +202,7 @@ def lif_attention(
         "attn_mask": attn_mask,
         "dropout_p": dropout_p,
         "is_causal": is_causal,
-        "scale": 1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        "scale": 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale,
         "eps": eps,
         "seed": seed,
         "return_summary": return_summary,

@@ -166,6 +166,12 @@ void load_matrix_sync(fragment<Use, m, n, k, T, Layout>& to,
 }
 
 template <int m, int n, int k, typename T>
+void load_matrix_sync(fragment<accumulator, m, n, k, T>& to, const T* from, unsigned stride,
+                      layout_t layout, EMBER_SHIM_PLACE) {
+  cuda_shim::move_fragment<false>(&to, from, stride, layout == mem_row_major, {file, line});
+}
+
+template <int m, int n, int k, typename T>
 void store_matrix_sync(T* to, const fragment<accumulator, m, n, k, T>& from, unsigned stride,
                        layout_t layout, EMBER_SHIM_PLACE) {
   cuda_shim::move_fragment<true>(&from, to, stride, layout == mem_row_major, {file, line});

@@ -27,6 +27,7 @@ class Params(lif_attention.Params):
         ("across", ctypes.c_void_p),
         ("previous_load", ctypes.c_void_p),
         ("previous_strides", ctypes.c_int64 * 2),
+        ("one_previous_row", ctypes.c_bool),
         ("past_probabilities", ctypes.c_void_p),
         ("past_weights", ctypes.c_void_p),
         ("next_load", ctypes.c_void_p),
@@ -48,15 +49,27 @@ _INPUTS = (
 )
 
 
-def _describe(inputs: dict[str, Tensor], options: dict[str, Any]) -> Params:
+def _params_size() -> int:
+    return int(cuda_shim.operators().library.ember_refractory_lif_attention_params_size())
+
+
+def _describe(
+    inputs: dict[str, Tensor], options: dict[str, Any]
+) -> tuple[Params, dict[str, Tensor]]:
+    """The parameters, and the inputs without what is expanded, which a launcher gets by strides."""
     p = lif_attention.describe(inputs["query"], inputs["key"], options, Params)
     assert isinstance(p, Params)
     p.look_ahead, p.block = options["look_ahead"], _BLOCK
     previous = inputs["previous_load"]
-    if previous is not None:
-        rows, keys = previous.shape[1:]
-        p.previous_strides[:] = (rows * keys, keys if rows > 1 else 0)
-    return p
+    if previous is None:
+        return p, inputs
+    p.one_previous_row = previous.shape[1] == 1
+    for d in (0, 1):
+        if previous.stride(d) == 0:
+            previous = previous.narrow(d, 0, 1)
+    batch, rows, keys = previous.shape
+    p.previous_strides[:] = (rows * keys if batch > 1 else 0, keys if rows > 1 else 0)
+    return p, {**inputs, "previous_load": previous}
 
 
 class _Attention(torch.autograd.Function):
@@ -65,7 +78,8 @@ class _Attention(torch.autograd.Function):
         *tensors, options = arguments
         inputs = dict(zip(_INPUTS, tensors, strict=True))
         inputs["seed"] = options["seed"] if options["dropout_p"] else None
-        p = _describe(inputs, options)
+        assert ctypes.sizeof(Params) == _params_size()
+        p, given = _describe(inputs, options)
         query, threshold = inputs["query"], inputs["threshold"]
         batch, heads, queries, _ = query.shape
         keys = inputs["key"].shape[2]
@@ -79,7 +93,7 @@ class _Attention(torch.autograd.Function):
             "block_loads": threshold.new_empty(batch, heads, blocks, keys),
             "scratch": lif_attention.scratch(_OP, p, False),
         }
-        results = lif_attention.run(cuda_shim.operators(), f"{_OP}_forward", p, inputs, outputs)
+        results = lif_attention.run(cuda_shim.operators(), f"{_OP}_forward", p, given, outputs)
         ctx.saved = {name: results[name] for name in ("row_stats", "block_loads")}
         ctx.inputs, ctx.options = inputs, options
         return tuple(results[n] for n in ("out", "next_load", "probabilities", "weights"))
@@ -87,17 +101,17 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.inputs
-        p = _describe(inputs, ctx.options)
+        p, given = _describe(inputs, ctx.options)
         names = ("grad_out", "grad_next_load", "grad_probabilities", "grad_weights")
-        given = dict(zip(names, gradients, strict=True))
+        incoming = dict(zip(names, gradients, strict=True))
         wanted = ("query", "key", "value", "previous_load", "past_probabilities", "past_weights")
         outputs = {f"grad_{name}": inputs[name] for name in wanted if inputs[name] is not None}
         outputs["grad_gates"] = inputs["leak"].new_empty(5, inputs["leak"].numel())
         outputs["scratch"] = lif_attention.scratch(_OP, p, True)
         # Backward gets by without the past sums.
-        inputs = {k: v for k, v in inputs.items() if not k.startswith("past_")}
+        given = {k: v for k, v in given.items() if not k.startswith("past_")}
         results = lif_attention.run(
-            cuda_shim.operators(), f"{_OP}_backward", p, {**inputs, **ctx.saved, **given}, outputs
+            cuda_shim.operators(), f"{_OP}_backward", p, given | ctx.saved | incoming, outputs
         )
         results |= {
             f"grad_{n}": g for n, g in zip(_INPUTS[3:8], results["grad_gates"], strict=True)

@@ -74,6 +74,8 @@ const std::function<void()>* body;
 Order order = forward;
 std::mt19937 generator;
 std::string error;
+cudaError_t last_error = cudaSuccess;  // until somebody asks for it
+bool refuse_attributes = false;
 std::map<const void*, int> allowed_shared;
 std::string launches;
 // Of the supported GPUs those of sm_75 have the least shared memory: what works there works on all.
@@ -92,6 +94,10 @@ std::string name_of(const void* kernel) {
 std::string text_of(Place place) {
   const std::string file = place.file ? place.file : "?";
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line);
+}
+
+cudaError_t failed(cudaError_t status) {
+  return last_error = status;
 }
 
 bool same(Place a, Place b) {
@@ -270,20 +276,23 @@ void fault(const char* what, Place place) {
   fail(what + (" at " + text_of(place)));
 }
 
-void allow_shared_memory(const void* kernel, int bytes) {
+cudaError_t allow_shared_memory(const void* kernel, int bytes) {
+  if (refuse_attributes || bytes > shared_limit) return failed(cudaErrorInvalidValue);
   allowed_shared[kernel] = bytes;
+  return cudaSuccess;
 }
 
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared,
                 const std::function<void()>& kernel_body) {
   const int count = int(block.x * block.y * block.z);
-  launches += name_of(kernel) + "\t" + std::to_string(uint64_t(grid.x) * grid.y * grid.z) + "\t" +
-              std::to_string(count) + "\t" + std::to_string(shared) + "\n";
   const size_t allowed = allowed_shared.count(kernel) ? size_t(allowed_shared[kernel]) : 48 * 1024;
+  launches += name_of(kernel) + "\t" + std::to_string(uint64_t(grid.x) * grid.y * grid.z) + "\t" +
+              std::to_string(count) + "\t" + std::to_string(shared) + "\t" +
+              std::to_string(allowed) + "\n";
   if (!error.empty() || count == 0 || count > kMostThreads || shared > allowed ||
       shared > size_t(shared_limit)) {
     if (error.empty()) error = "launch configuration";
-    return cudaErrorInvalidConfiguration;
+    return failed(cudaErrorInvalidConfiguration);
   }
   if (!stacks) {
     stacks =
@@ -316,7 +325,7 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared,
   }
   for (int i = 0; i < 4; ++i) sigaction(signals[i], &before[i], nullptr);
   sigaltstack(&stack_before, nullptr);
-  return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+  return error.empty() ? cudaSuccess : failed(cudaErrorLaunchFailure);
 }
 
 }  // namespace cuda_shim
@@ -332,7 +341,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 }
 
 cudaError_t cudaGetLastError() {
-  return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+  return std::exchange(last_error, cudaSuccess);
 }
 
 extern "C" {
@@ -350,11 +359,21 @@ void cuda_shim_limit_shared(int bytes) {
   shared_limit = std::min(bytes, int(kSharedMost));
 }
 
+// Whether to let no kernel have more shared memory than it gets without asking.
+void cuda_shim_refuse_attributes(int refuse) {
+  refuse_attributes = refuse;
+}
+
+int cuda_shim_last_error() {
+  return last_error;
+}
+
 const char* cuda_shim_error() {
   return error.c_str();
 }
 
-// Lines of kernel, blocks, threads, bytes of shared memory, for every launch so far.
+// Lines of kernel, blocks, threads, bytes of shared memory, and how many of these the kernel may
+// have, for every launch so far.
 const char* cuda_shim_launches() {
   return launches.c_str();
 }
