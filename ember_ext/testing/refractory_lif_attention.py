@@ -118,8 +118,8 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
                 options["seed"] = torch.randint(2**63 - 1, (), generator=generator)
             name = f"{mode} {list(shapes)} dropout={dropout_p} previous={previous!r} past={state}"
             yield Sample(name, tensors, options, refractory_gradient_scales(tensors))
-        for steepness, threshold in ((50.0, 0.5), (20.0, 0.8)):
-            tensors = refractory_tensors(1, 2, 2, 100, 0, 8, dtype, generator)
+        for steepness, threshold in ((8.0, 3.0), (8.0, 2.0)):
+            tensors = refractory_tensors(1, 2, 2, 70, 0, 8, dtype, generator)
             close_gates(tensors, steepness, threshold)
             tensors["within"] = 0.1 * tensors["within"]
             options = {"mode": mode, "eps": 0.0, "across": tensors.pop("across")}
