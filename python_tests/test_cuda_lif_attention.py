@@ -24,7 +24,7 @@ from ember_ext.reference.lif_attention import (
     visible_keys,
 )
 from ember_ext.testing import DTYPES, Sample, assert_close, attention_samples, check_sample
-from ember_ext.testing.lif_attention import attention_tensors
+from ember_ext.testing.lif_attention import attention_tensors, close_gates
 from ember_ext.testing.sample import run
 
 operator = cuda_shim.operator_fixture(cuda_shim.lif_attention.lif_attention, lif_attention)
@@ -131,6 +131,21 @@ def test_gradients_outside_the_range_of_fp16(operator: Any, values: float, other
     for name, factor in (("query", others), ("key", others), ("value", values)):
         tensors[name] = tensors[name] * factor
     check_sample(operator, reference.lif_attention, replace(one, tensors=tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("steepness", "threshold"), [(50.0, 0.5), (20.0, 0.8)])
+def test_gates_that_open_for_some_rows_only(
+    operator: Any, dtype: torch.dtype, steepness: float, threshold: float
+) -> None:
+    """The first query has one probability, 1; the weights of others are down to 1e-11 of its."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = attention_tensors(1, 2, 2, 70, 70, 8, dtype, generator)
+    close_gates(tensors, steepness, threshold)
+    exact = {name: value.double() for name, value in tensors.items()}
+    expected = reference.lif_attention(**exact, eps=0.0)
+    eager = reference.lif_attention(**tensors, eps=0.0)
+    assert_close("out", operator(**tensors, eps=0.0), eager, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

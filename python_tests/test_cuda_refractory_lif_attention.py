@@ -11,7 +11,8 @@ import torch
 
 from ember_ext import reference
 from ember_ext.ops import refractory_lif_attention
-from ember_ext.testing import DTYPES, Sample, check_sample
+from ember_ext.testing import DTYPES, Sample, assert_close, check_sample
+from ember_ext.testing.lif_attention import close_gates
 from ember_ext.testing.refractory_lif_attention import (
     refractory_gradient_scales,
     refractory_samples,
@@ -56,6 +57,22 @@ def test_several_tiles(operator: Any, mode: str) -> None:
     options = {"mode": mode, "dropout_p": 0.3, "seed": torch.tensor(3)}
     one = Sample(f"tiles {mode}", tensors, options, refractory_gradient_scales(tensors))
     check_sample(operator, expected, one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["causal", "paper"])
+@pytest.mark.parametrize(("steepness", "threshold"), [(50.0, 0.5), (20.0, 0.8)])
+def test_gates_that_open_for_some_rows_only(
+    operator: Any, dtype: torch.dtype, mode: str, steepness: float, threshold: float
+) -> None:
+    """The first query has one probability, 1; the weights of others are down to 1e-11 of its."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = refractory_tensors(1, 2, 2, 70, 0, 8, dtype, generator)
+    close_gates(tensors, steepness, threshold)
+    tensors["within"] = 0.1 * tensors["within"]
+    exact = {name: value.double() for name, value in tensors.items()}
+    outs = (operator(**tensors, mode=mode, eps=0.0), expected(**tensors, mode=mode, eps=0.0))
+    assert_close("out", outs[0][0], outs[1][0], expected(**exact, mode=mode, eps=0.0)[0])
 
 
 def test_repeats_bit_by_bit(operator: Any) -> None:

@@ -35,10 +35,7 @@ def attention_tensors(
 
 
 def close_gates(tensors: dict[str, Tensor], steepness: float, threshold: float) -> None:
-    """Let nothing leak, so that weights are as small as exp(-steepness * threshold).
-
-    The first query's are not: its one probability is 1.
-    """
+    """Let nothing leak, so that weights are as small as exp(-steepness * threshold)."""
     tensors["leak"] = torch.zeros_like(tensors["leak"])
     tensors["steepness"] = torch.full_like(tensors["steepness"], steepness)
     tensors["threshold"] = torch.full_like(tensors["threshold"], threshold)
@@ -61,12 +58,14 @@ def gradient_scales(tensors: dict[str, Tensor]) -> dict[str, float]:
 def closed_gradient_scales(tensors: dict[str, Tensor]) -> dict[str, float]:
     """As `gradient_scales`, for gates that are all but closed.
 
-    Where every gate is about exp(k (p - threshold)), moving the threshold multiplies the weights of
-    a row by one number, which their sum takes out again: terms of size k cancel.
+    Where every gate is about g = exp(-k threshold), moving the threshold multiplies the weights of
+    a row by one number, which their sum takes out again: terms of size k cancel. With a leak they
+    grow by one number, relative to g: terms of size 1 / g cancel.
     """
     scales = gradient_scales(tensors)
-    moved = scales["d threshold"] * float(tensors["steepness"].max())
-    return scales | dict.fromkeys(("d threshold", "d within"), moved)
+    size, k = scales["d threshold"], float(tensors["steepness"].max())
+    gate = math.exp(-k * float(tensors["threshold"].max()))
+    return scales | dict.fromkeys(("d threshold", "d within"), size * k) | {"d leak": size / gate}
 
 
 def attention_samples(dtype: torch.dtype) -> Iterator[Sample]:
@@ -116,8 +115,8 @@ def attention_samples(dtype: torch.dtype) -> Iterator[Sample]:
         for name, value in tensors.items()
     }
     yield Sample("tokens innermost", tensors, {"scale": -0.7, "eps": 0.1}, gradient_scales(tensors))
-    for steepness, threshold in ((50.0, 0.5), (20.0, 0.8)):
-        tensors = attention_tensors(1, 2, 2, 100, 100, 8, dtype, generator=generator)
+    for steepness, threshold in ((8.0, 3.0), (8.0, 2.0)):
+        tensors = attention_tensors(1, 2, 2, 70, 70, 8, dtype, generator=generator)
         close_gates(tensors, steepness, threshold)
         name = f"gates all but closed, k={steepness} theta={threshold}"
         yield Sample(name, tensors, {"eps": 0.0}, closed_gradient_scales(tensors))

@@ -78,8 +78,6 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
         (16, 4, 2, 49, 5, 8, 0.0, "row", True),
         (2, 4, 2, 101, 30, 17, 0.5, "rows", True),
         (2, 6, 1, 60, 3, 8, 0.1, "number", False),
-        (2, 2, 1, 50, 2, 8, 0.0, "row, expanded", False),
-        (2, 2, 2, 7, 0, 4, 0.0, "rows, expanded", False),
         (2, 3, 3, 1, 77, 32, 0.0, "row", True),
         (0, 2, 2, 3, 0, 4, 0.0, "", False),
         (2, 0, 0, 3, 1, 4, 0.0, "rows", False),
@@ -96,15 +94,8 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
                     "rows": (batch, queries, keys),
                     "row": (batch, 1, keys),
                     "number": (1, 1, 1),
-                    "row, expanded": (batch, 1, keys),
-                    "rows, expanded": (1, queries, keys),
                 }[previous]
-                load = torch.rand(shape, generator=generator) / max(keys, 1)
-                if "expanded" in previous:
-                    # In the compute dtype, so that the kernels get its strides of 0.
-                    load = load.to(torch.promote_types(dtype, torch.float32))
-                    load = load.expand(batch, queries, keys)
-                tensors["previous_load"] = load
+                tensors["previous_load"] = torch.rand(shape, generator=generator) / max(keys, 1)
             if state and mode == "causal":
                 # As much as `earlier` queries can have drawn.
                 probabilities = torch.rand(batch, heads, earlier, generator=generator)
@@ -118,8 +109,17 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
                 options["seed"] = torch.randint(2**63 - 1, (), generator=generator)
             name = f"{mode} {list(shapes)} dropout={dropout_p} previous={previous!r} past={state}"
             yield Sample(name, tensors, options, refractory_gradient_scales(tensors))
-        for steepness, threshold in ((50.0, 0.5), (20.0, 0.8)):
-            tensors = refractory_tensors(1, 2, 2, 100, 0, 8, dtype, generator)
+    for mode in ("causal", "paper"):
+        for shape in ((2, 1, 52), (1, 50, 52)):
+            tensors = refractory_tensors(2, 2, 1, 50, 2, 8, dtype, generator)
+            # In the compute dtype, so that the kernels get its strides of 0.
+            load = torch.rand(shape, generator=generator) / 52
+            load = load.to(torch.promote_types(dtype, torch.float32))
+            tensors["previous_load"] = load.expand(2, 50, 52)
+            name = f"{mode}, previous load expanded from {list(shape)}"
+            yield Sample(name, tensors, {"mode": mode}, refractory_gradient_scales(tensors))
+        for steepness, threshold in ((8.0, 3.0), (8.0, 2.0)):
+            tensors = refractory_tensors(1, 2, 2, 70, 0, 8, dtype, generator)
             close_gates(tensors, steepness, threshold)
             tensors["within"] = 0.1 * tensors["within"]
             options = {"mode": mode, "eps": 0.0, "across": tensors.pop("across")}
