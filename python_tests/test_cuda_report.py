@@ -74,6 +74,7 @@ def test_floor_of_few_blocks() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.timeout(900)  # minutes of compiling on two busy cores
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
 def test_no_spills_and_every_typical_launch_fits(source: Path) -> None:
     kernels = cuda_report.compile_kernels(source, (80, 90))
