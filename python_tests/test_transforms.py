@@ -19,7 +19,12 @@ from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
 from ember_ext.models._base import MLP
 from ember_ext.testing import OPERATORS, Registered, Sample
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.func transform is active:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*torch.func transform is active:UserWarning",
+    # `linearize` itself.
+    "ignore:.*torch.jit.script. is deprecated:DeprecationWarning",
+    "ignore:Attempted to insert a get_attr Node:UserWarning",
+)
 
 every_operator = pytest.mark.parametrize("entry", OPERATORS, ids=lambda entry: entry.name)
 

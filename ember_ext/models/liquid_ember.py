@@ -19,7 +19,7 @@ WIRING_SEED = 22222
 """Every layer of every run has the same wiring, the one that ncps draws by default."""
 
 CHUNK_SIZE = 64
-"""Of each CfC: training takes 3 % more time on one core, and a quarter less memory."""
+"""Of each CfC: a training step takes 3 to 7 % more time, and two fifths less memory at T = 256."""
 
 
 @dataclass(frozen=True)
