@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,15 +199,22 @@ def cfc_case(name: str, batch: int, steps: int, mode: str, options: Options) -> 
     calls[OURS] = make(ours, x)
     calls["roofline"] = roofline(ours, batch * steps, mode)
 
-    def verify() -> dict[str, float]:
-        few = x[:4, :64]
-        zeros = few.new_zeros(len(few), UNITS, dtype=torch.float64)
-        exact, _ = copy.deepcopy(theirs).double()(few.double(), zeros)
-        return held_to_ncps(name, exact, theirs(few)[0], ours(few)[0])
-
     work = multiply_adds(ours, mode) * batch * steps
     config = f"{name} [{batch}, {steps}, {INPUTS}] -> {UNITS}"
+    verify = functools.partial(compare_networks, name, theirs, ours, x)
     return Case(config, mode, calls, verify, gigaflops=2e-9 * work)
+
+
+def compare_networks(
+    name: str, theirs: nn.Module, ours: ember_ext.nn.CfC, x: Tensor
+) -> dict[str, float]:
+    """`held_to_ncps` for some rows and steps of a network's input."""
+    few = x[:4, :64]
+    # ncps' own default state is fp32.
+    zeros = few.new_zeros(len(few), UNITS, dtype=torch.float64)
+    state = (zeros, zeros) if ours.use_mixed else zeros
+    exact, _ = copy.deepcopy(theirs).double()(few.double(), state)
+    return held_to_ncps(name, exact, theirs(few)[0], ours(few)[0])
 
 
 def held_to_ncps(name: str, exact: Tensor, theirs: Tensor, ours: Tensor) -> dict[str, float]:
@@ -272,13 +280,7 @@ def mixed_case(name: str, mode: str, options: Options) -> Case:
     make = forward_call if mode == "forward" else training_call
     calls = {"ncps": at_best_threads(make(theirs, x), options.device)} if options.compare else {}
     calls[OURS] = at_best_threads(make(ours, x), options.device)
-
-    def verify() -> dict[str, float]:
-        few = x[:4, :64]
-        zeros = few.new_zeros(len(few), UNITS, dtype=torch.float64)
-        exact, _ = copy.deepcopy(theirs).double()(few.double(), (zeros, zeros))
-        return held_to_ncps(name, exact, theirs(few)[0], ours(few)[0])
-
+    verify = functools.partial(compare_networks, name, theirs, ours, x)
     return Case(f"{name}, mixed memory {[*MAIN, INPUTS]}", mode, calls, verify)
 
 

@@ -169,22 +169,21 @@ def starts_open(backbone: str) -> Rule:
 
     def judge(grid: Grid) -> Finding:
         need_runs(grid, backbone, BASELINE, LIF)
-        changes, openness = [], []
-        for pair in grid.pairs(backbone, LIF):
+        changes = []
+        pairs = grid.pairs(backbone, LIF)
+        for pair in pairs:
             before, after = (run.evaluations[0] for run in pair)
             if before["step"] or after["step"]:
                 raise NotTestableError(f"{backbone}: no evaluation before the first step")
             changes.append(100 * (after["val_loss"] / before["val_loss"] - 1))
-            if backbone == "transformer":
-                openness.append(max(unit.contrast for unit in gate_units(pair[1], 0)))
-            else:
-                openness.append(min(after["fire_rate"]))
         if backbone == "transformer":
-            is_open = max(openness) <= MAX_START_CONTRAST
-            gates = f"largest contrast g(1)/g(0) of a gate {max(openness):.3f}"
+            contrast = max(unit.contrast for _, run in pairs for unit in gate_units(run, 0))
+            is_open = contrast <= MAX_START_CONTRAST
+            gates = f"largest contrast g(1)/g(0) of a gate {contrast:.3f}"
         else:
-            is_open = min(openness) >= MIN_START_FIRE_RATE
-            gates = f"smallest fire rate of a layer {number(min(openness))}"
+            rate = min(rate for _, run in pairs for rate in run.evaluations[0]["fire_rate"])
+            is_open = rate >= MIN_START_FIRE_RATE
+            gates = f"smallest fire rate of a layer {number(rate)}"
         listed = ", ".join(f"{change:+.3f}%" for change in changes)
         evidence = f"{backbone} before training: loss of {LIF} against {BASELINE} {listed}; {gates}"
         return Finding(is_open and max(map(abs, changes)) <= MAX_START_PERCENT, evidence)

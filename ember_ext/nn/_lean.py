@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ember_ext import _native
-from ember_ext.nn._plain import has_hooks
+from ember_ext.nn._plain import why_differs
 from ember_ext.ops._autocast import autocast_dtype
 
 
@@ -34,15 +34,16 @@ def gelu_linear(u: Tensor, linear: nn.Linear) -> Tensor:
 
     Args:
         u: [..., linear.in_features].
-        linear: of any device; a subclass or another layer in its place will do as well.
+        linear: of any device; another layer in its place will do as well.
 
     Returns:
         [..., linear.out_features].
     """
-    altered = type(linear) is not nn.Linear or "forward" in linear.__dict__ or has_hooks(linear)
-    if altered or _native.transforms_active():
-        return linear(F.gelu(u))  # type: ignore[no-any-return]
-    if u.dtype != (autocast_dtype(u.device.type) or linear.weight.dtype):
+    if (
+        why_differs(linear, nn.Linear)
+        or _native.transforms_active()
+        or u.dtype != (autocast_dtype(u.device.type) or linear.weight.dtype)
+    ):
         return linear(F.gelu(u))  # type: ignore[no-any-return]
     return _GELULinear.apply(u, linear.weight, linear.bias)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -26,7 +26,7 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 _HEADS = ("ff1", "ff2", "time_a", "time_b")
 
 
-def has_hooks(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` runs hooks of its own."""
     return bool(
         module._forward_hooks
@@ -40,7 +40,7 @@ def why_cells_differ(cell: Any) -> str | None:
     """What in a `CfC.rnn_cell` keeps its weights from saying what it computes; None if nothing."""
     reason = None
     if isinstance(cell, ncps.torch.WiredCfCCell):
-        reason = _why_differs(cell, ncps.torch.WiredCfCCell)
+        reason = why_differs(cell, ncps.torch.WiredCfCCell)
         for index, layer in enumerate(() if reason else cell._layers):
             if reason := _why_cell_differs(layer):
                 reason = f".layer_{index}{reason}"
@@ -53,7 +53,7 @@ def why_cells_differ(cell: Any) -> str | None:
 def why_lstm_differs(lstm: Any) -> str | None:
     """As `why_cells_differ` for `CfC.lstm`, the cell of mixed memory."""
     reason = (
-        _why_differs(lstm, ncps.torch.lstm.LSTMCell)
+        why_differs(lstm, ncps.torch.lstm.LSTMCell)
         or _why_linear_differs(lstm, "input_map")
         or _why_linear_differs(lstm, "recurrent_map", bias=False)
         or _why_part_differs(lstm, "tanh", nn.Tanh)
@@ -62,7 +62,8 @@ def why_lstm_differs(lstm: Any) -> str | None:
     return reason and f"lstm{reason}"
 
 
-def _why_differs(part: nn.Module | None, kind: type[nn.Module]) -> str | None:
+def why_differs(part: nn.Module | None, kind: type[nn.Module]) -> str | None:
+    """What keeps `part` from computing what a plain `kind` does; None if nothing."""
     if type(part) is not kind:
         if not isinstance(part, kind):
             # With its module: a quantised Linear is a Linear by name.
@@ -71,12 +72,12 @@ def _why_differs(part: nn.Module | None, kind: type[nn.Module]) -> str | None:
             return f" is a {type(part).__name__} with a forward of its own"
     if "forward" in part.__dict__:
         return f" is a {type(part).__name__} with a forward of its own"
-    return " has hooks" if has_hooks(part) else None
+    return " has hooks" if _has_hooks(part) else None
 
 
 def _why_part_differs(owner: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
     # Past `nn.Module.__getattr__`, which would take most of the time.
-    reason = _why_differs(owner._modules.get(name), kind)
+    reason = why_differs(owner._modules.get(name), kind)
     return reason and f".{name}{reason}"
 
 
@@ -91,7 +92,7 @@ def _why_linear_differs(owner: nn.Module, name: str, *, bias: bool = True) -> st
 
 
 def _why_cell_differs(cell: Any) -> str | None:
-    if reason := _why_differs(cell, ncps.torch.CfCCell):
+    if reason := why_differs(cell, ncps.torch.CfCCell):
         return reason
     for head in _HEADS[:1] if cell.mode == "pure" else _HEADS:
         if reason := _why_linear_differs(cell, head):

@@ -101,7 +101,7 @@ def _reproduce(options: ReproduceArguments, command: str) -> int:
         print(f"{name} failed: {message}", file=sys.stderr)
     context = ReportContext(
         suite=options.suite,
-        planned=tuple(dict.fromkeys([*folder.planned, *names])),
+        planned=tuple(folder.planned_with(names)),
         failed=folder.failures() | failures,
         command=command,
     )

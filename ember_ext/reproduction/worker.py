@@ -84,10 +84,14 @@ class GridFolder:
         except (ValueError, TypeError):
             raise RunError(f"{path} is not a list of the names of runs") from None
 
+    def planned_with(self, names: Iterable[str]) -> list[str]:
+        """`planned`, and those of some runs that are not among them."""
+        return list(dict.fromkeys([*self.planned, *names]))
+
     def plan(self, names: Iterable[str]) -> None:
         """Add runs to those that were asked for."""
-        union = list(dict.fromkeys([*self.planned, *names]))
-        write_atomically(self.path / "plan.json", f"{json.dumps(union, indent=1)}\n".encode())
+        content = json.dumps(self.planned_with(names), indent=1)
+        write_atomically(self.path / "plan.json", f"{content}\n".encode())
 
     def failures(self) -> dict[str, str]:
         """The planned runs that failed when they were last tried, and why."""
