@@ -226,4 +226,8 @@ def _layers(
         "neuron_entropy": [jitter(value) if gated else None for value in own],
         "virtual_fire_rate": [jitter(1 - value / 5) for value in virtual],
         "virtual_neuron_entropy": [jitter(value) for value in virtual],
+        "always_on": [0.75 if gated else None for _ in own],
+        "selective": [0.125 if gated else None for _ in own],
+        "virtual_always_on": [0.875 for _ in virtual],
+        "virtual_selective": [0.0625 for _ in virtual],
     }

@@ -380,7 +380,7 @@ def test_measures_of_real_models_are_understood(tmp_path: Path) -> None:
     grid = Grid(results)
     assert extra_parameters(grid, "transformer", "lif") == 2 * 2 * 3
     assert extra_parameters(grid, "cfc", "lif") == 2 * 16 * 3
-    assert [len(table.rows) > 0 for table in tables(results)] == [True] * 9 + [False]
+    assert [table.number for table in tables(results) if not table.rows] == ["S2"]
     assert {claim.verdict for claim in claims(results)} == {"not testable at this scale"}
 
 

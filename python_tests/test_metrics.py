@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ember_ext.analysis.metrics import (
+    _firing,
     attention_entropy,
     attention_support,
     collect_metrics,
@@ -17,6 +18,7 @@ from ember_ext.analysis.metrics import (
     neuron_entropy,
 )
 from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
+from ember_ext.nn.lif_gate import LIFParameters
 
 SIZES: dict[str, Any] = {"block_size": 12, "vocab_size": 11, "n_layer": 2, "n_embd": 16}
 
@@ -89,15 +91,29 @@ def test_cfc_metrics_use_one_virtual_gate_for_all(condition: Any) -> None:
     assert all(0 <= rate <= 1 for rate in metrics["virtual_fire_rate"])
     if condition == "standard":
         assert metrics["fire_rate"] == metrics["neuron_entropy"] == [None, None]
+        assert metrics["always_on"] == metrics["selective"] == [None, None]
         return
     # A gate that has not learned yet is the virtual one.
-    assert metrics["fire_rate"] == metrics["virtual_fire_rate"]
-    assert metrics["neuron_entropy"] == metrics["virtual_neuron_entropy"]
+    for measure in ("fire_rate", "neuron_entropy", "always_on", "selective"):
+        assert metrics[measure] == metrics[f"virtual_{measure}"]
     with torch.no_grad():
         for gate in model.gates().values():
             gate.threshold.fill_(1e6)
     after = collect_metrics(model, torch.randint(11, (3, 12)), "released")
-    assert after["fire_rate"] == [0.0, 0.0]
+    assert after["fire_rate"] == after["always_on"] == [0.0, 0.0]
+    assert after["selective"] == [1.0, 1.0]
+
+
+def test_shares_of_always_on_and_selective_neurons() -> None:
+    gate = LIFParameters(5, preset="released")
+    # The gate's θ is 0.001. Of 100 characters, neurons fire at 100, 96, 95, 50 and 49.
+    x = torch.zeros(4, 25, 5)
+    for neuron, characters in enumerate((100, 96, 95, 50, 49)):
+        x.view(100, 5)[:characters, neuron] = -0.5
+    firing = _firing(x, gate)
+    assert firing["fire_rate"] == pytest.approx((100 + 96 + 95 + 50 + 49) / 500)
+    assert firing["always_on"] == pytest.approx(2 / 5)
+    assert firing["selective"] == pytest.approx(1 / 5)
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:

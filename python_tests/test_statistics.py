@@ -14,6 +14,7 @@ from ember_ext.analysis.statistics import (
     describe,
     noise_floor,
     p_against_zero,
+    principal_components,
     spearman,
 )
 
@@ -209,3 +210,15 @@ def test_p_against_zero() -> None:
     assert p_against_zero([1.0, 2.0]) is None
     # t = 2 / (1/√3), two degrees of freedom.
     assert p_against_zero([1.0, 2.0, 3.0]) == pytest.approx(0.0742, abs=1e-4)
+
+
+def test_principal_components() -> None:
+    assert principal_components([(1.0, 2.0)]) is None
+    assert principal_components([(1.0, 2.0), (1.0, 2.0)]) is None
+    # Along (3, -4)/5 with a variance of 2·5²/3, and across with 2·1²/3.
+    points = [(3.0, -4.0), (-3.0, 4.0), (0.8, 0.6), (-0.8, -0.6)]
+    found = principal_components(points)
+    assert found is not None
+    assert found.shares == pytest.approx((25 / 26, 1 / 26))
+    assert found.directions[0] == pytest.approx((-0.6, 0.8))
+    assert found.directions[1] == pytest.approx((0.8, 0.6))

@@ -10,11 +10,12 @@ from synthetic_results import SEEDS, Effect, synthetic_results
 
 from ember_ext.analysis import published
 from ember_ext.analysis.formatting import DASH, number, p_value, percent, signed
-from ember_ext.analysis.results import RunResult
+from ember_ext.analysis.grid import NEWER_MEASURES
+from ember_ext.analysis.results import ResultError, RunResult
 from ember_ext.analysis.tables import Table, tables
 from ember_ext.data.sources import TINY_SHA256
 
-NUMBERS = ["3.1", "3.2", "3.3a", "3.3b", "3.4", "3.5", "3.6", "4.2", "S1", "S2"]
+NUMBERS = ["3.1", "3.2", "3.3a", "3.3b", "3.4", "3.5", "3.6", "4.2", "S1", "S2", "S3"]
 
 BOTH = synthetic_results() + synthetic_results(backbone="cfc")
 
@@ -191,6 +192,27 @@ def test_depth_and_its_published_numbers() -> None:
     assert row(table, "Transformer", "Standard")["Published last"] == "1.690"
 
 
+def test_firing_of_neurons_and_what_earlier_versions_did_not_measure() -> None:
+    results = synthetic_results(backbone="cfc")
+    lif = row(by_number(results)["3.3b"], "CfC+LIF", "released", "3", "L1")
+    assert lif["Always on"] == "0.750 ± 0.000"
+    assert lif["Selective"] == "0.125 ± 0.000"
+    assert lif["Always on (virtual gate)"] == "0.875 ± 0.000"
+    base = row(by_number(results)["3.3b"], "CfC-only (base)", DASH, "3", "L0")
+    assert base["Always on"] == base["Selective"] == base["Fire rate"] == DASH
+    assert base["Selective (virtual gate)"] == "0.062 ± 0.000"
+    for run in results:
+        for record in run.evaluations:
+            for measure in NEWER_MEASURES["cfc"]:
+                del record[measure]
+    earlier = row(by_number(results)["3.3b"], "CfC+LIF", "released", "3", "L1")
+    assert earlier["Always on"] == earlier["Selective (virtual gate)"] == DASH
+    assert earlier["Fire rate"] == lif["Fire rate"]
+    results[0].evaluations[0]["virtual_selective"] = [0.5]
+    with pytest.raises(ResultError, match="virtual_selective must have one entry for each of 2"):
+        tables(results)
+
+
 def test_crossovers() -> None:
     effect = Effect(loss=-0.02, early=0.02, since=1600, noise=1e-4)
     table = by_number(synthetic_results({"lif": effect}))["3.5"]
@@ -214,6 +236,19 @@ def test_thresholds() -> None:
     cells = row(table, "CfC", "CfC+LIF", "released", "3", "L3")
     assert cells["Ratio to L0"] == "4.00"
     assert cells["Published θ"] == "0.00210"
+
+
+def test_spread_of_gates() -> None:
+    results = synthetic_results({"lif": Effect(threshold=(0.001, 0.041))})
+    cells = row(by_number(results)["S3"], "Transformer", "LIF-learnable", "released")
+    # 3 seeds x 4 heads in either layer; their λ and k are all alike.
+    assert cells["Gates"] == "24"
+    assert cells["θ"] == f"0.0210 ± {0.02 * (24 / 23) ** 0.5:.4f}"
+    assert cells["λ"] == "0.8810 ± 0.0000"
+    assert (cells["First component"], cells["Second component"]) == ("100.0%", "0.0%")
+    assert cells["Its direction (θ, λ, k)"] == "(+1.00, +0.00, +0.00)"
+    alike = row(by_number(synthetic_results())["S3"], "Transformer", "LIF-learnable", "released")
+    assert alike["First component"] == DASH
 
 
 def test_statistics_and_noise() -> None:

@@ -19,11 +19,25 @@ NEURON_ENTROPY = "neuron_entropy"
 FIRE_RATE = "fire_rate"
 VIRTUAL_NEURON_ENTROPY = "virtual_neuron_entropy"
 VIRTUAL_FIRE_RATE = "virtual_fire_rate"
+ALWAYS_ON = "always_on"
+SELECTIVE = "selective"
+VIRTUAL_ALWAYS_ON = "virtual_always_on"
+VIRTUAL_SELECTIVE = "virtual_selective"
 THRESHOLD = "threshold"
 
 PROFILE_MEASURES = {
     "transformer": (ATTENTION_ENTROPY, ATTENTION_SUPPORT, FIRST_TOKEN_MASS, THRESHOLD),
-    "cfc": (NEURON_ENTROPY, FIRE_RATE, VIRTUAL_NEURON_ENTROPY, VIRTUAL_FIRE_RATE, THRESHOLD),
+    "cfc": (
+        NEURON_ENTROPY,
+        FIRE_RATE,
+        ALWAYS_ON,
+        SELECTIVE,
+        VIRTUAL_NEURON_ENTROPY,
+        VIRTUAL_FIRE_RATE,
+        VIRTUAL_ALWAYS_ON,
+        VIRTUAL_SELECTIVE,
+        THRESHOLD,
+    ),
 }
 
 

@@ -23,6 +23,13 @@ LAYER_MEASURES = {
     "transformer": ("attention_entropy", "attention_support", "first_token_mass"),
     "cfc": ("fire_rate", "neuron_entropy", "virtual_fire_rate", "virtual_neuron_entropy"),
 }
+"""What every evaluation must have, one value a layer or one a head."""
+
+NEWER_MEASURES = {
+    "transformer": (),
+    "cfc": ("always_on", "selective", "virtual_always_on", "virtual_selective"),
+}
+"""What evaluations of earlier versions lack."""
 
 # What may differ between runs that are compared: what is under study, and what moves no loss.
 _FREE_FIELDS = {
@@ -134,7 +141,8 @@ def _check_record(run: RunResult, record: dict[str, Any]) -> None:
         if not is_number(record.get(key)):
             raise ResultError(f"{where}: {key} must be a finite number, got {record.get(key)!r}")
     layers = run.config["n_layer"]
-    for key in LAYER_MEASURES[run.backbone]:
+    newer = [key for key in NEWER_MEASURES[run.backbone] if key in record]
+    for key in (*LAYER_MEASURES[run.backbone], *newer):
         values = record.get(key)
         if not isinstance(values, list) or len(values) != layers:
             raise ResultError(f"{where}: {key} must have one entry for each of {layers} layers")

@@ -7,7 +7,7 @@ and their entropy to 0 by definition, which makes any comparison with them meani
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,12 @@ HISTOGRAM_BINS = 10
 
 SUPPORT_THRESHOLD = 0.01
 """The weight above which a key counts as attended to."""
+
+ALWAYS_ON_ABOVE = 0.95
+"""The fire rate above which a neuron counts as always on."""
+
+SELECTIVE_BELOW = 0.5
+"""The fire rate below which a neuron counts as selective."""
 
 
 def attention_entropy(weights: Tensor) -> Tensor:
@@ -106,9 +112,10 @@ def collect_metrics(
         head or neuron.
         Transformer: attention_entropy, attention_support and first_token_mass, one value a head,
         for each layer.
-        CfC: fire_rate and neuron_entropy, means over the neurons, one value a layer; measured
-        through the model's own gates (None if it has none), and as virtual_fire_rate and
-        virtual_neuron_entropy through the virtual gate.
+        CfC: fire_rate and neuron_entropy, means over the neurons, and always_on and selective, the
+        shares of neurons with a fire rate above 0.95 and below 0.5, one value a layer; measured
+        through the model's own gates (None if it has none), and as virtual_fire_rate and so on
+        through the virtual gate.
     """
     gates = {}
     for name, gate in model.gates().items():
@@ -125,25 +132,28 @@ def collect_metrics(
         return {"gates": gates, **dict(zip(names, values, strict=True))}
     virtual = LIFParameters(model.config.n_embd, preset=gate_preset).to(windows.device)
     modules = [block.get_submodule("gate") for block in model.blocks]
-    own: list[tuple[float | None, float | None]] = []
-    through_virtual: list[tuple[float, float]] = []
+    firing: list[dict[str, float | None]] = []
     for module, (x,) in zip(modules, _inputs(model, modules, windows), strict=True):
-        own.append(_firing(x, module) if isinstance(module, LIFParameters) else (None, None))
-        through_virtual.append(_firing(x, virtual))
-    return {
-        "gates": gates,
-        "fire_rate": [rate for rate, _ in own],
-        "neuron_entropy": [entropy for _, entropy in own],
-        "virtual_fire_rate": [rate for rate, _ in through_virtual],
-        "virtual_neuron_entropy": [entropy for _, entropy in through_virtual],
-    }
+        through_virtual = _firing(x, virtual)
+        own: Mapping[str, float | None] = dict.fromkeys(through_virtual)
+        if isinstance(module, LIFParameters):
+            own = _firing(x, module)
+        firing.append({**own, **{f"virtual_{name}": v for name, v in through_virtual.items()}})
+    return {"gates": gates, **{name: [layer[name] for layer in firing] for name in firing[0]}}
 
 
-def _firing(x: Tensor, gate: LIFParameters) -> tuple[float, float]:
-    """Mean fire rate and mean neuron entropy of x [B, T, N]."""
+def _firing(x: Tensor, gate: LIFParameters) -> dict[str, float]:
+    """What the neurons of x [B, T, N] do behind a gate, means over neurons."""
     threshold, _, steepness = gate.effective()
     firing = fire_mask(x.abs(), threshold, steepness)
-    return float(fire_rate(firing).mean()), float(neuron_entropy(firing).mean())
+    rate = fire_rate(firing)
+    by_neuron = {
+        "fire_rate": rate,
+        "neuron_entropy": neuron_entropy(firing),
+        "always_on": (rate > ALWAYS_ON_ABOVE).float(),
+        "selective": (rate < SELECTIVE_BELOW).float(),
+    }
+    return {name: float(values.mean()) for name, values in by_neuron.items()}
 
 
 def _inputs(

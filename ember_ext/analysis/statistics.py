@@ -134,6 +134,19 @@ class NoiseFloor:
     maximum: float
 
 
+@dataclass(frozen=True)
+class PrincipalComponents:
+    """The directions in which some points vary most, from the covariance of their coordinates.
+
+    Attributes:
+        shares: of the variance, falling.
+        directions: a unit vector to each share; its largest coordinate is positive.
+    """
+
+    shares: tuple[float, ...]
+    directions: tuple[tuple[float, ...], ...]
+
+
 def describe(values: Sequence[float]) -> Sample:
     """Mean and standard deviations of at least one value."""
     several = len(values) > 1
@@ -234,6 +247,21 @@ def spearman(values: Sequence[float]) -> float | None:
     if len(values) < 3 or not np.ptp(values):
         return None
     return float(stats.spearmanr(np.arange(len(values)), values).statistic)
+
+
+def principal_components(points: Sequence[Sequence[float]]) -> PrincipalComponents | None:
+    """Of points with two coordinates or more, as they are, not standardised.
+
+    None with fewer than 2 points, or if all are equal.
+    """
+    if len(points) < 2 or not np.ptp(points, axis=0).any():
+        return None
+    variances, vectors = np.linalg.eigh(np.cov(points, rowvar=False))
+    falling = vectors.T[::-1]
+    signs = [np.sign(v[np.abs(v).argmax()]) for v in falling]
+    shares = np.clip(variances[::-1], 0, None) / variances.clip(0).sum()
+    directions = [tuple((s * v).tolist()) for s, v in zip(signs, falling, strict=True)]
+    return PrincipalComponents(tuple(shares.tolist()), tuple(directions))
 
 
 def _varies(values: np.ndarray, scale: float) -> bool:

@@ -9,14 +9,18 @@ import numpy as np
 
 from ember_ext.analysis import published
 from ember_ext.analysis.depth import (
+    ALWAYS_ON,
     ATTENTION_ENTROPY,
     ATTENTION_SUPPORT,
     FIRE_RATE,
     FIRST_TOKEN_MASS,
     NEURON_ENTROPY,
+    SELECTIVE,
     THRESHOLD,
+    VIRTUAL_ALWAYS_ON,
     VIRTUAL_FIRE_RATE,
     VIRTUAL_NEURON_ENTROPY,
+    VIRTUAL_SELECTIVE,
     DepthProfile,
     depth_profile,
     layer_values,
@@ -36,8 +40,9 @@ from ember_ext.analysis.heads import (
     uniform_support,
 )
 from ember_ext.analysis.labels import BACKBONE_LABELS, VARIANT_LABELS
+from ember_ext.analysis.metrics import ALWAYS_ON_ABOVE, SELECTIVE_BELOW
 from ember_ext.analysis.results import RunResult
-from ember_ext.analysis.statistics import describe
+from ember_ext.analysis.statistics import describe, principal_components
 from ember_ext.analysis.table import ROW_HEAD, Table, row_head, variants_in_order
 
 _ROLE_COLUMNS: dict[Role, str] = {
@@ -136,8 +141,12 @@ def neuron_table(grid: Grid) -> Table:
     measures = {
         FIRE_RATE: "Fire rate",
         NEURON_ENTROPY: "Neuron entropy",
+        ALWAYS_ON: "Always on",
+        SELECTIVE: "Selective",
         VIRTUAL_FIRE_RATE: "Fire rate (virtual gate)",
         VIRTUAL_NEURON_ENTROPY: "Neuron entropy (virtual gate)",
+        VIRTUAL_ALWAYS_ON: "Always on (virtual gate)",
+        VIRTUAL_SELECTIVE: "Selective (virtual gate)",
     }
     columns = (
         *ROW_HEAD,
@@ -164,7 +173,9 @@ def neuron_table(grid: Grid) -> Table:
     notes = (
         f"Means over neurons and seeds at the last evaluation. {_virtual_gate_note(grid)}",
         "The fire rate, a mean over neurons, is also the mean share of a layer's neurons that fire "
-        "at a time (population sparsity).",
+        "at a time (population sparsity). Always on, selective: shares of neurons that fire at "
+        f"more than {ALWAYS_ON_ABOVE:.0%} and at fewer than {SELECTIVE_BELOW:.0%} of the "
+        f"characters. {DASH} where a model has no gate, or was measured by an earlier version.",
         "Published numbers stand beside runs of the paper's sizes only.",
         published.NEURONS_NOTE,
     )
@@ -251,9 +262,7 @@ def threshold_table(grid: Grid) -> Table:
     )
     rows: list[tuple[str, ...]] = []
     for backbone, label in BACKBONE_LABELS.items():
-        for variant in ("lif", "lif-seed", "lif-refractory"):
-            if variant not in VARIANT_LABELS[backbone]:
-                continue
+        for variant in _learned_gates(backbone):
             runs = grid.runs(backbone, variant)
             head = (label, *row_head(grid, backbone, variant))
             profile = depth_profile(runs, THRESHOLD)
@@ -279,3 +288,50 @@ def threshold_table(grid: Grid) -> Table:
         published.THRESHOLDS_NOTE,
     )
     return Table("4.2", "Thresholds by depth", columns, tuple(rows), notes)
+
+
+def gate_table(grid: Grid) -> Table:
+    """Table S3: how far the learned gates are spread, and along which of their parameters."""
+    columns = (
+        "Backbone",
+        *ROW_HEAD,
+        "Gates",
+        "θ",
+        "λ",
+        "k",
+        "First component",
+        "Its direction (θ, λ, k)",
+        "Second component",
+    )
+    rows: list[tuple[str, ...]] = []
+    for backbone, label in BACKBONE_LABELS.items():
+        for variant in _learned_gates(backbone):
+            units = [unit for run in grid.runs(backbone, variant) for unit in gate_units(run)]
+            head = (label, *row_head(grid, backbone, variant))
+            if not units:
+                rows.append((*head, *[DASH] * (len(columns) - len(head))))
+                continue
+            points = [(unit.threshold, unit.leak, unit.steepness) for unit in units]
+            cells = [mean_sd(describe(values)) for values in zip(*points, strict=True)]
+            components = principal_components(points)
+            if components is None:
+                cells += [DASH] * 3
+            else:
+                first, second, _ = (f"{share:.1%}" for share in components.shares)
+                # Adding 0 turns -0 into 0.
+                direction = ", ".join(signed(round(x, 2) + 0, 2) for x in components.directions[0])
+                cells += [first, f"({direction})", second]
+            rows.append((*head, str(len(units)), *cells))
+    notes = (
+        "Effective θ, λ and k of all heads or neurons of all seeds at the last evaluation: mean ± "
+        "sd over them, and shares of their variance in principal components. As in the authors' "
+        "analysis the parameters are not standardised, so that k, the largest, decides.",
+        published.GATES_NOTE,
+    )
+    return Table("S3", "Spread of the learned gates", columns, tuple(rows), notes)
+
+
+def _learned_gates(backbone: str) -> list[str]:
+    """The variants with a learnable LIF gate."""
+    learned = ("lif", "lif-seed", "lif-refractory")
+    return [variant for variant in learned if variant in VARIANT_LABELS[backbone]]

@@ -20,6 +20,7 @@ from ember_ext.analysis.loss_tables import (
 from ember_ext.analysis.results import RunResult
 from ember_ext.analysis.structure_tables import (
     depth_table,
+    gate_table,
     head_table,
     neuron_table,
     threshold_table,
@@ -50,4 +51,5 @@ def tables(results: Sequence[RunResult]) -> list[Table]:
         threshold_table(grid),
         statistics_table(grid),
         noise_table(grid),
+        gate_table(grid),
     ]
