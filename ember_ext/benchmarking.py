@@ -13,7 +13,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -339,16 +339,23 @@ def peak_megabytes(make: Callable[..., Call], *arguments: Any) -> float:
         return fresh.submit(_measure_peak, make, arguments).result() / 1e6
 
 
+BAR_INCHES = 0.14
+TITLE_INCHES = 0.25
+AXIS_INCHES = 0.5
+LEGEND_INCHES = 0.85
+
+
 def plot_csv(path: Path, image: Path) -> None:
     """Draw the times of a CSV file that `write_csv` wrote as grouped bars, one panel per mode.
 
-    Only those of the device that comes last: times of two devices do not compare.
+    Only those of the device that comes last: times of two devices do not compare. The picture is
+    made to be read at 8 inches of width, that of a README's column.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.patches import Rectangle
 
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -357,29 +364,79 @@ def plot_csv(path: Path, image: Path) -> None:
     names = list(dict.fromkeys(row["contender"] for row in rows))
     ours = [name for name in names if name.startswith("ember_ext")]
     contenders = [name for name in names if name not in ours] + ours
-    configs = list(dict.fromkeys(row["config"] for row in rows))
-    # A bar for each contender that a config has, and a gap of half a bar after each config.
-    bars = sorted(
-        {(row["config"], row["contender"]) for row in rows},
-        key=lambda bar: (configs.index(bar[0]), contenders.index(bar[1])),
-    )
-    places = {bar: i + 0.5 * configs.index(bar[0]) for i, bar in enumerate(bars)}
-    height = 1.6 + 0.25 * (len(bars) + 0.5 * len(configs))
-    figure, axes = plt.subplots(
-        1, len(modes), figsize=(5.5 * len(modes), height), sharey=True, squeeze=False
-    )
     # Okabe and Ito's colours can be told apart with any colour vision; the blues are ours.
     others = ("#999999", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
     colours = dict(zip(contenders, cycle(others), strict=False))
     colours |= dict(zip(ours, cycle(("#0072B2", "#56B4E9")), strict=False))
-    drawn: dict[str, Any] = {}
-    for axis, mode in zip(axes[0], modes, strict=True):
-        for row in (row for row in rows if row["mode"] == mode):
-            name, place = row["contender"], places[row["config"], row["contender"]]
+    panels = [_Panel.of([row for row in rows if row["mode"] == mode], contenders) for mode in modes]
+    # The first mode on the left, all others below one another on the right.
+    columns = [column for column in (panels[:1], panels[1:]) if column]
+    height = LEGEND_INCHES + max(sum(panel.inches for panel in column) for column in columns)
+    figure = plt.figure(figsize=(8, height), dpi=200)
+    for place, column in enumerate(columns):
+        top = height - LEGEND_INCHES
+        for panel in column:
+            left, width = 0.05 + 4 * place, 8 / len(columns) - 0.25
+            bottom = top - TITLE_INCHES - panel.lines * BAR_INCHES
+            axis = figure.add_axes(
+                (left / 8, bottom / height, width / 8, panel.lines * BAR_INCHES / height)
+            )
+            panel.draw(axis, colours)
+            top -= panel.inches
+    first = rows[0]
+    figure.legend(
+        [Rectangle((0, 0), 1, 1, color=colours[name]) for name in contenders], contenders,
+        title=f"{first['op']} on {first['device']}, {first['threads']} threads",
+        ncols=min(4, len(contenders)), loc="upper center", fontsize=8, title_fontsize=9,
+    )  # fmt: skip
+    figure.savefig(image)
+    plt.close(figure)
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """The bars of one mode: those of a configuration below its name.
+
+    Attributes:
+        mode: its name.
+        names: configurations, each with the place of its name.
+        bars: rows of the CSV file, each with its place.
+        lines: how many of the height of a bar all takes.
+    """
+
+    mode: str
+    names: list[tuple[str, float]]
+    bars: list[tuple[dict[str, str], float]]
+    lines: float
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, str]], contenders: Sequence[str]) -> _Panel:
+        names: list[tuple[str, float]] = []
+        bars: list[tuple[dict[str, str], float]] = []
+        place = 0.0
+        for config in dict.fromkeys(row["config"] for row in rows):
+            names.append((config, place))
+            group = [row for row in rows if row["config"] == config]
+            for row in sorted(group, key=lambda row: contenders.index(row["contender"])):
+                place += 1
+                bars.append((row, place))
+            place += 1.5
+        return cls(rows[0]["mode"], names, bars, place)
+
+    @property
+    def inches(self) -> float:
+        """Its height, title and axis included."""
+        return TITLE_INCHES + self.lines * BAR_INCHES + AXIS_INCHES
+
+    def draw(self, axis: Any, colours: Mapping[str, str]) -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        for row, place in self.bars:
             median, low, high = (float(row[key]) for key in ("median_ms", "low_ms", "high_ms"))
-            drawn[name] = axis.barh(
-                place, median, 1.0, xerr=[[max(0.0, median - low)], [max(0.0, high - median)]],
-                color=colours[name],
+            axis.barh(
+                place, median, 1.0, color=colours[row["contender"]],
+                xerr=[[max(0.0, median - low)], [max(0.0, high - median)]],
+                error_kw={"linewidth": 0.8},
             )  # fmt: skip
             axis.annotate(
                 f" {float(row['speedup']):.1f}x", (max(median, high), place), va="center",
@@ -389,21 +446,15 @@ def plot_csv(path: Path, image: Path) -> None:
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel("milliseconds (median, 20-80 %)")
-        axis.set_title(mode)
-        axis.margins(x=0.15, y=0.02)
-    middles = [
-        statistics.mean(place for (c, _), place in places.items() if c == config)
-        for config in configs
-    ]
-    axes[0][0].set_yticks(middles, configs, fontsize=8)
-    axes[0][0].invert_yaxis()
-    title = f"{rows[0]['op']} on {rows[0]['device']}, {rows[0]['threads']} threads"
-    figure.legend(
-        [drawn[name] for name in contenders], contenders, title=title,
-        ncols=min(4, len(contenders)),
-        loc="upper center", fontsize=9,
-    )  # fmt: skip
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.8 / height))
-    figure.savefig(image, dpi=150)
-    plt.close(figure)
+        axis.tick_params(labelsize=7)
+        axis.margins(x=0.18)
+        axis.set_ylim(self.lines - 0.7, -0.7)
+        axis.set_yticks([])
+        for name, place in self.names:
+            axis.annotate(
+                name, (0, place), xycoords=("axes fraction", "data"), va="center", fontsize=7.5,
+                xytext=(3, 0), textcoords="offset points",
+            )  # fmt: skip
+        axis.set_title(self.mode, fontsize=9)
+        axis.set_xlabel("milliseconds (median, 20-80 %)", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)

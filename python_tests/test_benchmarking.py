@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import struct
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -179,3 +180,24 @@ def test_rows_of_other_measurements_are_kept(tmp_path: Path) -> None:
     assert read_csv(path) == [first[1], first[2], again]
     plot_csv(path, tmp_path / "op.png")
     assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_of_several_modes_grows_with_the_bars_of_its_longest_column(tmp_path: Path) -> None:
+    def inches(cases: list[tuple[str, str]]) -> list[float]:
+        software = ("one CPU", 2, "avx2", "2.13.0", "0.1.0")
+        rows = [
+            Row("op", config, mode, contender, 1.0, 0.9, 1.2, 1.0, 0.0, 0.0, "", 0.0, *software)
+            for mode, config in cases
+            for contender in ("eager", "ember_ext")
+        ]
+        write_csv(rows, tmp_path / "op.csv")
+        plot_csv(tmp_path / "op.csv", tmp_path / "op.png")
+        header = (tmp_path / "op.png").read_bytes()[16:24]
+        return [pixels / 200 for pixels in struct.unpack(">II", header)]
+
+    one = inches([("forward", "a")])
+    assert one[0] == 8
+    assert inches([("forward", "a"), ("backward", "a")]) == one
+    assert inches([("forward", "a"), ("forward", "b")])[1] > one[1]
+    # All modes but the first share a column.
+    assert inches([("forward", "a"), ("backward", "a"), ("step", "a")])[1] > one[1]
