@@ -108,7 +108,9 @@ def test_a_sure_effect_within_the_noise_is_not_supported() -> None:
     keys = "loss-transformer", "wins-every-seed-transformer"
     results = synthetic_results(effects)
     assert verdicts(results, *keys) == [REFUTED, REFUTED]
-    assert "lower in 3 of 3" in judged(results)["loss-transformer"].evidence
+    evidence = judged(results)["loss-transformer"].evidence
+    assert "lower in 3 of 3" in evidence
+    assert evidence.endswith("on average no more than rounding does to one pair")
     effects["null"] = QUIET
     assert verdicts(synthetic_results(effects), *keys) == [SUPPORTED, SUPPORTED]
 
@@ -182,6 +184,18 @@ def test_seed_stability() -> None:
     some = synthetic_results(calm, seeds=seeds, variants=("standard", "lif", "null"))
     assert verdicts(some, "seed-stability") == [UNTESTABLE]
     assert verdicts(synthetic_results(calm, seeds=seeds[:3]), "seed-stability") == [UNTESTABLE]
+
+
+def test_few_seeds_refute_stability_only_with_a_sure_difference() -> None:
+    effects = {v: Effect(noise=1e-4) for v in ("standard", "null", "lif-fixed", "qwen-gate")}
+    # A little wider than Standard, which five seeds cannot tell; then many times as wide.
+    for lif, verdict in (
+        (Effect(spread=1.05, noise=2e-3), UNTESTABLE),
+        (Effect(spread=20, noise=1e-5), REFUTED),
+    ):
+        claim = judged(synthetic_results({**effects, "lif": lif}, seeds=range(5)))["seed-stability"]
+        assert claim.verdict == verdict, claim.evidence
+        assert ("not the smallest, but 5 of at least 6" in claim.evidence) == (lif.spread < 2)
 
 
 def test_spreads_are_compared_over_common_seeds() -> None:
@@ -369,13 +383,33 @@ ROLES = [[0.01, 3.5, 2.0, 2.0], [0.5, 2.0, 2.0, 2.0]]
 ALL_GATHER = [[3.8] * 4] * 2
 
 
+def test_a_role_missing_among_all_heads_of_the_paper() -> None:
+    results = synthetic_results(n_layer=6, n_head=6)
+    set_entropies(results, "standard", [[3.8] * 6] * 6)
+    set_entropies(results, "null", [[3.8] * 6] * 6)
+    set_entropies(results, "lif", [[0.01] * 6] * 6)
+    assert verdicts(results, "roles") == [REFUTED]
+
+
+def test_evidence_says_which_way_refractory_thresholds_look() -> None:
+    results = synthetic_results({"lif-refractory": Effect(loss=-0.006)})
+    claim = judged(results)["refractory-better"]
+    assert claim.verdict == SUPPORTED
+    assert "mode 'causal' look at the past only" in claim.evidence
+    for run in results:
+        run.config["refractory_mode"] = "paper"
+    evidence = judged(results)["refractory-better"].evidence
+    assert "mode 'paper' look ahead, so that this is not the loss of a language model" in evidence
+
+
 @pytest.mark.parametrize(
     ("standard", "lif", "expected"),
     [
         (ALL_GATHER, ROLES, [SUPPORTED, SUPPORTED]),
         (ROLES, ROLES, [REFUTED, REFUTED]),
         (ROLES, ALL_GATHER, [REFUTED, REFUTED]),
-        (ALL_GATHER, [[0.01] * 4] * 2, [SUPPORTED, REFUTED]),
+        # A role that is missing among 8 heads says nothing.
+        (ALL_GATHER, [[0.01] * 4] * 2, [SUPPORTED, UNTESTABLE]),
     ],
 )
 def test_roles(standard: list[list[float]], lif: list[list[float]], expected: list[str]) -> None:
@@ -426,25 +460,31 @@ def test_counts_at_the_papers_sizes() -> None:
 
 
 @pytest.mark.parametrize("backbone", ["transformer", "cfc"])
-def test_the_start_of_training(backbone: str) -> None:
+@pytest.mark.parametrize("variant", ["lif", "lif-seed"])
+def test_the_start_of_training(backbone: str, variant: str) -> None:
     def results() -> list[RunResult]:
         runs = synthetic_results(backbone=backbone)
         for run in runs:
-            if backbone == "cfc" and run.variant == "lif":
+            if backbone == "cfc" and run.variant == variant:
                 run.evaluations[0]["fire_rate"] = [1.0, 0.995]
+            elif run.variant == variant:
+                for gate in run.evaluations[0]["gates"].values():
+                    gate["leak"] = [0.9] * 4
         return runs
 
-    key = f"starts-open-{backbone}"
+    key = f"starts-open-{backbone}" if variant == "lif" else f"starts-open-text-gate-{backbone}"
+    preset = "released" if variant == "lif" else "seed"
+    assert f"preset {preset}: loss of {variant} " in judged(results())[key].evidence
     assert verdicts(results(), key) == [SUPPORTED]
     changed, closed = results(), results()
     for run in changed:
-        if run.variant == "lif":
+        if run.variant == variant:
             run.evaluations[0]["val_loss"] *= 1.01
     assert verdicts(changed, key) == [REFUTED]
     for run in closed:
-        if run.variant == "lif" and backbone == "cfc":
+        if run.variant == variant and backbone == "cfc":
             run.evaluations[0]["fire_rate"] = [1.0, 0.1]
-        elif run.variant == "lif":
+        elif run.variant == variant:
             run.evaluations[0]["gates"]["blocks.1.attn.gate"]["leak"][2] = 0.5
     assert verdicts(closed, key) == [REFUTED]
 

@@ -212,6 +212,22 @@ def test_variants_are_told_apart_without_colours(grid: Grid) -> None:
         assert len(markers) == len(set(markers)) == 6
 
 
+def test_captions_say_whether_a_noise_floor_is_known() -> None:
+    def captions(results: list[RunResult]) -> list[str]:
+        drawings = draw_figures(Grid(results))
+        return [
+            d.caption
+            for d in drawings
+            if "up to rounding" in d.caption or "by rounding" in d.caption
+        ]
+
+    assert len(captions(synthetic_results())) == 2
+    assert all("Grey: RMS" in caption for caption in captions(synthetic_results()))
+    without = captions(synthetic_results(variants=("standard", "lif")))
+    assert len(without) == 2
+    assert not any("Grey" in caption for caption in without)
+
+
 @pytest.mark.parametrize(("noise", "unseen"), [(0.0004, 0), (1e-8, 2)])
 def test_bands_that_are_too_thin_are_said_to_be(noise: float, unseen: int) -> None:
     effects = {v: Effect(noise=noise) for v in ("standard", "null")} | {"lif": Effect(loss=0.01)}

@@ -154,7 +154,7 @@ def test_names_cannot_become_markup(folder: Path, page: Page) -> None:
 
 
 def test_missing_and_failed_runs_are_listed(folder: Path, page: Page) -> None:
-    assert "13 of 16 runs are finished" in page.text
+    assert "13 of 16 planned runs are finished; what is missing" in page.text
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     assert "| Transformer | Qwen-gate | – | 2 | done | failed | done |" in markdown
     assert "| CfC | CfC-only (base) | – | 1 | done | missing | not planned |" in markdown
@@ -211,7 +211,7 @@ def test_facts_say_how_long_and_where() -> None:
     facts = dict(report._facts(findings.grid, ReportContext("quick", (first.name,))))
     assert facts["Time"][0].startswith("1 h 30 min")
     assert facts["Machine"] == ["A", "B"]
-    assert facts["Runs"] == ["2 finished of 2 planned"]
+    assert facts["Runs"] == ["1 finished of 1 planned, and 1 more"]
     assert facts["Gates"] == ["preset released: Transformer LIF-learnable"]
     ungated = report._Findings.of([first]).grid
     assert dict(report._facts(ungated, CONTEXT))["Gates"] == ["none"]

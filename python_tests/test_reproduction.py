@@ -320,6 +320,17 @@ def test_a_report_counts_what_earlier_calls_planned(tmp_path: Path) -> None:
         folder.planned  # noqa: B018
 
 
+def test_a_report_of_another_suite_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (result,) = synthetic_results(seeds=[42], variants=("standard",))
+    write_result(GridFolder(tmp_path).result(result.name), result)
+    arguments = ["--suite", "paper", "--report-only", "--out", str(tmp_path)]
+    assert reproduce_main(arguments) == 1
+    assert "is of another configuration (n_layer was 2 and is 6" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_a_grid_whose_runs_all_fail_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -203,13 +203,20 @@ def test_spearman() -> None:
     assert spearman([1.0, 1.0, 1.0]) is None
     assert spearman([1.0, 5.0, 9.0, 9.5]) == pytest.approx(1)
     assert spearman([4.0, 3.0, 2.0]) == pytest.approx(-1)
-    assert spearman([1.0, 3.0, 2.0, 4.0]) == pytest.approx(0.8)
+    # To the last digit: .8 is a cut-off.
+    assert spearman([1.0, 3.0, 2.0, 4.0]) == 0.8
 
 
 def test_p_against_zero() -> None:
     assert p_against_zero([1.0, 2.0]) is None
     # t = 2 / (1/√3), two degrees of freedom.
     assert p_against_zero([1.0, 2.0, 3.0]) == pytest.approx(0.0742, abs=1e-4)
+
+
+def test_percent_of_what_is_not_above_0() -> None:
+    assert compare_paired([2.0, 2.0], [1.0, 1.0]).percent == -50
+    assert compare_paired([0.0, 0.0], [1.0, 1.0]).percent is None
+    assert compare_paired([-0.5, -0.5], [1.0, 1.0]).percent is None
 
 
 def test_principal_components() -> None:

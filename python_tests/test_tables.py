@@ -122,8 +122,25 @@ def test_another_corpus_is_told() -> None:
         return any("not Tiny Shakespeare" in note for note in by_number(results)["3.1"].notes)
 
     corpus = {"name": "tinyshakespeare", "sha256": TINY_SHA256}
-    assert tells(BOTH)
-    assert not tells([dataclasses.replace(run, corpus=corpus) for run in BOTH])
+
+    def sends_to_the_authors_runs(results: list[RunResult]) -> bool:
+        return any("compare our losses with" in note for note in by_number(results)["3.1"].notes)
+
+    ours = [dataclasses.replace(run, corpus=corpus) for run in BOTH]
+    assert (tells(BOTH), sends_to_the_authors_runs(BOTH)) == (True, False)
+    assert (tells(ours), sends_to_the_authors_runs(ours)) == (False, True)
+
+
+def test_published_numbers_of_other_sizes_are_told() -> None:
+    def tells(results: list[RunResult], table: str) -> bool:
+        note = "Published numbers are of the paper's sizes, which ours are not."
+        return note in by_number(results)[table].notes
+
+    sizes = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "steps": 2000}
+    paper = synthetic_results(**sizes)
+    for table in ("3.4", "3.5", "4.2"):
+        assert tells(BOTH, table)
+        assert not tells(paper, table)
 
 
 def test_differences_are_over_common_seeds() -> None:
@@ -219,6 +236,12 @@ def test_crossovers() -> None:
     cells = row(table, "Transformer", "LIF-learnable", "released", "3", "persistent")
     assert cells["Step by seed"] == "42: 1600, 668: 1600, 1337: 1600"
     assert (cells["With a crossover"], cells["Range"]) == ("3", "1600-1600")
+    early = by_number(synthetic_results({"lif": Effect(loss=-0.02, early=-0.02, noise=1e-4)}))
+    cells = row(early["3.5"], "Transformer", "LIF-learnable", "released", "3", "first")
+    assert cells["Step by seed"] == "42: always, 668: always, 1337: always"
+    assert (cells["With a crossover"], cells["Mean"], cells["Range"]) == ("0", DASH, DASH)
+    cells = row(early["3.5"], "Transformer", "LIF-learnable", "released", "3", "persistent")
+    assert cells["Range"] == "200-200"
     assert row(table, "CfC", "CfC+LIF", "released", DASH, "first")["Published"] == "1600"
 
 

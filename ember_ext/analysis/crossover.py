@@ -1,7 +1,8 @@
 """When one loss curve passes below another, by the published rule and by one that asks to stay.
 
 An evaluation before the first step does not count: nothing has been learnt yet, and the losses of a
-pair differ by little more than rounding.
+pair differ by little more than rounding. By the published rule, a curve that is below by step 200
+always was, and has no crossover.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from ember_ext.analysis.grid import Pair
 from ember_ext.analysis.results import RunResult
 from ember_ext.analysis.statistics import Sample, describe
 
+ALWAYS_UP_TO = 200
+"""The step up to which a first lead means, by the published rule, that there was always one."""
+
 
 @dataclass(frozen=True)
 class Crossover:
@@ -21,8 +25,8 @@ class Crossover:
 
     Attributes:
         seed: of the pair.
-        first: step of the first evaluation at which it is below, the published rule; None if it
-            is at none. Chance alone gives one early: two equal curves part to either side.
+        first: step of the first evaluation at which it is below; None if it is at none. Chance
+            alone gives one early: two equal curves part to either side.
         persistent: step of the first evaluation from which it is below to the end; None if it is
             not below at the last.
     """
@@ -31,6 +35,11 @@ class Crossover:
     first: int | None
     persistent: int | None
 
+    @property
+    def always(self) -> bool:
+        """Whether the published rule says "always" instead of a step."""
+        return self.first is not None and self.first <= ALWAYS_UP_TO
+
 
 @dataclass(frozen=True)
 class CrossoverSummary:
@@ -38,7 +47,8 @@ class CrossoverSummary:
 
     Attributes:
         crossovers: one a seed.
-        first, persistent: the steps of those that have one; None if none has.
+        first, persistent: the steps of those that have one, of the first leads without those that
+            were always there; None if none has.
     """
 
     crossovers: tuple[Crossover, ...]
@@ -68,7 +78,7 @@ def find_crossover(base: RunResult, other: RunResult, key: str = MAIN_LOSS) -> C
 def find_crossovers(pairs: Sequence[Pair], key: str = MAIN_LOSS) -> CrossoverSummary:
     """Compare all pairs of two variants."""
     crossovers = tuple(find_crossover(pair.base, pair.other, key) for pair in pairs)
-    first = [c.first for c in crossovers if c.first is not None]
+    first = [c.first for c in crossovers if c.first is not None and not c.always]
     persistent = [c.persistent for c in crossovers if c.persistent is not None]
     return CrossoverSummary(
         crossovers,

@@ -90,7 +90,7 @@ def layer_values(run: RunResult, measure: str, evaluation: int = -1) -> list[flo
 
     Args:
         run: any run.
-        measure: an entry of `collect_metrics`, or "threshold" for the mean effective θ.
+        measure: an entry of `collect_metrics`, or "threshold" for the mean effective |θ|.
         evaluation: its index; by default the last.
 
     Returns:
@@ -99,7 +99,7 @@ def layer_values(run: RunResult, measure: str, evaluation: int = -1) -> list[flo
     record: dict[str, Any] = run.evaluations[evaluation]
     if measure == THRESHOLD:
         gates = record["gates"].values()
-        return [float(np.mean(gate["threshold"])) for gate in gates] or None
+        return [float(np.abs(gate["threshold"]).mean()) for gate in gates] or None
     values = record.get(measure)
     if not values or values[0] is None:
         return None
@@ -107,13 +107,12 @@ def layer_values(run: RunResult, measure: str, evaluation: int = -1) -> list[flo
 
 
 def depth_profile(runs: Sequence[RunResult], measure: str) -> DepthProfile | None:
-    """The profile of some runs of one variant; None without runs, or if they lack the measure."""
-    rows = [(run.seed, layer_values(run, measure)) for run in runs]
-    present = [(seed, tuple(values)) for seed, values in rows if values is not None]
-    if not present:
+    """The profile of some runs of one variant; None without runs, or if one lacks the measure."""
+    rows = [layer_values(run, measure) for run in runs]
+    values = tuple(tuple(row) for row in rows if row is not None)
+    if not values or len(values) < len(rows):
         return None
-    seeds, values = zip(*present, strict=True)
-    return DepthProfile(measure, seeds, values)
+    return DepthProfile(measure, tuple(run.seed for run in runs), values)
 
 
 def depth_profiles(grid: Grid, backbone: str, measure: str) -> dict[str, DepthProfile]:
@@ -124,7 +123,7 @@ def depth_profiles(grid: Grid, backbone: str, measure: str) -> dict[str, DepthPr
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The mean effective threshold of each layer along training.
+    """The mean effective |θ| of each layer along training.
 
     Attributes:
         seed: of the run.

@@ -31,6 +31,25 @@ NEWER_MEASURES = {
 }
 """What evaluations of earlier versions lack."""
 
+# What every configuration must have.
+_NUMBERS = (
+    "seed",
+    "steps",
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "cfc_units",
+    "block_size",
+    "batch_size",
+    "eval_interval",
+    "dropout",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "grad_clip",
+)
+_NAMES = ("gate_preset", "lr_schedule")
+
 # What may differ between runs that are compared: what is under study, and what moves no loss.
 _FREE_FIELDS = {
     "condition",
@@ -109,13 +128,16 @@ def _check(run: RunResult) -> None:
     name, config = f"{run.variant!r}", run.config
     if not isinstance(config, dict) or not isinstance(run.corpus, dict):
         raise ResultError(f"{name}: config and corpus must be objects")
-    for field in ("seed", "steps", "n_layer", "n_embd", "n_head", "block_size", "eval_interval"):
+    for field in _NUMBERS:
         if not is_number(config.get(field)):
             raise ResultError(f"{name}: config has no number {field!r}")
+    for field in _NAMES:
+        if not isinstance(config.get(field), str):
+            raise ResultError(f"{name}: config has no {field!r}")
     if config.get("backbone") not in LAYER_MEASURES:
         raise ResultError(f"{name}: backbone must be one of {list(LAYER_MEASURES)}")
     name = run.name
-    for field in ("parameters", "lif_parameters"):
+    for field in ("parameters", "trainable_parameters", "lif_parameters"):
         if not is_number(run.summary.get(field)):
             raise ResultError(f"{name}: summary has no number {field!r}")
     if not isinstance(run.evaluations, list) or not run.evaluations:

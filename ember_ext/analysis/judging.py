@@ -186,7 +186,9 @@ def differs(
             return Finding(False, evidence)
         if floor is None or floor.n < MIN_PAIRS:
             raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
-        return Finding(abs(comparison.difference) > floor.rms, evidence)
+        if abs(comparison.difference) <= floor.rms:
+            return Finding(False, f"{evidence}; on average no more than rounding does to one pair")
+        return Finding(True, evidence)
 
     return judge
 

@@ -21,6 +21,7 @@ from ember_ext.analysis.judging import (
     Finding,
     NotTestableError,
     Rule,
+    differs,
     need_config,
     need_resolution,
     need_runs,
@@ -70,8 +71,8 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
 
     It holds if its sd is the smallest, each time over common seeds, the Pitman-Morgan test against
     the baseline gives p < .05, and the two sds differ by more than those of the null runs and the
-    baseline. Where it is the smallest and p is not below .05, it takes 6 seeds to say no: with 3
-    even a seventh of the spread gives p > .05.
+    baseline. It takes 6 seeds to say no, unless another sd is smaller with p < .05: with 3, even a
+    seventh of the spread gives p > .05, and half of the spread is not the smallest half the time.
     """
 
     def judge(grid: Grid) -> Finding:
@@ -83,7 +84,8 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
         assert comparison.other.sd is not None
         p = comparison.variance.pitman_morgan_p
         sd, base_sd = comparison.other.sd, comparison.base.sd
-        smallest = sd <= base_sd
+        # Of each comparison that finds a smaller spread elsewhere: its seeds and its p.
+        smaller = [] if sd <= base_sd else [(comparison.n, p)]
         listed = [f"{sd:.4f} against {BASELINE} {base_sd:.4f} ({comparison.n} seeds)"]
         missing = []
         for other in others:
@@ -93,7 +95,9 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
                 continue
             assert against.base.sd is not None
             assert against.other.sd is not None
-            smallest = smallest and against.base.sd <= against.other.sd
+            if against.other.sd < against.base.sd:
+                assert against.variance is not None
+                smaller.append((against.n, against.variance.pitman_morgan_p))
             listed.append(
                 f"{against.base.sd:.4f} against {other} {against.other.sd:.4f} ({against.n} seeds)"
             )
@@ -101,8 +105,13 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
             f"{backbone}, sd of {variant}'s best val loss: {', '.join(listed)}; Pitman-Morgan "
             f"against {BASELINE} p = {p_value(p)}"
         )
-        if not smallest:
+        if any(n >= MIN_SPREAD_SEEDS or (p is not None and p < SIGNIFICANCE) for n, p in smaller):
             return Finding(False, evidence)
+        if smaller:
+            seeds = min(n for n, _ in smaller)
+            raise NotTestableError(
+                f"not the smallest, but {seeds_missing(seeds, MIN_SPREAD_SEEDS)}; {evidence}"
+            )
         if missing:
             raise NotTestableError(
                 f"fewer than {MIN_PAIRS} common seeds with {', '.join(missing)}; {evidence}"
@@ -123,6 +132,18 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
         return Finding(base_sd - sd > noise, evidence)
 
     return judge
+
+
+def refractory_lowers(grid: Grid) -> Finding:
+    """Whether refractory thresholds lower the Transformer's loss, and which way they look."""
+    finding = differs("transformer", "lif-refractory", -1)(grid)
+    mode = need_config(grid, "transformer").get("refractory_mode")
+    look = (
+        "look ahead, so that this is not the loss of a language model"
+        if mode == "paper"
+        else "look at the past only, and the published ones ahead"
+    )
+    return Finding(finding.holds, f"{finding.evidence}; thresholds of mode {mode!r} {look}")
 
 
 def critical_period(backbone: str) -> Rule:
@@ -161,16 +182,16 @@ def _steps(steps: Sequence[int | None]) -> str:
     return ", ".join("none" if step is None else str(step) for step in steps) or "not run"
 
 
-def starts_open(backbone: str) -> Rule:
+def starts_open(backbone: str, variant: str) -> Rule:
     """The rule that gates let everything pass before training, and leave the loss as it is.
 
     The loss alone says little: an untrained model's hardly depends on what its layers do.
     """
 
     def judge(grid: Grid) -> Finding:
-        need_runs(grid, backbone, BASELINE, LIF)
+        need_runs(grid, backbone, BASELINE, variant)
         changes = []
-        pairs = grid.pairs(backbone, LIF)
+        pairs = grid.pairs(backbone, variant)
         for pair in pairs:
             before, after = (run.evaluations[0] for run in pair)
             if before["step"] or after["step"]:
@@ -185,7 +206,11 @@ def starts_open(backbone: str) -> Rule:
             is_open = rate >= MIN_START_FIRE_RATE
             gates = f"smallest fire rate of a layer {number(rate)}"
         listed = ", ".join(f"{change:+.3f}%" for change in changes)
-        evidence = f"{backbone} before training: loss of {LIF} against {BASELINE} {listed}; {gates}"
+        preset = pairs[0].other.config["gate_preset"]
+        evidence = (
+            f"{backbone} before training, preset {preset}: loss of {variant} against {BASELINE} "
+            f"{listed}; {gates}"
+        )
         return Finding(is_open and max(map(abs, changes)) <= MAX_START_PERCENT, evidence)
 
     return judge

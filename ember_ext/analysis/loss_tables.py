@@ -13,7 +13,7 @@ from ember_ext.analysis.comparisons import (
     measure_noise,
     noise_curve,
 )
-from ember_ext.analysis.crossover import find_crossovers
+from ember_ext.analysis.crossover import ALWAYS_UP_TO, find_crossovers
 from ember_ext.analysis.formatting import (
     DASH,
     interval,
@@ -26,7 +26,14 @@ from ember_ext.analysis.formatting import (
 from ember_ext.analysis.grid import BASELINE, NULL, Grid
 from ember_ext.analysis.labels import BACKBONE_LABELS, variant_label
 from ember_ext.analysis.statistics import MIN_PAIRS, NoiseFloor, PairedComparison
-from ember_ext.analysis.table import ROW_HEAD, Table, row_head, sample_of, variants_in_order
+from ember_ext.analysis.table import (
+    ROW_HEAD,
+    Table,
+    other_sizes_note,
+    row_head,
+    sample_of,
+    variants_in_order,
+)
 from ember_ext.data.sources import TINY_SHA256
 
 
@@ -138,7 +145,7 @@ def _scale_notes(grid: Grid, backbone: str) -> list[str]:
         return ["Nothing was run."]
     notes = []
     scale = published.scale_of(runs[0].config)
-    if scale == "xs":
+    if scale == "xs" and _is_tiny(grid, backbone):
         notes.append(
             "Our runs have the authors' xs sizes; the paper's table is of a larger model, so "
             "compare our losses with the column of the authors' xs runs."
@@ -173,14 +180,14 @@ def crossover_table(grid: Grid) -> Table:
         for variant in ("lif", "lif-seed", NULL):
             pairs = grid.pairs(backbone, variant)
             summary = find_crossovers(pairs)
-            by_rule = {
-                "first": [c.first for c in summary.crossovers],
+            by_rule: dict[str, list[int | str | None]] = {
+                "first": ["always" if c.always else c.first for c in summary.crossovers],
                 "persistent": [c.persistent for c in summary.crossovers],
             }
             for rule, steps in by_rule.items():
-                found = [step for step in steps if step is not None]
+                found = [step for step in steps if isinstance(step, int)]
                 listed = ", ".join(
-                    f"{pair.base.seed}: {number(step, 0)}"
+                    f"{pair.base.seed}: {DASH if step is None else step}"
                     for pair, step in zip(pairs, steps, strict=True)
                 )
                 said = (backbone, variant, rule) == ("cfc", "lif", "first")
@@ -198,10 +205,12 @@ def crossover_table(grid: Grid) -> Table:
                 )
     notes = (
         "First (the published rule): the first evaluation at which the estimate of the validation "
-        "loss is below the baseline's; one at step 0 does not count, since nothing is learnt yet. "
+        "loss is below the baseline's; one at step 0 does not count, since nothing is learnt yet, "
+        f"and one up to step {ALWAYS_UP_TO} means that it always was below. "
         "Persistent: the first from which it stays below to the end. "
         "The null pair shows what either rule finds where there is nothing to find.",
         published.CROSSOVER_NOTE,
+        *other_sizes_note(grid, ("cfc",)),
     )
     return Table("3.5", "Crossover with the baseline", columns, tuple(rows), notes)
 

@@ -19,6 +19,11 @@ from ember_ext.reference.lif_gate import fire_mask
 
 HISTOGRAM_BINS = 10
 
+METRIC_WINDOWS = 16
+"""Validation windows that entropies and fire rates are measured on.
+
+The authors' attention entropies are of 16 windows as well, their fire rates of 320."""
+
 SUPPORT_THRESHOLD = 0.01
 """The weight above which a key counts as attended to."""
 

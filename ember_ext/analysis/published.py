@@ -55,7 +55,8 @@ LOSS_NOTES: dict[str, tuple[str, ...]] = {
         "The authors' later 8 seeds of 5000 steps: Standard 1.4820, LIF 1.4822, +0.01 %, p .97.",
         "Published refractory losses come from thresholds that depend on later tokens, and are "
         "not losses of a language model.",
-        "Published Qwen runs do not share initial weights and batches with the others; ours do.",
+        "Published Qwen runs do not share initial weights and batches with the others; here all "
+        "conditions of a seed do.",
     ),
     "cfc": (
         "Published: 4 layers of 256 with 384 units, windows of 256, 3000 steps, learning rate "
@@ -155,7 +156,7 @@ CRITICAL_STEP = 1600
 CROSSOVER_NOTE = (
     "Published: 1600, seen in CfC runs of seeds 668 and 1337 by the rule of the first evaluation "
     "below; at 1600 seed 1337 is a tie to 4 digits. Transformer runs were evaluated every 500 "
-    "steps. Over the authors' 25 later Transformer pairs first crossings scatter from 200 to 2999."
+    "steps. Over the authors' 25 later Transformer pairs crossings scatter from 200 to 2999."
 )
 
 THRESHOLDS: dict[tuple[str, str], tuple[float, ...]] = {

@@ -174,31 +174,27 @@ def _content(findings: _Findings, context: ReportContext) -> dict[str, Any]:
     """What both templates are filled with."""
     grid = findings.grid
     counts = Counter(claim.verdict for claim in findings.claims)
-    planned = _planned_and_run(grid, context)
     done = {run.name for run in grid.results}
-    seeds = sorted({_parts(name)[2] for name in planned})
+    finished = done & set(context.planned)
+    names = [*context.planned, *sorted(done - finished)]
+    seeds = sorted({_parts(name)[2] for name in names})
     return {
         "suite": context.suite,
         "command": context.command,
-        "planned": len(planned),
-        "finished": len(done),
+        "planned": len(context.planned),
+        "finished": len(finished),
+        "others": len(done) - len(finished),
         "failed": sorted(context.failed.items()),
         "figures_made_for": MADE_FOR,
         "claims": findings.claims,
         "verdicts": [(verdict, counts[verdict]) for verdict in get_args(Verdict)],
         "facts": _facts(grid, context),
         "seeds": seeds,
-        "grid": _grid_rows(grid, planned, seeds, done, context.failed),
+        "grid": _grid_rows(grid, names, seeds, done, context.failed),
         # Those that the paper has, and those that it lacks.
         "tables": [table for table in findings.tables if not table.number.startswith("S")],
         "statistics": [table for table in findings.tables if table.number.startswith("S")],
     }
-
-
-def _planned_and_run(grid: Grid, context: ReportContext) -> list[str]:
-    """Names of the runs of the grid, and of others that were run."""
-    unplanned = [run.name for run in grid.results if run.name not in context.planned]
-    return [*context.planned, *unplanned]
 
 
 def _parts(name: str) -> tuple[str, str, int]:
@@ -215,7 +211,7 @@ def _parts(name: str) -> tuple[str, str, int]:
 
 def _grid_rows(
     grid: Grid,
-    planned: Sequence[str],
+    names: Sequence[str],
     seeds: Sequence[int],
     done: set[str],
     failed: Mapping[str, str],
@@ -225,7 +221,7 @@ def _grid_rows(
             return "done"
         if name in failed:
             return "failed"
-        return "missing" if name in planned else "not planned"
+        return "missing" if name in names else "not planned"
 
     def place(pair: tuple[str, str]) -> tuple[int, int, str]:
         backbone, variant = pair
@@ -234,7 +230,7 @@ def _grid_rows(
         return list(BACKBONE_LABELS).index(backbone), rank, variant
 
     rows = []
-    for backbone, variant in sorted({_parts(name)[:2] for name in planned}, key=place):
+    for backbone, variant in sorted({_parts(name)[:2] for name in names}, key=place):
         states = tuple(state(f"{backbone}-{variant}-seed{seed}") for seed in seeds)
         rows.append(
             _GridRow(
@@ -253,7 +249,7 @@ def _facts(grid: Grid, context: ReportContext) -> list[tuple[str, list[str]]]:
     runs = _ordered(grid)
     facts: list[tuple[str, list[str]]] = [
         ("Suite", [context.suite]),
-        ("Runs", [f"{len(runs)} finished of {len(_planned_and_run(grid, context))} planned"]),
+        ("Runs", [_finished(grid, context)]),
     ]
     if not runs:
         return facts
@@ -266,6 +262,12 @@ def _facts(grid: Grid, context: ReportContext) -> list[tuple[str, list[str]]]:
         ("Machine", _distinct(runs, _machine)),
     ]
     return facts
+
+
+def _finished(grid: Grid, context: ReportContext) -> str:
+    planned, done = set(context.planned), {run.name for run in grid.results}
+    more = f", and {len(done - planned)} more" if done - planned else ""
+    return f"{len(done & planned)} finished of {len(planned)} planned{more}"
 
 
 def _ordered(grid: Grid) -> list[RunResult]:

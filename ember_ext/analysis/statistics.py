@@ -51,7 +51,7 @@ class PairedComparison:
         differences: one a pair, in the order given.
         base, other: the two samples.
         difference: mean of the differences.
-        percent: the difference in percent of the base's mean; None if that is 0.
+        percent: the difference in percent of the base's mean; None unless that is above 0.
         wins: pairs in which other is smaller; equal values count for neither.
         ties: pairs of equal values.
         t_p: two-sided p of the paired t-test. 1 if all pairs are equal; None with fewer than 3
@@ -198,7 +198,7 @@ def compare_paired(base: Sequence[float], other: Sequence[float]) -> PairedCompa
         base=describe(base),
         other=describe(other),
         difference=difference,
-        percent=100 * difference / mean_base if mean_base else None,
+        percent=100 * difference / mean_base if mean_base > 0 else None,
         wins=int((differences < 0).sum()),
         ties=int((differences == 0).sum()),
         t_p=t_p,
@@ -246,7 +246,8 @@ def spearman(values: Sequence[float]) -> float | None:
     """
     if len(values) < 3 or not np.ptp(values):
         return None
-    return float(stats.spearmanr(np.arange(len(values)), values).statistic)
+    # Rounded, because one swap among 4 has .8 to all digits but the last.
+    return round(float(stats.spearmanr(np.arange(len(values)), values).statistic), 12)
 
 
 def principal_components(points: Sequence[Sequence[float]]) -> PrincipalComponents | None:

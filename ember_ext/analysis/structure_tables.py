@@ -40,10 +40,17 @@ from ember_ext.analysis.heads import (
     uniform_support,
 )
 from ember_ext.analysis.labels import BACKBONE_LABELS, VARIANT_LABELS
-from ember_ext.analysis.metrics import ALWAYS_ON_ABOVE, SELECTIVE_BELOW
+from ember_ext.analysis.metrics import ALWAYS_ON_ABOVE, METRIC_WINDOWS, SELECTIVE_BELOW
 from ember_ext.analysis.results import RunResult
 from ember_ext.analysis.statistics import describe, principal_components
-from ember_ext.analysis.table import ROW_HEAD, Table, row_head, variants_in_order
+from ember_ext.analysis.table import (
+    ROW_HEAD,
+    SEEDS_NOTE,
+    Table,
+    other_sizes_note,
+    row_head,
+    variants_in_order,
+)
 
 _ROLE_COLUMNS: dict[Role, str] = {
     "pointer": "Pointers",
@@ -58,6 +65,8 @@ _ATTENTION_MEASURES = {
     FIRST_TOKEN_MASS: ("First-token mass", 4),
 }
 """Columns, and their digits."""
+
+_WINDOWS_NOTE = f"Measured on {METRIC_WINDOWS} random windows of the validation text. {SEEDS_NOTE}"
 
 _GATE_LABELS: tuple[GateLabel, ...] = ("selective", "mild", "moderate", "pass-through")
 
@@ -98,6 +107,7 @@ def head_table(grid: Grid) -> Table:
         "LIF-fixed do by construction. Contrast is g(1)/g(0), 1 for an open gate; the largest over "
         "heads and seeds is given. Labels, summed over seeds, are those of the authors' analysis, "
         "made for the released gate.",
+        _WINDOWS_NOTE,
         published.HEADS_NOTE,
     )
     return Table("3.3a", "Roles of attention heads, Transformer", columns, tuple(rows), notes)
@@ -175,7 +185,8 @@ def neuron_table(grid: Grid) -> Table:
         "The fire rate, a mean over neurons, is also the mean share of a layer's neurons that fire "
         "at a time (population sparsity). Always on, selective: shares of neurons that fire at "
         f"more than {ALWAYS_ON_ABOVE:.0%} and at fewer than {SELECTIVE_BELOW:.0%} of the "
-        f"characters. {DASH} where a model has no gate, or was measured by an earlier version.",
+        f"characters. {DASH} where a model has no gate, or one was measured by an earlier version.",
+        f"{_WINDOWS_NOTE} The authors' fire rates are of 320 windows.",
         "Published numbers stand beside runs of the paper's sizes only.",
         published.NEURONS_NOTE,
     )
@@ -244,6 +255,8 @@ def depth_table(grid: Grid) -> Table:
         "neurons, at the last evaluation. Rise: last layer minus first. Spearman: rank correlation "
         "of layer and entropy, mean over seeds, with 3 layers or more.",
         _virtual_gate_note(grid),
+        _WINDOWS_NOTE,
+        *other_sizes_note(grid, BACKBONE_LABELS),
         *published.DEPTH_NOTES,
     )
     return Table("3.4", "Entropy by depth", columns, tuple(rows), notes)
@@ -255,8 +268,8 @@ def threshold_table(grid: Grid) -> Table:
         "Backbone",
         *ROW_HEAD,
         "Layer",
-        "Mean θ at the start",
-        "Mean θ at the end",
+        "Mean |θ| at the start",
+        "Mean |θ| at the end",
         "Ratio to L0",
         "Published θ",
     )
@@ -284,7 +297,8 @@ def threshold_table(grid: Grid) -> Table:
                     )
                 )
     notes = (
-        "Effective θ, means over heads or neurons and seeds.",
+        f"Effective |θ|, means over heads or neurons and seeds. {SEEDS_NOTE}",
+        *other_sizes_note(grid, ("cfc",)),
         published.THRESHOLDS_NOTE,
     )
     return Table("4.2", "Thresholds by depth", columns, tuple(rows), notes)

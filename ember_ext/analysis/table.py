@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ember_ext.analysis import published
 from ember_ext.analysis.formatting import DASH
 from ember_ext.analysis.grid import Grid
 from ember_ext.analysis.labels import VARIANT_LABELS, variant_label
@@ -67,6 +68,17 @@ def variants_in_order(grid: Grid, backbone: str, without: Sequence[str] = ()) ->
     known = list(VARIANT_LABELS[backbone])
     others = [v for v in grid.variants(backbone) if v not in known]
     return [variant for variant in known + others if variant not in without]
+
+
+def other_sizes_note(grid: Grid, backbones: Iterable[str]) -> list[str]:
+    """A note if runs of some backbones are not of the sizes that the published numbers are of."""
+    configs = [config for config in map(grid.config, backbones) if config is not None]
+    if all(published.scale_of(config) == "paper" for config in configs):
+        return []
+    return ["Published numbers are of the paper's sizes, which ours are not."]
+
+
+SEEDS_NOTE = "Rows may be of different seeds: those of the runs that each condition has."
 
 
 def sample_of(values: Iterable[float]) -> Sample | None:

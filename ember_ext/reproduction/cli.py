@@ -89,7 +89,9 @@ def _reproduce(options: ReproduceArguments, command: str) -> int:
     names = [spec.name for spec in specs]
     failures: dict[str, str] = {}
     with GridConsole() as console:
-        if not options.report_only:
+        if options.report_only:
+            Grid(folder, specs, corpus=None)  # Raises if the results are of another suite.
+        else:
             note = console.console.print
             corpus = load_text(data=data, notify=lambda text: note(text, markup=False))
             grid = Grid(folder, specs, corpus)

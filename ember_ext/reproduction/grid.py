@@ -58,26 +58,26 @@ class Grid:
     Args:
         folder: where they are, or will be.
         specs: the runs.
-        corpus: the text, the same for all.
+        corpus: the text, the same for all; None if nothing is to be run.
 
     Raises:
         ConfigError: the folder holds a result of the same name from another configuration or text.
     """
 
-    def __init__(self, folder: GridFolder, specs: Sequence[RunSpec], corpus: Corpus) -> None:
+    def __init__(self, folder: GridFolder, specs: Sequence[RunSpec], corpus: Corpus | None) -> None:
         self.folder = folder
         self.statuses = [RunStatus(spec) for spec in specs]
         self._tails: dict[str, _Tail] = {}
         for status in self.statuses:
             self._look_for_result(status, corpus)
 
-    def _look_for_result(self, status: RunStatus, corpus: Corpus) -> None:
+    def _look_for_result(self, status: RunStatus, corpus: Corpus | None) -> None:
         path = self.folder.result(status.spec.name)
         if not path.exists():
             return
         result = read_result(path)
         differences = differing_fields(TrainConfig(**result.config), status.spec.config)
-        if result.corpus["sha256"] != corpus.sha256:
+        if corpus is not None and result.corpus["sha256"] != corpus.sha256:
             differences["corpus"] = (result.corpus["name"], corpus.name)
         if differences:
             named = ", ".join(f"{f} was {a!r} and is {b!r}" for f, (a, b) in differences.items())

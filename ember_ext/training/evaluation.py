@@ -12,16 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ember_ext.analysis.metrics import collect_metrics
+from ember_ext.analysis.metrics import METRIC_WINDOWS, collect_metrics
 from ember_ext.data import Corpus, every_batch, random_batch
 from ember_ext.models import Ember, LiquidEmber
 from ember_ext.training.config import TrainConfig
 from ember_ext.training.streams import generator
-
-METRIC_WINDOWS = 16
-"""Validation windows that entropies and fire rates are measured on.
-
-The authors' attention entropies are of 16 windows as well, their fire rates of 320."""
 
 
 @torch.no_grad()

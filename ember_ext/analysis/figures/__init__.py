@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ember_ext.analysis.figures.architecture import figure_1_architecture
 from ember_ext.analysis.figures.depth_profile import figure_5_depth
 from ember_ext.analysis.figures.entropy_heatmap import figure_3_entropy
-from ember_ext.analysis.figures.head_roles import figure_4_roles
+from ember_ext.analysis.figures.head_roles import LOWEST, figure_4_roles
 from ember_ext.analysis.figures.loss_curves import SHOWN_FROM, figure_2_loss_curves
 from ember_ext.analysis.figures.parameters import figure_7_parameters
 from ember_ext.analysis.figures.style import LOOKS, Format, rendered
@@ -69,6 +69,8 @@ class _Plan:
     caption: str
     runs: dict[str, tuple[str, ...]]
     """Which variants are seen, for each backbone."""
+    noise: str = ""
+    """What is said of the grey noise floor."""
 
 
 _PAIR = ("standard", "lif")
@@ -92,11 +94,10 @@ _PLANS = (
         "character. Thin lines are seeds, thick lines their means. Vertical axes fit the "
         f"values from {SHOWN_FROM:.0%} of the steps on, since the fall before would hide all else, "
         "and all triangles; earlier values may lie outside. (c, d) LIF minus Standard of the same "
-        "seed: below 0, LIF is better. Grey: RMS and largest difference at that step between "
-        "Standard runs that are equal up to rounding, unseen where thinner than a line. Filled "
-        "triangles: the evaluation from which LIF stays ahead to the end; hollow: a first lead "
-        "that was lost.",
+        "seed: below 0, LIF is better. Filled triangles: the evaluation from which LIF stays ahead "
+        "to the end; hollow: a first lead that was lost.",
         {"transformer": (*_PAIR, NULL), "cfc": (*_PAIR, NULL)},
+        "RMS and largest difference at that step",
     ),
     _Plan(
         "figure-3-entropy",
@@ -114,8 +115,8 @@ _PLANS = (
         "(a, b) Every head of every seed by its mean attention entropy and its support, the number "
         "of keys that get a weight above 0.01. Dotted: the cut-offs between roles, pointer below "
         f"{POINTER_BELOW:g} nats, focuser below {FOCUSER_BELOW:g}, gatherer above "
-        f"{GATHERER_ABOVE:.0%} of uniform attention's entropy. (c, d) How many heads of a layer "
-        "have each role, mean over seeds.",
+        f"{GATHERER_ABOVE:.0%} of uniform attention's entropy; entropies below {LOWEST:g} are "
+        "drawn there. (c, d) How many heads of a layer have each role, mean over seeds.",
         {"transformer": _PAIR},
     ),
     _Plan(
@@ -133,8 +134,8 @@ _PLANS = (
         "figure-6-thresholds",
         "Thresholds in training",
         figure_6_thresholds,
-        "Effective threshold θ at every evaluation, one row for each gate preset. Thick lines are "
-        "means of a layer over seeds; thin lines, marked at their ends, are single heads "
+        "Effective threshold |θ| at every evaluation, one row for each gate preset. Thick lines "
+        "are means of a layer over seeds; thin lines, marked at their ends, are single heads "
         "(Transformer) or a layer's mean in one seed (CfC). Dashed: the initial value.",
         {"transformer": ("lif", "lif-seed"), "cfc": ("lif", "lif-seed")},
     ),
@@ -143,12 +144,12 @@ _PLANS = (
         "Loss against added parameters",
         figure_7_parameters,
         "(a, b) Best validation loss by the paper's protocol: small markers are seeds, joined by "
-        "lines across variants, large ones means. Variants that add equally many parameters are "
-        "drawn side by side; those that add none stand left of the break. (c, d) Difference from "
-        "Standard of the same seeds: mean, and 95 % interval of the paired t-test where there are "
-        "three seeds or more. Grey: RMS and largest difference between Standard runs that are "
-        "equal up to rounding, unseen where thinner than a line.",
+        "lines across variants, large ones means over the seeds that a variant has. Variants that "
+        "add equally many parameters are drawn side by side; those that add none stand left of the "
+        "break. (c, d) Difference from Standard of the same seeds: mean, and 95 % interval of the "
+        "paired t-test where there are three seeds or more.",
         {"transformer": tuple(LOOKS), "cfc": tuple(LOOKS)},
+        "RMS and largest difference",
     ),
 )
 
@@ -187,4 +188,15 @@ def _caption(plan: _Plan, grid: Grid) -> str:
             if grid.runs(backbone, variant)
         ]
         parts.append(f"{BACKBONE_LABELS[backbone]} {', '.join(counts) if counts else 'not run'}")
-    return f"{plan.caption} Runs: {'; '.join(parts)}."
+    return f"{plan.caption}{_noise_sentence(plan, grid)} Runs: {'; '.join(parts)}."
+
+
+def _noise_sentence(plan: _Plan, grid: Grid) -> str:
+    if not plan.noise:
+        return ""
+    if not any(grid.pairs(backbone, NULL) for backbone in plan.runs):
+        return " No runs tell how far Standard differs from itself by rounding."
+    return (
+        f" Grey: {plan.noise} between Standard runs that are equal up to rounding, unseen where "
+        "thinner than a line."
+    )

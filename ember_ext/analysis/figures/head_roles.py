@@ -42,6 +42,9 @@ from ember_ext.analysis.results import RunResult
 
 VARIANTS = ("standard", "lif")
 
+LOWEST = 0.01
+"""Nats at the left end of the entropy axis; what is below is drawn there."""
+
 
 class RoleLook(NamedTuple):
     """How a role is drawn: its markers have a colour and a shape, its bars a colour and a hatch."""
@@ -102,10 +105,6 @@ def figure_4_roles(grid: Grid) -> Figure:
         handler_map={tuple: HandlerTuple(ndivide=None)},
     )
     return figure
-
-
-LOWEST = 0.01
-"""Nats at the left end of the entropy axis; what is below is drawn there."""
 
 
 def _scatter(axes: Axes, runs: Sequence[RunResult], block_size: int) -> None:

@@ -24,7 +24,7 @@ from ember_ext.analysis.grid import Grid
 from ember_ext.analysis.labels import BACKBONE_LABELS
 
 PUBLISHED_CROSSOVER = 1600
-"""The step at which the paper sees LIF overtake, in every seed."""
+"""The step at which the paper sees LIF overtake, in every seed; it comes from CfC runs."""
 
 SHOWN_FROM = 0.1
 """Vertical axes fit what comes after this share of the steps: before, the fall from the loss of an
@@ -99,7 +99,7 @@ def _differences(axes: Axes, grid: Grid, backbone: str) -> str:
     axes.axhline(0, color="0.4", linewidth=0.7, zorder=1)
     axes.plot(steps, differences.T, color=color, linewidth=0.6, alpha=0.5)
     axes.plot(steps, differences.mean(0), color=color)
-    if steps[-1] >= PUBLISHED_CROSSOVER:
+    if backbone == "cfc" and steps[-1] >= PUBLISHED_CROSSOVER:
         axes.axvline(PUBLISHED_CROSSOVER, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)),
                      label=f"published crossover, step {PUBLISHED_CROSSOVER}")  # fmt: skip
     lasting, lost = _crossovers(axes, grid, backbone, steps, differences)

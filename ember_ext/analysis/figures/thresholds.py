@@ -34,7 +34,7 @@ _MEAN: dict[str, Any] = {
 
 @styled
 def figure_6_thresholds(grid: Grid) -> Figure:
-    """Draw θ at every evaluation: a row for each preset of the gate, a column for each backbone.
+    """Draw |θ| at every evaluation: a row for each preset of the gate, a column for each backbone.
 
     Thick lines are layer means over seeds, marked at evaluations. Thin ones, marked at their ends,
     are every head of every seed (Transformer), or the mean over a layer's neurons for every seed
@@ -56,19 +56,19 @@ def figure_6_thresholds(grid: Grid) -> Figure:
                 say_not_run(axes, f"{label} with LIF")
                 continue
             _trajectories(axes, chosen, each_unit=backbone == "transformer")
-            axes.set_ylabel(r"threshold $\theta$" if backbone == "transformer"
-                            else r"mean threshold $\theta$")  # fmt: skip
+            axes.set_ylabel(r"threshold $|\theta|$" if backbone == "transformer"
+                            else r"mean threshold $|\theta|$")  # fmt: skip
             if variant == rows[-1]:
                 axes.set_xlabel("step")
     return figure
 
 
 def thresholds(run: RunResult) -> tuple[list[int], np.ndarray]:
-    """Steps [E], and θ of every gate, [E, layers, units]."""
+    """Steps [E], and |θ| of every gate, [E, layers, units]."""
     values = [
         [gate["threshold"] for gate in record["gates"].values()] for record in run.evaluations
     ]
-    return [int(record["step"]) for record in run.evaluations], np.array(values)
+    return [int(record["step"]) for record in run.evaluations], np.abs(values)
 
 
 def _trajectories(axes: Axes, runs: Sequence[RunResult], each_unit: bool) -> None:
