@@ -1,6 +1,6 @@
 """Times the CfC against ncps, our reference, GRU and LSTM: `python bench/cfc_bench.py`.
 
-Every contender is checked against ncps in fp64 before anything is timed. ncps runs at whichever of
+Our CfC is held to ncps in fp64 before anything is timed. ncps runs at whichever of
 one thread and all threads is faster: its threads spin when the machine is busy, which would flatter
 us. "roofline" is what the arithmetic alone takes: as many multiply-adds as the network has, as one
 matrix product of a good shape, and as many tanh and sigmoid, as PyTorch's vectorised loops over a

@@ -1,7 +1,7 @@
 """Times the LIF gate against its reference, eager and compiled: `python bench/gate_bench.py`.
 
-Every contender is checked against the fp64 reference before anything is timed. Prints a table and
-writes gate.csv and gate.png into --out. `--help` lists the flags.
+The fused gate is held to the fp64 reference before anything is timed. Prints a table and writes
+gate.csv and gate.png into --out. `--help` lists the flags.
 """
 
 from __future__ import annotations

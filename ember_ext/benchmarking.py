@@ -1,6 +1,6 @@
 """What the scripts in `bench/` share: timing, the machine's limits, tables, CSV rows and plots.
 
-A script makes `Case`s; `run_cases` first holds every contender to the reference, then times the
+A script makes `Case`s; `run_cases` first holds our results to the exact ones, then times the
 contenders of the case in turns, so that a busy machine slows all of them alike.
 """
 
@@ -41,8 +41,8 @@ class Case:
         config: what is computed, for the table.
         mode: "forward" or "forward+backward".
         contenders: by name; the first is the baseline of the speed-up.
-        verify: raises AssertionError if a contender is wrong; returns the largest error per
-            contender, relative to the largest entry of the exact result.
+        verify: raises AssertionError if ours is wrong; returns the largest error of each contender
+            that computes the same, relative to the largest entry of the exact result.
         gigabytes: of memory traffic that the work cannot do without, or 0.
         gigaflops: of arithmetic that the work cannot do without, or 0.
     """
@@ -218,7 +218,7 @@ def run_cases(
         least: the fewest times that each contender is timed.
 
     Raises:
-        AssertionError: a contender disagrees with the reference; it is not timed then.
+        AssertionError: our result is not the exact one; it is not timed then.
     """
     _keep_freed_memory()
     # A file or a pipe has no width of its own.

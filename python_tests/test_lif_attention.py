@@ -409,7 +409,7 @@ def test_module_parameters() -> None:
             "attn_mask must be broadcastable to [B, H, Tq, Tk] = [2, 2, 7, 7], got [3, 1, 7, 7]",
         ),
         ({"seed": 3, "dropout_p": 0.1}, TypeError, "seed must be an int64 tensor, got int"),
-        ({"seed": torch.zeros(2).long()}, ValueError, "seed must be a scalar, = [], got [2]"),
+        ({"seed": torch.zeros(2).long()}, ValueError, "seed must be of no dimension, got [2]"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -443,6 +443,28 @@ def test_module_refuses_what_does_not_fit() -> None:
     ):
         with pytest.raises(error, match=rf"nn\.LIFSelfAttention: x must be .*, got {got}"):
             module(x)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            (3, 2, 4, 3),
+            (3, 2, 4, 3),
+            r"cache.key must be \[B, n_head, S, head_dim\] = \[2, 2, 4, 3\]",
+        ),
+        ((2, 1, 4, 3), (2, 2, 4, 3), r"cache.key must be .*, got \[2, 1, 4, 3\]"),
+        ((2, 2, 4, 3), (2, 2, 5, 3), r"cache.value must be .*, got \[2, 2, 5, 3\]"),
+        ((4, 3), (2, 2, 4, 3), r"cache.key must be .* = \[2, 2, S, 3\], got \[4, 3\]"),
+    ],
+)
+def test_module_refuses_a_cache_of_another_shape(
+    key: tuple[int, ...], value: tuple[int, ...], message: str
+) -> None:
+    module = nn.LIFSelfAttention(6, 2)
+    cache = AttentionCache(torch.zeros(key), torch.zeros(value), None)
+    with pytest.raises(ValueError, match=rf"ember_ext\.nn\.LIFSelfAttention: {message}"):
+        module(torch.zeros(2, 5, 6), cache)
 
 
 @pytest.mark.parametrize("refractory", ["causal", "paper"])

@@ -258,6 +258,9 @@ def arguments(**changes: object) -> dict[str, object]:
         ({"steepness": None}, TypeError, "steepness must be a torch.Tensor"),
         ({"threshold": torch.ones(3, device="meta")}, ValueError, "threshold must be on x's dev"),
         ({"norm": "l3"}, ValueError, "norm must be None, 'l1' or 'l2', got 'l3'"),
+        ({"norm": ["l1"]}, ValueError, r"norm must be None, 'l1' or 'l2', got \['l1'\]"),
+        ({"unit_dim": 1.0}, TypeError, "unit_dim must be an integer, got 1.0"),
+        ({"eps": "small"}, TypeError, "eps must be a number, got 'small'"),
         ({"unit_dim": 2}, ValueError, r"unit_dim must be within \[-2, 1\], got 2"),
         ({"eps": -1.0}, ValueError, "eps must be finite and >= 0, got -1.0"),
         ({"eps": float("nan")}, ValueError, "eps must be finite and >= 0, got nan"),
@@ -317,5 +320,7 @@ def test_module_errors() -> None:
         nn.LIFGate(3, preset="published")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"nn\.LIFGate: norm must be None, 'l1' or 'l2', got 'l3'"):
         nn.LIFGate(3, norm="l3")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"nn\.LIFGate: num_units must be an integer, got 3.0"):
+        nn.LIFGate(3.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_units must be >= 0"):
         nn.LIFGate(-1)

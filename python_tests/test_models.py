@@ -433,6 +433,7 @@ def test_a_state_dict_round_trips(build: Any, condition: str) -> None:
         (EmberConfig, {"n_layer": 0}, "n_layer must be a positive integer, got 0"),
         (EmberConfig, {"block_size": 1.5}, "block_size must be a positive integer, got 1.5"),
         (EmberConfig, {"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
+        (EmberConfig, {"dropout": "0.1"}, "dropout must be in [0, 1), got '0.1'"),
         (LiquidEmberConfig, {"cfc_units": 258}, "cfc_units must be at least n_embd + 3 = 259"),
     ],
 )

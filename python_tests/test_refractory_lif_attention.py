@@ -414,9 +414,9 @@ def test_nan_reaches_no_earlier_query() -> None:
         (
             {"previous_load": torch.zeros(3, 2, 9)},
             ValueError,
-            "previous_load must be broadcastable to [B, Tq, Tk] = [3, 9, 9], got [3, 2, 9]",
+            "previous_load must be [B, Tq, Tk] = [3, 9, 9], or 1 in any place, got [3, 2, 9]",
         ),
-        ({"previous_load": torch.zeros(9, 9)}, ValueError, "previous_load must be broadcastable"),
+        ({"previous_load": torch.zeros(9, 9)}, ValueError, "or 1 in any place, got [9, 9]"),
         (
             {"previous_load": torch.zeros(1, 1, 1, device="meta")},
             ValueError,

@@ -1,8 +1,8 @@
 // exp, sigmoid and tanh as branch-free polynomials that a compiler vectorises.
 //
 // Plain loops over these functions become SIMD code under -O3 -fno-math-errno -fno-trapping-math;
-// libm's would stay scalar calls. NaN goes through; exp is 0 below the normal numbers and at most
-// 2^127. On a GPU the toolkit's own functions are used.
+// libm's would stay scalar calls. NaN goes through; exp is 0 below 2^-126.5 and at
+// most 2^127. On a GPU the toolkit's own functions are used.
 #pragma once
 
 #include <cstdint>

@@ -40,8 +40,8 @@ struct LifGateParams {
 inline namespace EMBER_ISA {
 
 // On a CPU, backward adds up parameter gradients block by block of rows and then over the blocks.
-// The split depends on the shape alone, so results do not change with the number of threads, and it
-// keeps the partial sums below a fifth of x.
+// The split depends on the shape alone, so results do not change with the number of threads. A
+// block has 16 rows or more if units lie along the rows, so that its three sums are few beside x.
 inline int64_t lif_gate_block_rows(const LifGateParams& p) {
   const int64_t most = 64;
   int64_t blocks = p.units ? p.rows * p.cols / (16 * p.units) : 1;

@@ -225,7 +225,7 @@ struct RowStats {
   }
 };
 
-// exp(x) for x <= 0 that ends in 0, where `exponential` ends at the smallest normal number.
+// exp(x) for x <= 0 that is 0 below the normal numbers, where `exponential` may be subnormal.
 template <typename C>
 EMBER_HD C decay(C x) {
   return x < C(sizeof(C) == 4 ? -87.33 : -708.39) ? C(0) : exponential(x);

@@ -409,7 +409,7 @@ class Scan {
     }
   }
 
-  // The threads that a job is worth: some two microseconds of arithmetic for each.
+  // The threads that a job is worth: one for every 8192 multiply-adds.
   int64_t helpers_for(const Job& job) const {
     const CfcLayer& layer = p_.layers[job.layer];
     int64_t depth = job.kind == Job::layer_gradients ? layer.units * layer.segments

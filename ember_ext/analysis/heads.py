@@ -53,7 +53,7 @@ def head_role(entropy: float, block_size: int) -> Role:
     """The role of a head by its mean attention entropy in nats.
 
     Pointer below 0.1, focuser below 1, gatherer above 77 % of the entropy of uniform attention,
-    otherwise mixed. In windows below 9 tokens that share is under 1 nat, and the lower cut-offs
+    otherwise mixed. In windows below 8 tokens that share is under 1 nat, and the lower cut-offs
     decide first.
     """
     if entropy < POINTER_BELOW:

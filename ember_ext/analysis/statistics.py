@@ -57,7 +57,8 @@ class PairedComparison:
         t_p: two-sided p of the paired t-test. 1 if all pairs are equal; None with fewer than 3
             pairs, or if all differences are one number other than 0, where t is undefined.
         wilcoxon_p: two-sided p of Wilcoxon's signed-rank test, exact for few pairs: with n pairs
-            it cannot fall below 2^(1-n), so 6 are needed for p < .05. None as above.
+            it cannot fall below 2^(1-n), so 6 are needed for p < .05. 1 if all pairs are equal;
+            None with fewer than 3.
         dz: Cohen's d of the differences, mean / sd (ddof 1); None as t_p, and if all are equal.
         t_interval: 95 % interval of the mean difference by Student's t; None with fewer than 3.
         variance: the two samples' spread compared; None with fewer than 3 pairs.
@@ -110,8 +111,8 @@ class VarianceComparison:
         sd_ratio: sd of the other over sd of the base; None if the base does not vary.
         f_p: two-sided p of the F-test, which takes the samples for independent.
         pitman_morgan_p: two-sided p of the Pitman-Morgan test, made for pairs: the correlation of
-            sums with differences, which is 0 just where the variances are equal. Both are None if
-            a sample does not vary, or if all differences are equal.
+            sums with differences, which is 0 just where the variances are equal; None if all
+            differences are equal. Both are None if a sample does not vary.
     """
 
     sd_ratio: float | None

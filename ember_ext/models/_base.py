@@ -50,8 +50,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in ("block_size", "vocab_size", "n_layer", "n_embd"):
             self._check_positive(field)
-        if not 0 <= self.dropout < 1:
-            self._fail("dropout", "in [0, 1)", self.dropout)
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            self._fail("dropout", "in [0, 1)", repr(self.dropout))
         self._check_choice("gate_preset", get_args(PresetName))
 
     def _check_positive(self, field: str) -> None:
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
         Raises:
             ValueError: wrong shapes, an empty batch, tokens outside the vocabulary (looked at on
                 the CPU only: elsewhere the look would stall the device), or too many of them.
-            TypeError: `idx` or `targets` is not an int64 tensor.
+            TypeError: `idx` or `targets` is not an int64 tensor, or `state` is another model's.
         """
 
     @abstractmethod
@@ -153,8 +153,9 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
         Yields:
             The next token of each row, [B, 1], `max_new_tokens` times.
 
-        Raises:
-            ValueError: `max_new_tokens` or `temperature` is negative, or `top_k` is below 1.
+        Raises, with the first token:
+            TypeError, ValueError: as `forward` for `idx`; `max_new_tokens` or `temperature` is
+                negative, `temperature` infinite, or `top_k` below 1.
         """
         name = f"{self._name}.generate"
         if max_new_tokens < 0:

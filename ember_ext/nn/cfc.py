@@ -76,8 +76,9 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         backbone_layers: number of backbone layers. Default: 1.
         backbone_dropout: dropout rate after the second and later backbone layers. Default: 0.
         chunk_size: time steps whose activations are kept at once for the backward pass: with 256
-            steps, 64 take about half the memory and 1.2 times the time; `ember_ext.ops.cfc_scan`
-            has more figures. Of no effect with mixed memory. Default: all, up to 1024 steps.
+            steps, 64 take about half the memory and 1.1 to 1.4 times the time;
+            `ember_ext.ops.cfc_scan` has more figures. Of no effect with mixed memory. Default: all,
+            up to 1024 steps.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -219,8 +220,8 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
 
         Without gradients the weights are laid out once for many steps, and again after an optimiser
         or any operation has changed them, or a layer was replaced or hooked. Only what leaves no
-        trace goes unnoticed until the next call of `forward`: a write past autograd, through
-        NumPy or `.data`, another `.data`, or a layer whose `forward` is replaced.
+        trace goes unnoticed until the next call of `forward` without gradients: a write past
+        autograd, through NumPy or `.data`, another `.data`, or a layer whose `forward` is replaced.
 
         Args:
             input: [B, C], or [C] for a single sequence.

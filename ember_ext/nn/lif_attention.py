@@ -105,8 +105,9 @@ class SelfAttention(nn.Module):
         Args:
             x: [B, T, n_embd].
             cache: the S tokens before x. Default: none.
-            previous_load: the load that the layer below returned, broadcastable to [B, T, S + T];
-                refractory thresholds use it, other layers hand it on. Default: none.
+            previous_load: the load that the layer below returned, [B, T, S + T], where each
+                dimension may be 1; refractory thresholds use it, other layers hand it on. Default:
+                none.
 
         Returns:
             The output [B, T, n_embd], the cache with x added (None without one), and this layer's
@@ -114,12 +115,14 @@ class SelfAttention(nn.Module):
 
         Raises:
             TypeError: x is not a tensor.
-            ValueError: x has another shape, or the cache does not fit.
+            ValueError: x or the cache has another shape, or lacks the loads that refractory
+                thresholds need.
         """
         self._check_input(x)
         query, key, value = self.qkv(x)
         past = None
         if cache is not None:
+            self._check_cache(cache, key)
             key, value = torch.cat([cache.key, key], 2), torch.cat([cache.value, value], 2)
             past = cache.loads
         y, load, loads = self.attend(query, key, value, previous_load, past)
@@ -145,6 +148,15 @@ class SelfAttention(nn.Module):
         """The weights [B, n_head, T, T] that `forward` applies to x, or those before the gate."""
         query, key, _ = self.qkv(x)
         return attention_probabilities(query, key, visible_keys(query, key, None, True), None)
+
+    def _check_cache(self, cache: AttentionCache, key: Tensor) -> None:
+        batch, heads, _, size = key.shape
+        seen = cache.key.shape[2] if cache.key.dim() == 4 else "S"
+        for field in ("key", "value"):
+            got = list(getattr(cache, field).shape)
+            if got != [batch, heads, seen, size]:
+                expected = f"[B, n_head, S, head_dim] = [{batch}, {heads}, {seen}, {size}]"
+                fail(f"nn.{type(self).__name__}", f"cache.{field}", expected, got)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x [B, T, n_embd], each [B, n_head, T, head_dim]."""
@@ -180,7 +192,7 @@ class LIFSelfAttention(SelfAttention):
         learnable: with False the gates are the paper's fixed control. Default: True.
         refractory: "causal" or "paper" for thresholds that rise with the attention a key has
             drawn, see `ember_ext.ops.refractory_lif_attention`; with "paper" outputs depend on
-            later tokens and there is no cache. Default: None.
+            later tokens, and no cache can be continued. Default: None.
 
     Shapes: input and output [B, T, n_embd]; see `forward`.
 

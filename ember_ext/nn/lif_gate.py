@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,6 +61,7 @@ class LIFParameters(nn.Module):
         threshold, leak, steepness: raw values, [num_units], float32.
 
     Raises:
+        TypeError: `num_units` is not an integer.
         ValueError: an unknown preset, or a negative `num_units`.
     """
 
@@ -74,6 +76,10 @@ class LIFParameters(nn.Module):
         name = f"ember_ext.nn.{type(self).__name__}"
         if preset not in GATE_PRESETS:
             raise ValueError(f"{name}: preset must be one of {list(GATE_PRESETS)}, got {preset!r}")
+        try:
+            num_units = operator.index(num_units)
+        except TypeError:
+            raise TypeError(f"{name}: num_units must be an integer, got {num_units!r}") from None
         if num_units < 0:
             raise ValueError(f"{name}: num_units must be >= 0, got {num_units}")
         self.num_units = num_units
@@ -122,6 +128,7 @@ class LIFGate(LIFParameters):
     Shapes: input [..., num_units, ...] of any floating dtype, output alike.
 
     Raises:
+        TypeError: `num_units` is not an integer.
         ValueError: an unknown preset or norm, or a negative `num_units`.
     """
 

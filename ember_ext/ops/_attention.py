@@ -95,7 +95,8 @@ def check_attention(
         if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
             got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
             _checks.fail(op, "seed", "an int64 tensor", got, TypeError)
-        _checks.check_shape(op, "seed", seed, "a scalar,", ())
+        if seed.dim():
+            _checks.fail(op, "seed", "of no dimension", list(seed.shape))
         _checks.check_device(op, "seed", seed, query, "query")
 
 

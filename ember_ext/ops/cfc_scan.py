@@ -60,8 +60,8 @@ def cfc_scan(
         timespans: Δt ≥ 0 and finite, in the unit of time that the weights were trained with: a
             number, or a tensor of a floating or integer dtype: of no dimension, [B, T] or
             [B, T, 1]. Default: 1.
-        lengths: [B], integers within [0, T]: row b ends after `lengths[b]` steps. Its state is
-            frozen from there on, its outputs are zero, and no gradient passes. Default: all T.
+        lengths: [B], int64 or int32, within [0, T]: row b ends after `lengths[b]` steps. Its state
+            is frozen from there on, its outputs are zero, and no gradient passes. Default: all T.
         mode: "default", "pure" or "no_gate".
         activation: of the backbone: "lecun_tanh", "tanh", "relu", "silu" or "gelu".
         dropout_scale: [B, T, layers - 1, U], multiplied onto the outputs of the backbone's second
@@ -69,9 +69,9 @@ def cfc_scan(
         chunk_size: time steps for which the backward pass keeps activations at once; those of other
             chunks are computed again. Measured with 64 rows of 256 steps and 192 units, peak memory
             and time of forward and backward, as shares of what keeping everything takes: 128 steps,
-            61-84 % and 1.19-1.30; 64 steps, 45-57 % and 1.12-1.20; 32 steps, 41-44 % and 1.11-1.17;
-            16 steps, 36-41 % and 1.08-1.17. With 4 rows of 4096 steps: 128 steps, 34-38 % and
-            1.14-1.32. Default: all T up to 1024 steps, and 128 beyond that. 0 keeps everything.
+            61-83 % and 1.19-1.34; 64 steps, 45-57 % and 1.14-1.34; 32 steps, 43-44 % and 1.12-1.36;
+            16 steps, 39-41 % and 1.08-1.38. With 4 rows of 4096 steps: 128 steps, 34-38 % and
+            1.15-1.22. Default: all T up to 1024 steps, and 128 beyond that. 0 keeps everything.
 
     Returns:
         The states [B, T, H], and the state [B, H] after each row's last step, both in x's dtype.

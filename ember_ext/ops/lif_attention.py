@@ -103,7 +103,7 @@ def lif_attention(
         is_causal: query i sees key j where j <= i + Tk - Tq: the last query stands at the last key.
             Default: True.
         scale: multiplies the scores; finite, not 0. Default: 1 / sqrt(D).
-        eps: added to the sum of a row, >= 0. Default: 1e-8.
+        eps: added to the sum of a row, finite, >= 0. Default: 1e-8.
         seed: int64 scalar tensor that fixes which weights are dropped. Default: a fresh draw from
             torch's generator of query's device; none without dropout.
         return_summary: also return a summary of the weights. Default: False.

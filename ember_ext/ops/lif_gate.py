@@ -52,7 +52,7 @@ def lif_gate(
         y, contiguous, with the shape and dtype of `x`.
 
     Raises:
-        TypeError: an argument is not a tensor or not of a supported dtype.
+        TypeError: an argument is not of a supported type or dtype.
         ValueError: a shape, device, value or option does not fit. The values of θ, λ and k are
             checked on CPU tensors only: on a GPU the check would wait for the device.
     """
@@ -64,6 +64,8 @@ def lif_gate(
     except Exception:
         # The kernel refuses what is wrong at no cost; only here is the error put into words.
         _check(x, threshold, leak, steepness, norm, unit_dim)
+        if not isinstance(eps, (int, float)):
+            _checks.fail(_OP, "eps", "a number", repr(eps), TypeError)
         _checks.check_gate_parameters(_OP, threshold, leak, steepness)
         raise
 
@@ -113,6 +115,8 @@ def _check(
     dims = x.dim()
     if dims == 0:
         _checks.fail(_OP, "x", "of at least one dimension", "a scalar")
+    if not isinstance(unit_dim, int):
+        _checks.fail(_OP, "unit_dim", "an integer", repr(unit_dim), TypeError)
     if not -dims <= unit_dim < dims:
         _checks.fail(_OP, "unit_dim", f"within [{-dims}, {dims - 1}]", unit_dim)
     units = x.shape[unit_dim]
@@ -125,7 +129,7 @@ def _check(
 
 def check_norm(op: str, norm: object) -> None:
     """Raise ValueError unless `norm` is one that the gate can keep."""
-    if norm not in _NORM_CODES:
+    if norm not in _NORMS:
         _checks.fail(op, "norm", "None, 'l1' or 'l2'", repr(norm))
 
 

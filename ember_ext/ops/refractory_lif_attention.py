@@ -46,9 +46,9 @@ def refractory_lif_attention(
 
     Differentiable once in all tensors but the seed, `past` included, and in all results. Mode
     "causal" keeps one strip of queries at a time, and in memory the loads and the sums over queries
-    at every 48th; mode "paper" keeps one head's matrix, in backward two, for each thread. Computed
-    in fp32 (fp64 for fp64 input), rounded once, at the end; the same bits come out for any number
-    of threads. Autocast as in `lif_attention`.
+    at every 48th (on a GPU every 64th); mode "paper" keeps one head's matrix, in backward two, for
+    each thread. Computed in fp32 (fp64 for fp64 input), rounded once, at the end; the same bits
+    come out for any number of threads. Autocast as in `lif_attention`.
 
     Args:
         query: [B, H, T, D] in float64, float32, bfloat16 or float16.
@@ -61,8 +61,8 @@ def refractory_lif_attention(
         within: [H]: how much the own load raises the threshold.
         across: [H]: how much the previous layer's does.
         mode: "causal" or "paper". Default: "causal".
-        previous_load: what the previous layer returned, broadcastable to [B, T, S + T]. Default:
-            none.
+        previous_load: what the previous layer returned, [B, T, S + T], where each dimension may be
+            1. Default: none.
         past: the `ember_ext.ops.RefractoryState` that the call on the S tokens before returned.
             Default: none. In mode "paper" it must be None: there a sequence cannot be taken in
             parts.
@@ -150,7 +150,7 @@ def _check_loads(
         full = (batch, queries, keys)
         got = list(previous_load.shape)
         if len(got) != 3 or any(m not in (1, f) for m, f in zip(got, full, strict=True)):
-            expected = f"broadcastable to [B, Tq, Tk] = {list(full)}"
+            expected = f"[B, Tq, Tk] = {list(full)}, or 1 in any place"
             _checks.fail(_OP, "previous_load", expected, got)
         _checks.check_device(_OP, "previous_load", previous_load, query, "query")
     if past is not None:

@@ -1,7 +1,8 @@
 """One run on several processes, as `torchrun` starts them.
 
-Each process trains on its share of every batch and gradients are averaged, so the result is that of
-one process up to rounding. Process 0 evaluates, reports and writes; the others only train.
+Each process trains on its share of every batch and gradients are averaged. Without dropout, whose
+masks each process draws for itself, the result is that of one process up to rounding. Process 0
+evaluates, reports and writes; the others only train.
 """
 
 from __future__ import annotations
