@@ -77,30 +77,24 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
 
     def judge(grid: Grid) -> Finding:
         need_runs(grid, backbone, BASELINE, variant)
-        comparison = compare(grid, backbone, variant)
-        assert comparison is not None
-        assert comparison.variance is not None
-        assert comparison.base.sd is not None
-        assert comparison.other.sd is not None
-        p = comparison.variance.pitman_morgan_p
-        sd, base_sd = comparison.other.sd, comparison.base.sd
-        # Of each comparison that finds a smaller spread elsewhere: its seeds and its p.
-        smaller = [] if sd <= base_sd else [(comparison.n, p)]
-        listed = [f"{sd:.4f} against {BASELINE} {base_sd:.4f} ({comparison.n} seeds)"]
-        missing = []
-        for other in others:
-            against = compare(grid, backbone, other, base=variant)
+        # What tells of a smaller spread elsewhere: seeds and p of that comparison.
+        smaller, listed, missing = [], [], []
+        for other in (BASELINE, *others):
+            against = compare(grid, backbone, variant, base=other)
             if against is None or against.n < MIN_PAIRS:
                 missing.append(other)
                 continue
             assert against.base.sd is not None
             assert against.other.sd is not None
-            if against.other.sd < against.base.sd:
-                assert against.variance is not None
+            assert against.variance is not None
+            if against.base.sd < against.other.sd:
                 smaller.append((against.n, against.variance.pitman_morgan_p))
             listed.append(
-                f"{against.base.sd:.4f} against {other} {against.other.sd:.4f} ({against.n} seeds)"
+                f"{against.other.sd:.4f} against {other} {against.base.sd:.4f} ({against.n} seeds)"
             )
+            if other == BASELINE:
+                seeds, p = against.n, against.variance.pitman_morgan_p
+                difference = against.base.sd - against.other.sd
         evidence = (
             f"{backbone}, sd of {variant}'s best val loss: {', '.join(listed)}; Pitman-Morgan "
             f"against {BASELINE} p = {p_value(p)}"
@@ -108,9 +102,9 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
         if any(n >= MIN_SPREAD_SEEDS or (p is not None and p < SIGNIFICANCE) for n, p in smaller):
             return Finding(False, evidence)
         if smaller:
-            seeds = min(n for n, _ in smaller)
+            fewest = min(n for n, _ in smaller)
             raise NotTestableError(
-                f"not the smallest, but {seeds_missing(seeds, MIN_SPREAD_SEEDS)}; {evidence}"
+                f"not the smallest, but {seeds_missing(fewest, MIN_SPREAD_SEEDS)}; {evidence}"
             )
         if missing:
             raise NotTestableError(
@@ -119,17 +113,15 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
         if p is None:
             raise NotTestableError(f"the variances cannot be compared; {evidence}")
         if p >= SIGNIFICANCE:
-            if comparison.n < MIN_SPREAD_SEEDS:
-                raise NotTestableError(
-                    f"{seeds_missing(comparison.n, MIN_SPREAD_SEEDS)}; {evidence}"
-                )
+            if seeds < MIN_SPREAD_SEEDS:
+                raise NotTestableError(f"{seeds_missing(seeds, MIN_SPREAD_SEEDS)}; {evidence}")
             return Finding(False, evidence)
         null = compare(grid, backbone, NULL)
         if null is None or null.n < MIN_PAIRS or null.other.sd is None or null.base.sd is None:
             raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
         noise = abs(null.other.sd - null.base.sd)
         evidence += f"; sds of {NULL} and {BASELINE} differ by {noise:.4f}"
-        return Finding(base_sd - sd > noise, evidence)
+        return Finding(difference > noise, evidence)
 
     return judge
 

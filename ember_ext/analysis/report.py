@@ -175,15 +175,15 @@ def _content(findings: _Findings, context: ReportContext) -> dict[str, Any]:
     grid = findings.grid
     counts = Counter(claim.verdict for claim in findings.claims)
     done = {run.name for run in grid.results}
-    finished = done & set(context.planned)
-    names = [*context.planned, *sorted(done - finished)]
+    unplanned = _unplanned(grid, context)
+    names = [*context.planned, *unplanned]
     seeds = sorted({_parts(name)[2] for name in names})
     return {
         "suite": context.suite,
         "command": context.command,
         "planned": len(context.planned),
-        "finished": len(finished),
-        "others": len(done) - len(finished),
+        "finished": len(done) - len(unplanned),
+        "others": len(unplanned),
         "failed": sorted(context.failed.items()),
         "figures_made_for": MADE_FOR,
         "claims": findings.claims,
@@ -264,10 +264,15 @@ def _facts(grid: Grid, context: ReportContext) -> list[tuple[str, list[str]]]:
     return facts
 
 
+def _unplanned(grid: Grid, context: ReportContext) -> list[str]:
+    """Names of the finished runs that nobody asked for."""
+    return sorted({run.name for run in grid.results} - set(context.planned))
+
+
 def _finished(grid: Grid, context: ReportContext) -> str:
-    planned, done = set(context.planned), {run.name for run in grid.results}
-    more = f", and {len(done - planned)} more" if done - planned else ""
-    return f"{len(done & planned)} finished of {len(planned)} planned{more}"
+    others = len(_unplanned(grid, context))
+    more = f", and {others} more" if others else ""
+    return f"{len(grid.results) - others} finished of {len(context.planned)} planned{more}"
 
 
 def _ordered(grid: Grid) -> list[RunResult]:

@@ -47,6 +47,7 @@ from ember_ext.analysis.table import (
     ROW_HEAD,
     SEEDS_NOTE,
     Table,
+    not_run,
     other_sizes_note,
     row_head,
     variants_in_order,
@@ -87,7 +88,7 @@ def head_table(grid: Grid) -> Table:
         runs = grid.runs("transformer", variant)
         head = row_head(grid, "transformer", variant)
         if not runs:
-            rows.append((*head, *[DASH] * (len(columns) - len(head))))
+            rows.append(not_run(head, columns))
             continue
         layers = range(int(runs[0].config["n_layer"]))
         rows += [(*head, f"L{layer}", *_head_cells(runs, [layer])) for layer in layers]
@@ -173,7 +174,7 @@ def neuron_table(grid: Grid) -> Table:
         printed = published.NEURONS.get(variant, {}) if comparable else {}
         head = row_head(grid, "cfc", variant)
         if not runs and not printed:
-            rows.append((*head, *[DASH] * (len(columns) - len(head))))
+            rows.append(not_run(head, columns))
             continue
         profiles = [depth_profile(runs, measure) for measure in measures]
         for layer in range(int(runs[0].config["n_layer"])) if runs else sorted(printed):
@@ -281,7 +282,7 @@ def threshold_table(grid: Grid) -> Table:
             profile = depth_profile(runs, THRESHOLD)
             starts = layer_values(runs[0], THRESHOLD, 0) if runs else None
             if profile is None or starts is None:
-                rows.append((*head, *[DASH] * (len(columns) - len(head))))
+                rows.append(not_run(head, columns))
                 continue
             mean = profile.mean
             known = published.THRESHOLDS.get((backbone, variant), ())
@@ -323,7 +324,7 @@ def gate_table(grid: Grid) -> Table:
             units = [unit for run in grid.runs(backbone, variant) for unit in gate_units(run)]
             head = (label, *row_head(grid, backbone, variant))
             if not units:
-                rows.append((*head, *[DASH] * (len(columns) - len(head))))
+                rows.append(not_run(head, columns))
                 continue
             points = [(unit.threshold, unit.leak, unit.steepness) for unit in units]
             cells = [mean_sd(describe(values)) for values in zip(*points, strict=True)]

@@ -70,6 +70,11 @@ def variants_in_order(grid: Grid, backbone: str, without: Sequence[str] = ()) ->
     return [variant for variant in known + others if variant not in without]
 
 
+def not_run(head: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
+    """The row of what was not run: its head, and dashes in all other columns."""
+    return (*head, *[DASH] * (len(columns) - len(head)))
+
+
 def other_sizes_note(grid: Grid, backbones: Iterable[str]) -> list[str]:
     """A note if runs of some backbones are not of the sizes that the published numbers are of."""
     configs = [config for config in map(grid.config, backbones) if config is not None]

@@ -89,12 +89,14 @@ def _reproduce(options: ReproduceArguments, command: str) -> int:
     names = [spec.name for spec in specs]
     failures: dict[str, str] = {}
     with GridConsole() as console:
-        if options.report_only:
-            Grid(folder, specs, corpus=None)  # Raises if the results are of another suite.
-        else:
-            note = console.console.print
-            corpus = load_text(data=data, notify=lambda text: note(text, markup=False))
-            grid = Grid(folder, specs, corpus)
+        note = console.console.print
+        corpus = (
+            None
+            if options.report_only
+            else load_text(data=data, notify=lambda text: note(text, markup=False))
+        )
+        grid = Grid(folder, specs, corpus)
+        if not options.report_only:
             folder.plan(names)
             folder.results.mkdir(exist_ok=True)
             grid.run(_executor(options, folder, device, len(specs)), console)
