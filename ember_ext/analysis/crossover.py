@@ -55,12 +55,6 @@ class CrossoverSummary:
     first: Sample | None
     persistent: Sample | None
 
-    @property
-    def persistent_range(self) -> tuple[int, int] | None:
-        """The earliest and the latest persistent crossover; None if there is none."""
-        steps = [c.persistent for c in self.crossovers if c.persistent is not None]
-        return (min(steps), max(steps)) if steps else None
-
 
 def find_crossover(base: RunResult, other: RunResult, key: str = MAIN_LOSS) -> Crossover:
     """Compare two runs of one seed, evaluated at the same steps, by one loss."""

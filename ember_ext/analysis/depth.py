@@ -121,26 +121,12 @@ def depth_profiles(grid: Grid, backbone: str, measure: str) -> dict[str, DepthPr
     return {variant: profile for variant, profile in profiles.items() if profile is not None}
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """The mean effective |θ| of each layer along training.
+def threshold_trajectories(run: RunResult) -> tuple[list[int], np.ndarray]:
+    """Steps [E] of a gated run's evaluations, and the effective |θ| of its gates [E, layer, unit].
 
-    Attributes:
-        seed: of the run.
-        steps: of the evaluations.
-        values: one row a layer, one value a step.
+    A unit is a head of the Transformer, or a neuron of the CfC.
     """
-
-    seed: int
-    steps: tuple[int, ...]
-    values: tuple[tuple[float, ...], ...]
-
-
-def threshold_trajectory(run: RunResult) -> Trajectory | None:
-    """How a run's thresholds moved; None for a model without gates."""
-    by_step = [layer_values(run, THRESHOLD, i) for i in range(len(run.evaluations))]
-    rows = [values for values in by_step if values is not None]
-    if not rows:
-        return None
-    steps = tuple(int(record["step"]) for record in run.evaluations)
-    return Trajectory(run.seed, steps, tuple(zip(*rows, strict=True)))
+    values = [
+        [gate["threshold"] for gate in record["gates"].values()] for record in run.evaluations
+    ]
+    return [int(record["step"]) for record in run.evaluations], np.abs(values)

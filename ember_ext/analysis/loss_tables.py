@@ -180,11 +180,12 @@ def crossover_table(grid: Grid) -> Table:
         for variant in ("lif", "lif-seed", NULL):
             pairs = grid.pairs(backbone, variant)
             summary = find_crossovers(pairs)
-            by_rule: dict[str, list[int | str | None]] = {
-                "first": ["always" if c.always else c.first for c in summary.crossovers],
-                "persistent": [c.persistent for c in summary.crossovers],
-            }
-            for rule, steps in by_rule.items():
+            first = ["always" if c.always else c.first for c in summary.crossovers]
+            persistent = [c.persistent for c in summary.crossovers]
+            for rule, steps, sample in (
+                ("first", first, summary.first),
+                ("persistent", persistent, summary.persistent),
+            ):
                 found = [step for step in steps if isinstance(step, int)]
                 listed = ", ".join(
                     f"{pair.base.seed}: {DASH if step is None else step}"
@@ -198,7 +199,7 @@ def crossover_table(grid: Grid) -> Table:
                         rule,
                         str(len(found)) if pairs else DASH,
                         listed or DASH,
-                        mean_sd(sample_of(found), 0),
+                        mean_sd(sample, 0),
                         f"{min(found)}-{max(found)}" if found else DASH,
                         str(published.CRITICAL_STEP) if said else DASH,
                     )

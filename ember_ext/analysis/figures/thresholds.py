@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ember_ext.analysis.depth import threshold_trajectories
 from ember_ext.analysis.figures.style import (
     DOUBLE_COLUMN,
     layer_looks,
@@ -63,18 +64,10 @@ def figure_6_thresholds(grid: Grid) -> Figure:
     return figure
 
 
-def thresholds(run: RunResult) -> tuple[list[int], np.ndarray]:
-    """Steps [E], and |θ| of every gate, [E, layers, units]."""
-    values = [
-        [gate["threshold"] for gate in record["gates"].values()] for record in run.evaluations
-    ]
-    return [int(record["step"]) for record in run.evaluations], np.abs(values)
-
-
 def _trajectories(axes: Axes, runs: Sequence[RunResult], each_unit: bool) -> None:
     layer_means = []
     for run in runs:
-        steps, theta = thresholds(run)
+        steps, theta = threshold_trajectories(run)
         means = theta.mean(2)
         layer_means.append(means)
         for layer, (color, marker) in enumerate(layer_looks(theta.shape[1])):
