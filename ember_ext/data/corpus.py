@@ -6,10 +6,10 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +30,10 @@ class Vocabulary:
 
     characters: str
 
+    def __post_init__(self) -> None:
+        if self.characters != "".join(sorted(set(self.characters))):
+            raise ValueError("a vocabulary is of distinct characters in code-point order")
+
     @classmethod
     def of(cls, text: str) -> Vocabulary:
         """The vocabulary of `text`."""
@@ -38,9 +42,10 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.characters)
 
-    @cached_property
-    def _index(self) -> dict[str, int]:
-        return {character: i for i, character in enumerate(self.characters)}
+    @property
+    def opening(self) -> str:
+        """What a text of nothing else starts from: a line break, or else the first character."""
+        return "\n" if "\n" in self.characters else self.characters[:1]
 
     def encode(self, text: str) -> Tensor:
         """The tokens of `text`, int64 [len(text)].
@@ -48,10 +53,11 @@ class Vocabulary:
         Raises:
             ValueError: `text` has a character that the vocabulary lacks.
         """
-        unknown = sorted(set(text) - self._index.keys())
+        unknown = sorted(set(text) - set(self.characters))
         if unknown:
             raise ValueError(f"not in the vocabulary: {', '.join(map(repr, unknown))}")
-        return torch.tensor([self._index[character] for character in text], dtype=torch.int64)
+        points = np.searchsorted(_code_points(self.characters), _code_points(text))
+        return torch.from_numpy(points.astype(np.int64))
 
     def decode(self, tokens: Tensor) -> str:
         """The text of int64 `tokens` [N]."""
@@ -83,6 +89,11 @@ class Corpus:
         tokens = vocabulary.encode(text)
         split = int(TRAIN_FRACTION * len(tokens))
         return cls(name, sha256(text.encode()), vocabulary, tokens[:split], tokens[split:])
+
+
+def _code_points(text: str) -> np.ndarray:
+    # A command line can hold lone surrogates, which are characters unknown to any vocabulary.
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
 def load_text(

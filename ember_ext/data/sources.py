@@ -138,8 +138,9 @@ def _pip_download(folder: Path) -> Path:
     if result.returncode != 0:
         if "DO NOT MATCH THE HASHES" in result.stderr:
             raise SourceError(f"{SDIST} {SDIST_VERSION} has an unexpected checksum")
-        lines = [line for line in result.stderr.splitlines() if "error" in line.lower()]
-        reason = lines[-1].removeprefix("ERROR: ") if lines else "no message"
+        lines = result.stderr.splitlines()
+        telling = [line for line in lines if "error" in line.lower()] or lines or ["no message"]
+        reason = telling[-1].removeprefix("ERROR: ")
         raise SourceError(f"pip cannot fetch {SDIST} {SDIST_VERSION}: {reason}")
     return folder / f"{SDIST}-{SDIST_VERSION}.tar.gz"
 

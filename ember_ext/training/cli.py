@@ -54,8 +54,9 @@ class SampleArguments:
 
     run: tyro.conf.Positional[Path]
     """The run folder."""
-    prompt: str = "\n"
-    """The text to continue."""
+    prompt: str | None = None
+    """The text to continue. Default: a line break, or the first character of a vocabulary without.
+    """
     length: int = 600
     """Characters to write."""
     temperature: float = 0.8
@@ -143,10 +144,11 @@ def sample_main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(SampleArguments, args=argv, prog="sample.py")
     try:
         model, vocabulary = load_run(RunFolder(options.run), resolve_device(options.device))
+        prompt = vocabulary.opening if options.prompt is None else options.prompt
         pieces = stream_text(
             model,
             vocabulary,
-            prompt=options.prompt,
+            prompt=prompt,
             length=options.length,
             temperature=options.temperature,
             top_k=options.top_k,
@@ -154,7 +156,7 @@ def sample_main(argv: Sequence[str] | None = None) -> int:
         )
         # Whatever is wrong with the request shows before the first character.
         first = next(pieces, "")
-        print(options.prompt, first, sep="", end="", flush=True)
+        print(prompt, first, sep="", end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()

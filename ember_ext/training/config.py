@@ -95,6 +95,9 @@ class TrainConfig:
     """Steps between evaluations."""
     eval_iters: int = 50
     """Random batches of the paper's estimate of the training and the validation loss."""
+    val_tokens: int | None = None
+    """Characters, from the start of the validation text, that val_loss is measured on. Default: all
+    of it, which takes long where the text is."""
     checkpoint_seconds: float = 60.0
     """Longest time between checkpoints; each evaluation writes one, too."""
     sample_length: int = 600
@@ -109,6 +112,8 @@ class TrainConfig:
             self._require(field, getattr(self, field) >= 1, "at least 1")
         for field in ("warmup_steps", "sample_length", "weight_decay", "init_noise"):
             self._require(field, getattr(self, field) >= 0, "at least 0")
+        if self.val_tokens is not None:
+            self._require("val_tokens", self.val_tokens >= 2, "at least 2")
         for field in ("learning_rate", "grad_clip"):
             self._require(field, getattr(self, field) > 0, "above 0")
         for field in ("beta1", "beta2"):

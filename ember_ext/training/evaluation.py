@@ -35,7 +35,8 @@ def evaluate(
         check: called before each batch; what it raises ends the evaluation.
 
     Returns:
-        val_loss: mean over the whole validation text, each character but the first predicted once.
+        val_loss: mean over the whole validation text, or its first `val_tokens` characters, each
+        but the first predicted once.
         val_loss_estimate, train_loss_estimate: means over `eval_iters` random batches, the paper's
         protocol. And the entries of `collect_metrics`. Losses in nats per character.
     """
@@ -62,7 +63,9 @@ def evaluate(
         stream = generator(config.seed, "evaluation/metrics")
         windows, _ = random_batch(corpus.val, METRIC_WINDOWS, config.block_size, stream)
         return {
-            "val_loss": mean_loss(every_batch(corpus.val, config.batch_size, config.block_size)),
+            "val_loss": mean_loss(
+                every_batch(corpus.val[: config.val_tokens], config.batch_size, config.block_size)
+            ),
             "val_loss_estimate": estimate("val", corpus.val),
             "train_loss_estimate": estimate("train", corpus.train),
             **collect_metrics(model, windows.to(device), config.gate_preset),

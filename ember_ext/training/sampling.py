@@ -29,18 +29,19 @@ def stream_text(
     model: Ember | LiquidEmber,
     vocabulary: Vocabulary,
     *,
-    prompt: str = "\n",
+    prompt: str | None = None,
     length: int = 600,
     temperature: float = 0.8,
     top_k: int | None = None,
     seed: int = 0,
 ) -> Iterator[str]:
-    r"""Continue a text, one character at a time.
+    """Continue a text, one character at a time.
 
     Args:
         model: on any device.
         vocabulary: the model's.
-        prompt: the text to continue. Default: a line end.
+        prompt: the text to continue. Default: `vocabulary.opening`, a line break
+            where there is one.
         length: characters to add.
         temperature: below 1 for likelier text, 0 for the likeliest.
         top_k: choose among this many likeliest characters only. Default: all.
@@ -53,6 +54,8 @@ def stream_text(
         ValueError: an empty prompt, one with characters that the model does not know, or a
             temperature, length or top_k that makes no sense.
     """
+    if prompt is None:
+        prompt = vocabulary.opening
     if not prompt:
         raise ValueError("the prompt must have at least one character")
     device = next(model.parameters()).device
