@@ -38,7 +38,9 @@ from ember_ext.training import (
     train,
 )
 from ember_ext.training import trainer as trainer_module
+from ember_ext.training.cli import sample_main
 from ember_ext.training.config import read_config
+from ember_ext.training.distributed import Processes, join
 from ember_ext.training.trainer import SilentReporter
 
 TINY = TrainConfig(
@@ -170,6 +172,8 @@ def test_full_validation_pass_counts_each_character_once(corpus: Corpus) -> None
     assert len(expected) == len(corpus.val) - 1
     assert evaluate(model, corpus, TINY)["val_loss"] == pytest.approx(expected.mean().item())
     assert model.training
+    first = evaluate(model, corpus, tiny(val_tokens=40))["val_loss"]
+    assert first == pytest.approx(expected[:39].mean().item())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -382,7 +386,10 @@ def test_auto_preset_suits_the_device() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("learning_rate", 0.0), ("beta2", 1.0), ("weight_decay", -1.0)],
+    [
+        *(("steps", 0), ("learning_rate", 0.0), ("beta2", 1.0), ("weight_decay", -1.0)),
+        ("val_tokens", 1),
+    ],
 )
 def test_config_out_of_range(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=field):
@@ -452,3 +459,48 @@ def test_stream_text(corpus: Corpus, folder: RunFolder) -> None:
         list(stream_text(model, vocabulary, prompt="é"))
     with pytest.raises(ValueError, match="at least one character"):
         list(stream_text(model, vocabulary, prompt=""))
+
+
+def test_a_text_without_line_breaks(
+    tmp_path: Path, folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_line = Corpus.of("one line", "the lamp is lit and the sea is calm " * 30)
+    train(tiny(steps=1), one_line, folder)
+    assert len(folder.sample.read_text()) == 20
+    assert sample_main([str(folder.path), "--length", "5", "--device", "cpu"]) == 0
+    assert re.fullmatch(r" [a-z ]{5}\n", capsys.readouterr().out)
+
+
+def test_the_default_device_is_looked_for(corpus: Corpus, folder: RunFolder) -> None:
+    assert TrainConfig().device == "auto"
+    train(tiny(device="auto", steps=1), corpus, folder)
+    assert folder.read_config().device == resolve_device("auto")
+
+
+def test_processes_load_the_checkpoint_once_the_folder_is_theirs(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who had it before may write another while they wait."""
+    early, late = RunFolder(tmp_path / "early"), RunFolder(tmp_path / "late")
+    train(tiny(steps=2), corpus, early)
+    train(tiny(steps=4), corpus, late)
+
+    def finish_the_other_run(processes: Processes) -> None:
+        for name in ("last", "metrics"):
+            getattr(early, name).write_bytes(getattr(late, name).read_bytes())
+
+    monkeypatch.setattr(Processes, "wait", finish_the_other_run)
+    assert train(tiny(steps=6), corpus, early, resume=True)["steps"] == 6
+    steps = [r["step"] for r in early.read_metrics() if r["event"] == "step"]
+    assert steps == list(range(6))
+
+
+def test_processes_share_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even on resuming, from a file that names the GPU of one of them."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    chosen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", chosen.append)
+    assert [join(device)[1] for device in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert chosen == ["cuda:1", "nccl", "cuda:1", "nccl", "gloo"]

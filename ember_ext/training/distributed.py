@@ -40,6 +40,11 @@ class Processes:
         """The model as a module whose backward pass averages gradients over all processes."""
         return model if self.count == 1 else DistributedDataParallel(model)
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over all processes of one value each."""
         if self.count > 1:
@@ -68,13 +73,14 @@ def join(device: str) -> tuple[Processes, str]:
     """Meet the processes that `torchrun` started, if it did.
 
     Args:
-        device: "cpu" or "cuda"; with several GPUs each process gets one of its own.
+        device: "cpu" or a CUDA device; each of several processes gets a GPU of its own.
 
     Returns:
         The processes, and this one's device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if device == "cuda":
+        # A run that goes on has saved the device of one of its processes.
+        if device.startswith("cuda"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")

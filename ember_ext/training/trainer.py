@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 import ember_ext
 from ember_ext.data import Corpus, random_batch
 from ember_ext.machine import machine
-from ember_ext.training.config import ConfigError, TrainConfig, build_model
+from ember_ext.training.config import ConfigError, TrainConfig, build_model, resolve_device
 from ember_ext.training.distributed import Processes
 from ember_ext.training.evaluation import evaluate
 from ember_ext.training.run_folder import Progress, RunFolder
@@ -126,6 +127,7 @@ class _Training:
                 f"batch_size must be a multiple of the {self.processes.count} processes, "
                 f"got {config.batch_size}"
             )
+        config = dataclasses.replace(config, device=resolve_device(config.device))
         self.config, self.corpus, self.folder = config, corpus, folder
         self.reporter = reporter if self.processes.leads else SilentReporter()
         self.device = torch.device(config.device)
@@ -157,6 +159,8 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         with self.folder.claim() if self.processes.leads else nullcontext():
+            # Who had the folder before may have written a checkpoint while this run waited for it.
+            self.processes.wait()
             self._open_folder()
             return self._train()
 
