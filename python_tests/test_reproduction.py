@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from ember_ext.analysis.results import (
     select,
     write_result,
 )
-from ember_ext.data import load_text
+from ember_ext.data import CorpusError, load_text
 from ember_ext.reproduction.cli import reproduce_main
 from ember_ext.reproduction.executors import Job, JobState, LocalExecutor, SubmititExecutor
 from ember_ext.reproduction.grid import Grid, RunStatus
@@ -136,6 +137,9 @@ class Finished:
     def stop(self) -> None:
         raise AssertionError("nothing is under way")
 
+    def wait(self) -> None:
+        raise AssertionError("nothing is under way")
+
 
 class Watcher:
     def __init__(self) -> None:
@@ -168,10 +172,40 @@ def test_a_failing_run_is_reported_and_tried_again(tmp_path: Path) -> None:
     assert executor.started == ["cfc-standard-seed42"]
 
 
-def test_a_run_that_dies_silently_counts_as_failed(tmp_path: Path) -> None:
+def test_a_run_that_dies_silently_counts_as_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ember_ext.reproduction.grid.RESULT_SECONDS", 0)
     grid = Grid(GridFolder(tmp_path), tiny("lif", steps=4), load_text(data=str(TEXT)))
     grid.run(HereAndNow(lambda spec, folder: None), Watcher())
     assert "ended without a result; see" in grid.failures["transformer-lif-seed42"]
+
+
+def test_a_result_may_arrive_after_the_scheduler_s_word(tmp_path: Path) -> None:
+    folder = GridFolder(tmp_path)
+    grid = Grid(folder, tiny("lif", backbones=["cfc"], steps=4), load_text(data=str(TEXT)))
+
+    class Late(Watcher):
+        def update(self, statuses: Sequence[RunStatus]) -> None:
+            super().update(statuses)
+            if len(self.seen) == 1:
+                train_here(statuses[0].spec, tmp_path)
+
+    watcher = Late()
+    grid.run(HereAndNow(lambda spec, folder: None), watcher)
+    assert watcher.seen == [["running"], ["done"]]
+
+
+def test_a_run_on_another_text_than_the_grid_s_fails_at_once(tmp_path: Path) -> None:
+    (spec,) = tiny("lif", backbones=["cfc"], steps=4)
+    folder = GridFolder(tmp_path)
+    with pytest.raises(CorpusError, match=r"the text lighthouse.*not that of the grid"):
+        train_here(dataclasses.replace(spec, corpus="0" * 64), tmp_path)
+    assert "--data" in folder.error(spec.name).read_text()
+    assert not folder.run(spec.name).exists()
+    text = load_text(data=str(TEXT))
+    train_here(dataclasses.replace(spec, corpus=text.sha256), tmp_path)
+    assert folder.result(spec.name).exists()
 
 
 def test_results_of_another_configuration_are_refused(tmp_path: Path) -> None:
@@ -256,8 +290,60 @@ def test_jobs_share_the_cores() -> None:
     assert LocalExecutor("cpu", None, 100).jobs == cores
     assert LocalExecutor("cpu", None, 1).threads == cores
     assert LocalExecutor("cpu", 3 * cores, 100).threads == 1
+    assert LocalExecutor("cuda:1", None, 100).jobs == 1
     with pytest.raises(ConfigError, match="jobs must be at least 1, got 0"):
         LocalExecutor("cpu", 0, 1)
+
+
+class FakeProcess:
+    """A process that ends when told to."""
+
+    def __init__(self) -> None:
+        self.exitcode: int | None = None
+        self.gpu = ""
+
+    def start(self) -> None:
+        self.gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_a_run_gets_the_gpu_that_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    processes: list[FakeProcess] = []
+
+    def create(**arguments: Any) -> FakeProcess:
+        processes.append(FakeProcess())
+        return processes[-1]
+
+    context = SimpleNamespace(Process=create)
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: context)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    executor = LocalExecutor("cuda", None, 100)
+    assert executor.jobs == 2
+    spec = tiny("lif")[0]
+    for ended in (None, None, 1, 2, 0):
+        if ended is not None:
+            processes[ended].exitcode = 0
+        executor.start(spec, tmp_path)
+    assert [process.gpu for process in processes] == ["4", "7", "7", "7", "4"]
+
+
+def test_a_scheduler_s_runs_look_for_their_device_themselves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The machine that submits may have no GPU."""
+    seen: list[RunSpec] = []
+
+    def executor(*arguments: Any) -> HereAndNow:
+        return HereAndNow(lambda spec, folder: seen.append(spec))
+
+    monkeypatch.setattr("ember_ext.reproduction.cli.SubmititExecutor", executor)
+    monkeypatch.setattr("ember_ext.reproduction.cli.write_report", lambda *arguments: None)
+    monkeypatch.setattr("ember_ext.reproduction.grid.RESULT_SECONDS", 0)
+    arguments = ["--conditions", "lif", "--executor", "slurm", "--data", str(TEXT)]
+    for device in ("cuda", "auto"):
+        out = str(tmp_path / device)
+        assert reproduce_main([*arguments, "--device", device, "--out", out]) == 1
+    assert [spec.config.device for spec in seen] == ["cuda", "cuda", "auto", "auto"]
+    assert {spec.corpus for spec in seen} == {load_text(data=str(TEXT)).sha256}
 
 
 def test_null_differs_from_standard_by_rounding_only(tmp_path: Path) -> None:

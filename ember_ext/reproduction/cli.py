@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -76,7 +77,9 @@ def reproduce_main(argv: Sequence[str] | None = None) -> int:
 
 def _reproduce(options: ReproduceArguments, command: str) -> int:
     folder = GridFolder(options.out or Path("runs", f"reproduce-{options.suite}"))
-    device = resolve_device(options.device)
+    # Slurm's machines have devices of their own, which each run looks for when it starts.
+    local = options.executor == "local"
+    device = resolve_device(options.device) if local else options.device
     data = None if options.data is None else str(options.data.resolve())
     specs = plan(
         options.suite,
@@ -95,6 +98,8 @@ def _reproduce(options: ReproduceArguments, command: str) -> int:
             if options.report_only
             else load_text(data=data, notify=lambda text: note(text, markup=False))
         )
+        if corpus is not None:
+            specs = [dataclasses.replace(spec, corpus=corpus.sha256) for spec in specs]
         grid = Grid(folder, specs, corpus)
         if not options.report_only:
             folder.plan(names)

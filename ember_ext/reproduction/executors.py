@@ -23,7 +23,10 @@ class Job(Protocol):
         """How it stands."""
 
     def stop(self) -> None:
-        """End it, with a checkpoint where there is time for one."""
+        """Ask it to end, with a checkpoint where there is time for one."""
+
+    def wait(self) -> None:
+        """Until it has ended, where that takes seconds only."""
 
 
 class Executor(Protocol):
@@ -46,6 +49,8 @@ class _Process:
 
     def stop(self) -> None:
         self._process.terminate()
+
+    def wait(self) -> None:
         self._process.join()
 
 
@@ -53,9 +58,10 @@ class LocalExecutor:
     """Each run in a process of this machine.
 
     Args:
-        device: what the runs are configured for; of several GPUs each run gets one.
+        device: what the runs are configured for; with "cuda" each gets the GPU that has the fewest.
         jobs: runs at once. Default: one per GPU, or per core on a CPU, where single-threaded runs
-            side by side get more done than one run with all cores; never more than `runs`.
+            side by side get more done than one run with all cores; never more than `runs`. One on
+            a device that was named, such as "cuda:1".
         runs: how many runs there are.
     """
 
@@ -63,11 +69,11 @@ class LocalExecutor:
         if jobs is not None and jobs < 1:
             raise ConfigError(f"jobs must be at least 1, got {jobs}")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self._gpus = _visible_gpus() if device == "cuda" else []
-        available = len(self._gpus) or cores or 1
+        gpus = _visible_gpus() if device == "cuda" else []
+        self._on_gpu: dict[str, list[Job]] = {gpu: [] for gpu in gpus}
+        available = len(gpus) or (cores or 1 if device == "cpu" else 1)
         self.jobs = jobs or max(1, min(available, runs))
         self.threads = max(1, (cores or 1) // self.jobs)
-        self._started = 0
 
     def start(self, spec: RunSpec, folder: Path) -> Job:
         """See `Executor.start`."""
@@ -76,12 +82,14 @@ class LocalExecutor:
             target=run_in_process, args=(spec, str(folder), self.threads), name=spec.name
         )
         environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(self.threads)}
-        if self._gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self._gpus[self._started % len(self._gpus)]
-        self._started += 1
+        job = _Process(process)
+        if self._on_gpu:
+            gpu = min(self._on_gpu, key=lambda name: _running(self._on_gpu[name]))
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+            self._on_gpu[gpu].append(job)
         with _environment(environment):
             process.start()
-        return _Process(process)
+        return job
 
 
 class SubmititExecutor:
@@ -129,6 +137,13 @@ class _Submitted:
 
     def stop(self) -> None:
         self._job.cancel()
+
+    def wait(self) -> None:
+        """Do nothing: the scheduler sees to it."""
+
+
+def _running(jobs: list[Job]) -> int:
+    return sum(job.state() == "running" for job in jobs)
 
 
 def _visible_gpus() -> list[str]:

@@ -24,6 +24,9 @@ RunState = Literal["waiting", "running", "done", "failed"]
 
 POLL_SECONDS = 0.5
 
+RESULT_SECONDS = 10.0
+"""How long the result of a run that ended well may take to appear."""
+
 
 @dataclass
 class RunStatus:
@@ -68,6 +71,7 @@ class Grid:
         self.folder = folder
         self.statuses = [RunStatus(spec) for spec in specs]
         self._tails: dict[str, _Tail] = {}
+        self._ended: dict[str, float] = {}
         for status in self.statuses:
             self._look_for_result(status, corpus)
 
@@ -111,6 +115,8 @@ class Grid:
             finally:
                 for _, job in running:
                     job.stop()
+                for _, job in running:
+                    job.wait()
 
     @property
     def failures(self) -> dict[str, str]:
@@ -129,9 +135,12 @@ class Grid:
                 status.val_loss = record["val_loss"]
         if state == "running":
             return
-        # A scheduler's files can arrive after its word.
         if state == "done" and self.folder.result(name).exists():
             status.state, status.step = "done", status.spec.config.steps
+            return
+        # On a shared file system a result can arrive after the scheduler's word.
+        ended = self._ended.setdefault(name, time.monotonic())
+        if state == "done" and time.monotonic() - ended < RESULT_SECONDS:
             return
         status.state = "failed"
         error = self.folder.error(name)

@@ -76,10 +76,17 @@ SUITES: dict[SuiteName, Suite] = {
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run of a suite."""
+    """One run of a suite.
+
+    Attributes:
+        variant: its name among those of a backbone.
+        config: what to train.
+        corpus: SHA-256 of the text that it must be trained on. Default: any.
+    """
 
     variant: str
     config: TrainConfig
+    corpus: str | None = None
 
     @property
     def name(self) -> str:
@@ -101,7 +108,7 @@ def plan(
         seeds: other seeds than the suite's.
         variants: only these.
         backbones: only these.
-        changes: fields of every `TrainConfig`, such as device and data.
+        changes: fields of every `TrainConfig`, such as device (default: "auto") and data.
 
     Raises:
         ConfigError: an unknown variant, or one that a chosen backbone does not have, or no run.
@@ -113,7 +120,8 @@ def plan(
     runs = []
     for seed in seeds or chosen.seeds:
         for backbone in backbones or get_args(Backbone):
-            config = preset_config(backbone, chosen.preset, changes.get("device", "auto"))
+            # Where the runs will be, a device may exist that does not here.
+            config = preset_config(backbone, chosen.preset, "cpu")
             for variant in chosen.variants[backbone]:
                 if variants and variant not in variants:
                     continue
@@ -121,6 +129,7 @@ def plan(
                     **chosen.changes.get(backbone, {}),
                     **VARIANTS[variant],
                     "seed": seed,
+                    "device": "auto",
                     **changes,
                 }
                 runs.append(RunSpec(variant, dataclasses.replace(config, **fields)))

@@ -27,6 +27,7 @@ from ember_ext.training import (
     RunError,
     RunFolder,
     StopRequested,
+    resolve_device,
     train,
 )
 
@@ -132,12 +133,19 @@ def run_to_result(spec: RunSpec, path: str, threads: int) -> None:
 
 def _train(spec: RunSpec, folder: RunFolder) -> RunResult:
     corpus = load_text(data=spec.config.data)
-    summary = train(spec.config, corpus, folder, resume=folder.exists())
+    if spec.corpus not in (None, corpus.sha256):
+        raise CorpusError(
+            f"this run's process came by the text {corpus.name}, which is not that of the grid: "
+            "name one file for all with --data"
+        )
+    # Only now: a scheduler's machine may have other devices than the one that submits.
+    config = dataclasses.replace(spec.config, device=resolve_device(spec.config.device))
+    summary = train(config, corpus, folder, resume=folder.exists())
     evaluations = [r for r in folder.read_metrics() if r.pop("event") == "evaluation"]
     source = {"name": corpus.name, "sha256": corpus.sha256, "vocabulary": len(corpus.vocabulary)}
-    config = dataclasses.asdict(spec.config)
-    del config["data"]  # A path of this machine; `source` names the text.
-    return RunResult(spec.variant, config, source, summary, evaluations)
+    recorded = dataclasses.asdict(config)
+    del recorded["data"]  # A path of this machine; `source` names the text.
+    return RunResult(spec.variant, recorded, source, summary, evaluations)
 
 
 def run_in_process(spec: RunSpec, path: str, threads: int) -> None:
