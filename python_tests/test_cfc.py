@@ -741,3 +741,18 @@ def test_meta_device(grad: bool, mixed_memory: bool) -> None:
         y, _ = network(torch.empty(2, 5, 4), timespans=torch.empty(2, 5))
     assert y.shape == (2, 5, 3)
     assert y.is_meta
+
+
+def test_weights_packed_anew_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.CfC(4, 6, mixed_memory=True)
+    expected, _ = network(X)
+    packed_for = nn.CfC._packed_for
+
+    def overtaken(self: nn.CfC, *arguments: Any) -> Any:
+        packed = packed_for(self, *arguments)
+        self._forget_packed()
+        return packed
+
+    monkeypatch.setattr(nn.CfC, "_packed_for", overtaken)
+    with torch.no_grad():
+        torch.testing.assert_close(network(X)[0], expected)

@@ -118,6 +118,13 @@ def test_frozen_masks_count_as_the_paper_counts_them() -> None:
     assert model.num_parameters() - model.num_parameters(trainable_only=True) == 443_044
 
 
+@pytest.mark.parametrize("condition", EMBER_CONDITIONS)
+def test_an_ember_builds_without_memory(condition: str) -> None:
+    with torch.device("meta"):
+        model = ember(condition)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 # Pairing of conditions.
 
 
@@ -300,6 +307,15 @@ def test_generation_from_a_prompt_longer_than_the_window() -> None:
     prompt = tokens(1, 2 * BLOCK)
     expected = naive_continuation(model, prompt, 3, BLOCK)
     assert torch.equal(model.generate(prompt, 3, temperature=0), expected)
+
+
+def test_generation_leaves_each_part_in_its_mode() -> None:
+    model = ember().train()
+    frozen = model.get_submodule("blocks.0.mlp").eval()
+    model.generate(tokens(1, 3), 2)
+    assert model.training
+    assert not any(module.training for module in frozen.modules())
+    assert model.get_submodule("blocks.1.mlp.dropout").training
 
 
 def test_sampling_follows_its_generator_temperature_and_top_k() -> None:

@@ -182,12 +182,14 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
     @torch.no_grad()
     def _evaluate(self, idx: Tensor, state: State | None) -> tuple[Tensor, State | None]:
         """One forward pass in evaluation mode: logits and state."""
-        was_training = self.training
+        # Parts of a model that is in training mode may be frozen in evaluation mode.
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             logits, _, state = self(idx, state=state)
         finally:
-            self.train(was_training)
+            for module in training:
+                module.training = True
         return logits, state
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:

@@ -160,7 +160,7 @@ class Ember(LanguageModel[EmberState]):
         """Give each block its output gate without advancing torch's random stream."""
         n_embd = self.config.n_embd
         device = self.wte.weight.device
-        with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for block in cast("list[Block]", self.blocks):
                 gate = nn.Linear(n_embd, n_embd, bias=False)
                 nn.init.normal_(gate.weight, std=INIT_STD)

@@ -254,6 +254,11 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         x is [B, T, C], or [B, C] for a single step. Arguments that `_scan` would complain about are
         left to it.
         """
+        packed = self._packed_for(x, h)
+        return None if packed is None else packed.run(x, h, timespans, lengths)
+
+    def _packed_for(self, x: Tensor, h: Tensor) -> _Packed | None:
+        """The packed weights, if they can take x and h: another thread may pack anew meanwhile."""
         if x.device.type != "cpu" or torch.compiler.is_compiling() or _native.transforms_active():
             return None
         packed = self._packed
@@ -271,7 +276,7 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
             return None
         if x.shape[-1] != packed.inputs or h.shape != (x.shape[0], packed.state):
             return None
-        return packed.run(x, h, timespans, lengths)
+        return packed
 
     def _forget_packed(self) -> None:
         """Have the weights laid out anew: not every change of theirs leaves a trace."""
@@ -385,10 +390,9 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         if not torch.is_grad_enabled() and inputs:
             self._forget_packed()
             zeros = x.new_zeros(x.shape[0], int(self.state_size))
-            if self._run_packed(inputs[0], zeros, spans[0]) is not None:
-                # Nothing changes between the steps, so that the answer holds for all of them.
-                packed = self._packed
-                assert packed is not None
+            packed = self._packed_for(inputs[0], zeros)
+            # Nothing changes between the steps, so that the answer holds for all of them.
+            if packed is not None and packed.run(inputs[0], zeros, spans[0], None) is not None:
                 return lambda t, h: packed.run(inputs[t], h, spans[t], None)  # type: ignore[return-value]
         if self._calls_cells():
             return lambda t, h: self.rnn_cell.forward(inputs[t], h, spans[t])
