@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import warnings
@@ -197,6 +198,20 @@ def test_build_backend_uses_the_installed_torch(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(build_backend, "_installed_torch", lambda: None)
     assert build_backend._requirements(["ninja"]) == ["ninja", "torch>=2.10"]
     assert build_backend._with_torch(None) == {}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_build_backend_looks_where_the_interpreter_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared: bool
+) -> None:
+    """A virtual environment may share the system's packages, and then its torch."""
+    pytest.importorskip("scikit_build_core")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import build_backend
+
+    (tmp_path / "pyvenv.cfg").write_text(f"include-system-site-packages = {str(shared).lower()}\n")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert (site.getusersitepackages() in build_backend._site_folders()) == shared
 
 
 def test_an_operator_without_cuda_kernels_takes_its_reference(

@@ -9,6 +9,9 @@ there is none. The interpreter's `sysconfig` names that environment even in pip'
 from __future__ import annotations
 
 import importlib.util
+import re
+import site
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -40,11 +43,21 @@ def _installed_torch() -> Path | None:
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0])
-    for key in ("platlib", "purelib"):
-        candidate = Path(sysconfig.get_path(key)) / "torch"
+    for folder in _site_folders():
+        candidate = Path(folder) / "torch"
         if (candidate / "version.py").is_file():
             return candidate
     return None
+
+
+def _site_folders() -> list[str]:
+    """Where the interpreter finds packages when no isolated build is in the way."""
+    own = [sysconfig.get_path(key) for key in ("platlib", "purelib")]
+    if sys.prefix != sys.base_prefix:
+        settings = Path(sys.prefix, "pyvenv.cfg").read_text(encoding="utf-8").lower()
+        if not re.search(r"^include-system-site-packages\s*=\s*true", settings, re.MULTILINE):
+            return own
+    return [*own, site.getusersitepackages(), *site.getsitepackages([sys.base_prefix])]
 
 
 def _with_torch(config_settings: Settings) -> Settings:
