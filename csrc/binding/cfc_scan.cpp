@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -122,6 +123,11 @@ struct Arguments {
   }
 };
 
+// A chunk that is longer than the sequence is one of its length, and never overflows a sum.
+int64_t chunk_within(int64_t chunk, int64_t steps) {
+  return std::min(std::max<int64_t>(chunk, 0), std::max<int64_t>(steps, 1));
+}
+
 int64_t saved_size(const CfcScanParams& p) {
   if (!p.chunk) return cfc_tape_size(p, p.steps);
   return (p.steps + p.chunk - 1) / p.chunk * p.batch * p.hidden;
@@ -142,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> cfc_scan_forward(const Tensor& x, const Tenso
   p.steps = x.size(1);
   p.inputs = x.size(2);
   p.hidden = h0.size(1);
-  p.chunk = chunk > 0 ? chunk : 0;
+  p.chunk = chunk_within(chunk, p.steps);
   a.describe(weights, timespans, lengths, dropout_scale, decay, mode, activation);
   a.expect(h0, p.batch * p.hidden, compute);
   p.x = a.hold(x);
@@ -176,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> cfc_scan_backward(
   p.steps = grad_y.size(1);
   p.hidden = grad_y.size(2);
   p.inputs = weights[0].size(1) - 1 - p.hidden;
-  p.chunk = chunk;
+  p.chunk = chunk_within(chunk, p.steps);
   a.describe(weights, timespans, lengths, dropout_scale, decay, mode, activation);
   a.expect(grad_h_last, p.batch * p.hidden, compute);
   a.expect(saved, saved_size(p), compute);

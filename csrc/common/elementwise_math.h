@@ -107,8 +107,9 @@ EMBER_HD double exponential(double x) {
 
 // x P(x^2) / Q(x^2), fitted to a relative error of 2.1e-8 on [-9.02, 9.02], beyond which tanh
 // rounds to 1. Rounding brings the error to 5.7 units in the last place with fused multiply-adds
-// and 6.5 without, 3.9e-7 relative at most, and the result up to 1 + 2^-22. One division and no
-// exponential: half the time of 1 - 2 / (e^2x + 1), and as accurate near 0 as elsewhere.
+// and 6.5 without, 3.9e-7 relative at most, and would bring the result up to 1 + 2^-22, where
+// slopes 1 - tanh^2 have the wrong sign. One division and no exponential: half the time of 1 - 2 /
+// (e^2x + 1), and as accurate near 0 as elsewhere.
 EMBER_HD float hyperbolic_tangent(float x) {
   x = clamp(x, -9.02f, 9.02f);
   const float s = x * x;
@@ -122,7 +123,7 @@ EMBER_HD float hyperbolic_tangent(float x) {
   q = q * s + 2.587086840e-2f;
   q = q * s + 4.671298817e-1f;
   q = q * s + 1.0f;
-  return x * p / q;
+  return clamp(x * p / q, -1.0f, 1.0f);
 }
 
 // Below 0.625 the rational approximation of Cephes tanh.
