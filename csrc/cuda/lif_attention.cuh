@@ -49,6 +49,14 @@ inline AttentionDropout dropout_of(const LifAttentionParams& p) {
 // Shared memory of a kernel that only adds up doubles over a block.
 constexpr size_t kReductionBytes = 3 * kAttentionThreads / kWarp * sizeof(double);
 
+// A product that no compiler may fuse with what is added to it.
+__device__ __forceinline__ float rounded_product(float a, float b) {
+  return __fmul_rn(a, b);
+}
+__device__ __forceinline__ double rounded_product(double a, double b) {
+  return __dmul_rn(a, b);
+}
+
 // One query head and all that its scores and weights depend on.
 template <typename T>
 struct AttentionHead {
@@ -98,6 +106,10 @@ struct AttentionHead {
     const int keys = int(p.keys), end = last + 1 + keys - int(p.queries);
     return p.causal && end < keys ? end : keys;
   }
+
+  // The score of a product of query and key. Everywhere it is rounded alike: the exponential of a
+  // row's largest is then exactly 1.
+  __device__ __forceinline__ C score(C product) const { return rounded_product(product, scale); }
 
   // Whether dropout keeps the weights of query i and the keys j ... j + 3; j is a multiple of 4. M
   // is keep_factor where it does.
@@ -184,7 +196,7 @@ __device__ __forceinline__ void row_maxima(Products& products, const AttentionHe
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
         const bool visible = head.visible(row + r, keys + patch_column() + c);
-        scores[r][c] = visible ? scores[r][c] * head.scale : lowest;
+        scores[r][c] = visible ? head.score(scores[r][c]) : lowest;
         most = Maximum::of(scores[r][c], most);
       }
       sum[r] *= exponential(largest[r] - most);
@@ -246,7 +258,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
       for (int c = 0; c < kPatch; ++c) {
         C weight = 0;  // times the row's sum of exponentials
         if (head.visible(row + r, keys + patch_column() + c)) {
-          const C e = exponential(scores[r][c] * head.scale - largest[r]);
+          const C e = exponential(head.score(scores[r][c]) - largest[r]);
           weight = e * GatedProbability<C>(head, e * inverse_sum[r]).gate;
         }
         weight_sum[r] += weight;
@@ -299,7 +311,7 @@ struct AttentionRowStats {
 
   template <typename T>
   __device__ __forceinline__ C probability(const AttentionHead<T>& head, C product) const {
-    return exponential(product * head.scale - largest) * inverse_sum;
+    return exponential(head.score(product) - largest) * inverse_sum;
   }
 };
 

@@ -136,6 +136,12 @@ T atomicAdd(T* to, T value) {
   return before;
 }
 
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline double __dmul_rn(double a, double b) {
+  return a * b;
+}
 template <typename T>
 T min(T a, T b) {
   return b < a ? b : a;
