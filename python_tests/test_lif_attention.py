@@ -187,6 +187,8 @@ def test_autocast_rounds_inputs_and_keeps_the_gates(dtype: torch.dtype) -> None:
     double = {name: value.double() for name, value in values.items()}
     with torch.autocast("cpu", dtype):
         assert lif_attention(**double).dtype == torch.float64
+        with pytest.raises(TypeError, match=r"key must be of query's dtype torch\.float64"):
+            lif_attention(**values | {"query": double["query"]})
 
 
 # Dropout.
@@ -314,6 +316,19 @@ def test_summary_without_columns_is_that_of_equal_scores(queries: int) -> None:
     assert out.shape == (2, 3, queries, 0)
     for actual, target in zip(summary, expected, strict=True):
         assert torch.equal(actual, target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_hidden_keys_never_fire(dtype: torch.dtype) -> None:
+    """Not even below a negative threshold, which their probability of 0 exceeds."""
+    q = torch.randn(1, 1, 4, 8, dtype=dtype)
+    gate = (torch.full((1,), -0.1), torch.ones(1), torch.ones(1))
+    hidden = torch.tensor([True, False, True, False])
+    for mask, causal in ((hidden, False), (hidden, True), (None, True)):
+        _, summary = lif_attention(
+            q, q, q, *gate, attn_mask=mask, is_causal=causal, return_summary=True
+        )
+        assert summary.fire_rate.item() == 1
 
 
 def test_summary_of_uniform_attention() -> None:

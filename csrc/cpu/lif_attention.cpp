@@ -50,16 +50,26 @@ struct Task {
   }
 };
 
+// What the mask says of the keys of one query.
+struct MaskRow {
+  const bool* first = nullptr;
+  int64_t stride = 0;
+
+  MaskRow(const LifAttentionParams& p, int64_t b, int64_t h, int64_t query) {
+    if (!p.mask) return;
+    first = p.mask + b * p.mask_strides[0] + h * p.mask_strides[1] + query * p.mask_strides[2];
+    stride = p.mask_strides[3];
+  }
+  bool visible(int64_t key) const { return !first || first[key * stride]; }
+};
+
 // Hides the scores that the mask hides; returns how many are left.
 template <typename C>
-int64_t apply_mask(const LifAttentionParams& p, int64_t b, int64_t h, int64_t query, int64_t n,
-                   C* scores) {
-  if (!p.mask) return n;
-  const int64_t* stride = p.mask_strides;
-  const bool* mask = p.mask + b * stride[0] + h * stride[1] + query * stride[2];
+int64_t apply_mask(const MaskRow& mask, int64_t n, C* scores) {
+  if (!mask.first) return n;
   int64_t left = 0;
   for (int64_t j = 0; j < n; ++j) {
-    const bool visible = mask[j * stride[3]];
+    const bool visible = mask.visible(j);
     left += visible;
     scores[j] = visible ? scores[j] : -infinity<C>;
   }
@@ -84,14 +94,15 @@ C gate_row(int64_t n, C inverse_sum, const Gate<C>& gate, C* row) {
 // Sums over queries of what AttentionSummary describes: entropy, support, first token, firing and
 // visible pairs; `load` of each key.
 template <typename C>
-void summarize_row(int64_t n, int64_t visible, const C* exponentials, C inverse_sum, C threshold,
-                   const C* w, C inverse_weight, double* sums, double* load) {
+void summarize_row(int64_t n, int64_t visible, const MaskRow& mask, const C* exponentials,
+                   C inverse_sum, C threshold, const C* w, C inverse_weight, double* sums,
+                   double* load) {
   sums[4] += double(visible);
   for (int64_t j = 0; j < n; ++j) {
     const C p = exponentials[j] * inverse_sum, weight = w[j] * inverse_weight;
     sums[0] -= weight > 0 ? double(weight) * __builtin_log(double(weight)) : 0;
     sums[1] += weight > C(0.01);
-    sums[3] += p > threshold;
+    sums[3] += p > threshold && mask.visible(j);
     load[j] += p;
   }
   if (n > 0) sums[2] += w[0] * inverse_weight;
@@ -101,7 +112,8 @@ template <typename C>
 void forward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& gate, int64_t query,
                  int64_t n, const LifAttentionWorkspace<C>& s, C* row, double* summary) {
   const RowStats<C> stats(p, task.b, task.h, query);
-  const int64_t visible = apply_mask(p, task.b, task.h, query, n, row);
+  const MaskRow mask(p, task.b, task.h, query);
+  const int64_t visible = apply_mask(mask, n, row);
   if (visible == 0) {
     *stats.largest = *stats.inverse_sum = *stats.inverse_weight = 0;
     for (int64_t j = 0; j < n; ++j) row[j] = 0;
@@ -112,8 +124,8 @@ void forward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& g
   const C sum = gate_row(n, *stats.inverse_sum, gate, row);
   *stats.inverse_weight = C(1) / (sum + C(p.eps));
   if (summary) {
-    summarize_row(n, visible, s.p, *stats.inverse_sum, gate.threshold, row, *stats.inverse_weight,
-                  summary, s.load);
+    summarize_row(n, visible, mask, s.p, *stats.inverse_sum, gate.threshold, row,
+                  *stats.inverse_weight, summary, s.load);
   }
   drop_weights(p, task.b, task.h, query, n, s.keep, row);
 }
@@ -155,7 +167,7 @@ void backward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& 
     memset(grads, 0, size_t(n) * sizeof(C));
     return;
   }
-  apply_mask(p, task.b, task.h, query, n, scores);
+  apply_mask(MaskRow(p, task.b, task.h, query), n, scores);
   drop_weights(p, task.b, task.h, query, n, s.keep, grads);
   const C threshold = gate.threshold, leak = gate.leak, steepness = gate.steepness;
   C *const p_row = s.p, *const fire_row = s.fire, *const smoulder_row = s.smoulder;

@@ -70,7 +70,12 @@ def check_attention(
     seed: Tensor | None,
 ) -> None:
     """Check what all attention operators take, naming the operator `op` and the argument."""
-    any_dtype = isinstance(query, Tensor) and autocast_dtype(query.device.type) is not None
+    # What `autocast` will convert.
+    any_dtype = (
+        isinstance(query, Tensor)
+        and query.dtype != torch.float64
+        and autocast_dtype(query.device.type) is not None
+    )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _checks.check_tensor(op, name, tensor)
         if tensor.dim() != 4:
