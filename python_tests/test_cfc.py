@@ -472,6 +472,24 @@ def test_bad_step_arguments(arguments: tuple[Any, ...], message: str) -> None:
         network.step(*arguments)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_step_of_mixed_memory_needs_both_states(grad: bool) -> None:
+    network = nn.CfC(4, 6, mixed_memory=True)
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(TypeError, match=r"hx must be a pair \(h, c\) with mixed memory"),
+    ):
+        network.step(X[:, 0], torch.zeros(3, 6))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_step_goes_through_another_readout(grad: bool) -> None:
+    network, h = nn.CfC(4, 6), torch.zeros(3, 6)
+    network.fc = torch.nn.Linear(6, 2)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(network.step(X[:, 0], h)[0], network(X[:, :1], h)[0][:, 0])
+
+
 @pytest.mark.parametrize("units", [AutoNCP(24, 6), 10], ids=["wired", "dense"])
 @pytest.mark.parametrize("mixed_memory", [False, True])
 def test_inference_follows_the_weights(units: Any, mixed_memory: bool) -> None:

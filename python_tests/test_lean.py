@@ -48,7 +48,7 @@ def kept_bytes(call: Callable[[], object], *known: Tensor) -> int:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (1, 1, 1, 7), (0, 7)])
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7), (1, 1, 1, 7), (0, 7)])
 def test_gelu_linear_matches_its_two_operations(shape: tuple[int, ...], bias: bool) -> None:
     linear = nn.Linear(7, 3, bias=bias, dtype=torch.float64)
     u = torch.randn(shape, dtype=torch.float64)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ember_ext import _native, reference
+from ember_ext.nn.lif_attention import RefractoryParameters
 from ember_ext.ops import RefractoryState, lif_attention, refractory_lif_attention
 from ember_ext.reference.lif_attention import attention_probabilities, visible_keys
 from ember_ext.testing import (
@@ -295,6 +296,18 @@ def test_load_is_what_it_says(mode: Any) -> None:
     last = load[:, -1]
     torch.testing.assert_close(last, state.weights / 9)
     torch.testing.assert_close(last.sum(-1), torch.ones(3, dtype=torch.float64))
+
+
+def test_parameters_can_be_filled_anew() -> None:
+    gate = RefractoryParameters(3)
+    before = {name: value.clone() for name, value in gate.state_dict().items()}
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.fill_(9)
+    gate.reset_parameters()
+    assert before.keys() >= {"within", "across"}
+    for name, value in gate.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_without_couplings_it_is_lif_attention() -> None:

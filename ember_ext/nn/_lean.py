@@ -62,7 +62,7 @@ class _GELULinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, weight = ctx.saved_tensors
         needs_u, needs_weight, needs_bias = ctx.needs_input_grad
-        rows, grad_rows = u.flatten(0, -2), grad.flatten(0, -2)
+        rows, grad_rows = u.reshape(-1, u.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_u = grad_weight = grad_bias = None
         buffer = F.gelu(rows)
         if needs_weight:

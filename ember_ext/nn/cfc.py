@@ -236,10 +236,11 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         if not batched and input.dim() != 1:
             _fail("input", "[B, C] or [C]", list(input.shape))
         span = timespan if type(timespan) is float else self._step_timespan(timespan, input)
-        if batched and isinstance(hx, Tensor) and not torch.is_grad_enabled():
+        alone = isinstance(hx, Tensor) and not self.use_mixed
+        if batched and alone and not torch.is_grad_enabled():
             result = self._run_packed(input, hx, span)
             if result is not None:
-                return result if self.proj_size is None else (self.fc(result[0]), result[1])
+                return self.fc(result[0]), result[1]
         time_dim = 1 if batched and self.batch_first else 0
         if isinstance(span, Tensor) and span.dim() > 0:
             span = span.reshape(input.shape[:-1]).unsqueeze(time_dim)

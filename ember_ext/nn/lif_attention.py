@@ -45,8 +45,19 @@ class RefractoryParameters(LIFParameters):
         self, num_units: int, *, preset: PresetName = "seed", learnable: bool = True
     ) -> None:
         super().__init__(num_units, preset=preset, learnable=learnable)
-        self.within = nn.Parameter(torch.full((num_units,), REFRACTORY_RAW))
-        self.across = nn.Parameter(torch.full((num_units,), REFRACTORY_RAW))
+        self.within = nn.Parameter(torch.empty(num_units))
+        self.across = nn.Parameter(torch.empty(num_units))
+        self._reset_couplings()
+
+    def reset_parameters(self) -> None:
+        """Fill the raw values with the preset's constants; draws no random numbers."""
+        super().reset_parameters()
+        if hasattr(self, "across"):  # not yet when the gate's own values are filled first
+            self._reset_couplings()
+
+    def _reset_couplings(self) -> None:
+        for raw in (self.within, self.across):
+            nn.init.constant_(raw, REFRACTORY_RAW)
 
     def couplings(self) -> tuple[Tensor, Tensor]:
         """The couplings within a layer and across layers, [num_units] each."""
