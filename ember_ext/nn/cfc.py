@@ -236,8 +236,7 @@ class CfC(ncps.torch.CfC):  # type: ignore[misc]
         if not batched and input.dim() != 1:
             _fail("input", "[B, C] or [C]", list(input.shape))
         span = timespan if type(timespan) is float else self._step_timespan(timespan, input)
-        alone = isinstance(hx, Tensor) and not self.use_mixed
-        if batched and alone and not torch.is_grad_enabled():
+        if batched and isinstance(hx, Tensor) and not (self.use_mixed or torch.is_grad_enabled()):
             result = self._run_packed(input, hx, span)
             if result is not None:
                 return self.fc(result[0]), result[1]
