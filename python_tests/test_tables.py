@@ -9,9 +9,10 @@ import pytest
 from synthetic_results import SEEDS, Effect, synthetic_results
 
 from ember_ext.analysis import published
-from ember_ext.analysis.formatting import DASH, number, p_value, percent, signed
+from ember_ext.analysis.formatting import DASH, noise_text, number, p_value, percent, signed
 from ember_ext.analysis.grid import NEWER_MEASURES
 from ember_ext.analysis.results import ResultError, RunResult
+from ember_ext.analysis.statistics import NoiseFloor
 from ember_ext.analysis.tables import Table, tables
 from ember_ext.data.sources import TINY_SHA256
 
@@ -330,3 +331,11 @@ def test_a_small_number_is_not_shown_as_zero() -> None:
     assert number(1.2e-7, 5) == "1e-07"
     assert number(0.0, 2) == "0.00"
     assert number(None) == DASH
+
+
+def test_noise_in_words() -> None:
+    assert noise_text(None) == "no null pairs"
+    assert noise_text(NoiseFloor(2, 0.00021, 0.0004)) == (
+        "noise floor 0.00021 (RMS of 2 null pairs; largest 0.00040)"
+    )
+    assert noise_text(NoiseFloor(1, 0.0, 0.0)) == "noise floor 0 to the 7 digits kept (1 null pair)"

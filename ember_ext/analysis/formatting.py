@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ember_ext.analysis.results import SIGNIFICANT_DIGITS
 from ember_ext.analysis.statistics import Interval, NoiseFloor, PairedComparison, Sample
 
 DASH = "–"
@@ -63,8 +64,10 @@ def noise_text(floor: NoiseFloor | None, digits: int = 4) -> str:
     """A noise floor in one clause, as evidence."""
     if floor is None:
         return "no null pairs"
-    pairs = "pair" if floor.n == 1 else "pairs"
+    pairs = f"{floor.n} null {'pair' if floor.n == 1 else 'pairs'}"
+    if floor.maximum == 0:
+        return f"noise floor 0 to the {SIGNIFICANT_DIGITS} digits kept ({pairs})"
     return (
-        f"noise floor {number(floor.rms, digits + 1)} (RMS of {floor.n} null {pairs}; largest "
+        f"noise floor {number(floor.rms, digits + 1)} (RMS of {pairs}; largest "
         f"{number(floor.maximum, digits + 1)})"
     )
