@@ -81,13 +81,15 @@ class Options:
     """Which lengths to time; the model has the paper's."""
     device: str = "cpu"
     """Where to run: on "cpu", or on "cuda", which is timed by CUDA events."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of query, key and value; the model trains under autocast to it."""
     seconds: float = 5.0
     """How long to time each case, in seconds; no contender is timed less than three times."""
     compiled: bool = True
     """Also time torch.compile of the eager form."""
     timing: bool = True
     memory: bool = True
-    """Measure memory; on the CPU of a Linux machine only."""
+    """Measure memory; on a CPU of a Linux machine only."""
     append: bool = False
     """Keep the rows of other cases that the files in --out hold."""
     out: Path = Path("bench/results")
@@ -100,7 +102,7 @@ def eager(
     p = attention_probabilities(query, key, visible_keys(query, key, None, True), None)
     threshold, leak, steepness = (v.view(-1, 1, 1) for v in gates)
     w = gate_probabilities(p, threshold, leak, steepness, 1e-8)
-    return (F.dropout(w, dropout_p) @ value,)
+    return (F.dropout(w.to(value.dtype), dropout_p) @ value,)
 
 
 def ungated(
@@ -122,7 +124,7 @@ def eager_refractory(
     """Refractory LIF attention as one would write it."""
     *gates, previous_load = rest
     w, load, _ = refractory_weights(query, key, *gates, previous_load=previous_load)
-    return F.dropout(w, dropout_p) @ value, load
+    return F.dropout(w.to(value.dtype), dropout_p) @ value, load
 
 
 def fused_refractory(*leaves: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
@@ -173,17 +175,15 @@ def make_call(function: Contender, leaves: list[Tensor], dropout_p: float, mode:
     return forward if mode == "forward" else both
 
 
-def make_leaves(what: What, shape: Shape, device: str) -> list[Tensor]:
+def make_leaves(what: What, shape: Shape, device: str, dtype: torch.dtype) -> list[Tensor]:
     """Random inputs, in the order in which the functions take them."""
     batch, heads, tokens, size = shape
     generator = torch.Generator().manual_seed(0)
     if what == "refractory":
-        tensors = refractory_tensors(batch, heads, heads, tokens, 0, size, torch.float32, generator)
+        tensors = refractory_tensors(batch, heads, heads, tokens, 0, size, dtype, generator)
         tensors["previous_load"] = torch.rand(batch, tokens, tokens, generator=generator) / tokens
     else:
-        tensors = attention_tensors(
-            batch, heads, heads, tokens, tokens, size, torch.float32, generator
-        )
+        tensors = attention_tensors(batch, heads, heads, tokens, tokens, size, dtype, generator)
     return [tensor.to(device).requires_grad_() for tensor in tensors.values()]
 
 
@@ -198,27 +198,36 @@ def part_of(leaf: Tensor, tokens: int) -> Tensor:
 def attention_case(what: What, shape: Shape, dropout_p: float, mode: str, options: Options) -> Case:
     """The contenders for one shape and dropout."""
     batch, heads, tokens, size = shape
-    leaves = make_leaves(what, shape, options.device)
+    dtype = getattr(torch, options.dtype)
+    leaves = make_leaves(what, shape, options.device, dtype)
     functions = contenders(what, tokens, options.compiled)
+    plain = eager if what == "attention" else eager_refractory
 
     def verify() -> dict[str, float]:
         part = [part_of(leaf, 2048) for leaf in leaves]
         exact = exact_results(what, part)
+
+        def error(function: Contender) -> float:
+            return max(map(relative_error, function(*part, dropout_p=0.0), exact))
+
+        bound = max(1e-5, 2 * error(plain) if dtype != torch.float32 else 0.0)
         errors: dict[str, float] = {}
         for name in (name for name in functions if name not in OTHER_RESULTS):
-            results = functions[name](*part, dropout_p=0.0)
-            errors[name] = max(map(relative_error, results, exact))
-            assert errors[name] < 1e-5, f"{name} is off by {errors[name]:.1e}"
+            errors[name] = error(functions[name])
+            assert errors[name] < bound, (
+                f"{name} is off by {errors[name]:.1e}, more than {bound:.1e}"
+            )
         return errors
 
     # Products of matrices under the causal mask: two forward, and backward five more.
     products = 2 if mode == "forward" else 7
     return Case(
-        f"{list(shape)} dropout={dropout_p}",
+        f"{list(shape)} dropout={dropout_p}" + (f" {options.dtype}" * (dtype != torch.float32)),
         mode,
         {name: make_call(f, leaves, dropout_p, mode) for name, f in functions.items()},
         verify,
         gigaflops=products * batch * heads * tokens * tokens * size / 1e9,
+        dtype=dtype,
     )
 
 
@@ -249,9 +258,10 @@ def make_model(contender: str, device: str, fused: bool = False) -> Ember:
     return model
 
 
-def make_step(contender: str, device: str) -> Call:
+def make_step(contender: str, device: str, dtype: torch.dtype) -> Call:
     """One training step of `make_model`."""
-    return training_step(make_model(contender, device), torch.randint(65, (64, 256), device=device))
+    idx = torch.randint(65, (64, 256), device=device)
+    return training_step(make_model(contender, device), idx, dtype)
 
 
 def sdpa_attend(
@@ -269,7 +279,8 @@ def sdpa_attend(
 
 def model_case(options: Options) -> Case:
     """One training step: gated, and ungated by PyTorch's attention."""
-    calls = {name: make_step(name, options.device) for name in MODEL_CONTENDERS}
+    dtype = getattr(torch, options.dtype)
+    calls = {name: make_step(name, options.device, dtype) for name in MODEL_CONTENDERS}
 
     def verify() -> dict[str, float]:
         idx = torch.randint(65, (1, 64), device=options.device)
@@ -281,21 +292,26 @@ def model_case(options: Options) -> Case:
             assert errors[name] < 1e-5, f"{name} is off by {errors[name]:.1e}"
         return errors
 
-    return Case("6 layers, 6 heads, 384 wide, [64, 256]", "step", calls, verify)
+    config = "6 layers, 6 heads, 384 wide, [64, 256]"
+    if dtype != torch.float32:
+        config += f" autocast to {options.dtype}"
+    return Case(config, "step", calls, verify)
 
 
-def make_measured(what: What, name: str, shape: Shape | None) -> Call:
+def make_measured(
+    what: What, name: str, shape: Shape | None, device: str, dtype: torch.dtype
+) -> Call:
     """A step of the model, or forward and backward of a shape, whose memory is to be measured."""
-    small = make_leaves("attention", (1, 1, 64, 64), "cpu")
+    small = make_leaves("attention", (1, 1, 64, 64), device, dtype)
     make_call(eager, small, 0.0, "forward+backward")()
     if shape is None:
-        return make_step(name, "cpu")
+        return make_step(name, device, dtype)
     function = contenders(what, shape[2], False)[name]
-    return make_call(function, make_leaves(what, shape, "cpu"), 0.0, "forward+backward")
+    return make_call(function, make_leaves(what, shape, device, dtype), 0.0, "forward+backward")
 
 
 def memory_table(options: Options, path: Path, console: Console) -> None:
-    """Peak memory on the CPU: of forward and backward beyond the inputs, or of a model's step."""
+    """Peak memory: of forward and backward beyond the inputs, or of a model's step."""
     beyond = "model" if options.what == "model" else "inputs"
     table = Table("config", "contender", f"peak MB beyond the {beyond}")
     table.columns[2].justify = "right"
@@ -306,8 +322,10 @@ def memory_table(options: Options, path: Path, console: Console) -> None:
         if shape is not None:
             names = tuple(contenders(options.what, shape[2], False))
         config = "training step" if shape is None else f"{list(shape)}"
+        config += f" {options.dtype}" * (options.dtype != "float32")
         for name in names:
-            peak = peak_megabytes(make_measured, options.what, name, shape)
+            dtype = getattr(torch, options.dtype)
+            peak = peak_megabytes(make_measured, options.what, name, shape, options.device, dtype)
             rows.append((config, name, f"{peak:.1f}"))
             table.add_row(*rows[-1])
         table.add_section()
@@ -339,7 +357,7 @@ def main(options: Options) -> None:
             rows.sort(key=lambda row: shapes.index(row.config.split(" dropout")[0]))
             write_csv(rows, path)
             plot_csv(path, path.with_suffix(".png"))
-    if options.memory and device.type == "cpu":
+    if options.memory:
         memory_table(options, options.out / f"{name}_memory.csv", Console())
 
 

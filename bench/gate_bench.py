@@ -34,6 +34,8 @@ SHAPES = {
     "small": [(1, 128)],
     "main": [MAIN_SHAPE],
     "large": [MAIN_SHAPE, (64, 256, 128), (16, 1000, 513)],
+    # More than a GPU's cache holds.
+    "huge": [(64, 1024, 1024)],
 }
 
 
@@ -45,7 +47,8 @@ class Options:
     """Where to run: on "cpu", or on "cuda", which is timed by CUDA events."""
     seconds: float = 1.0
     """How long to time each case, in seconds."""
-    sizes: Literal["small", "main", "large", "all"] = "all"
+    sizes: Literal["small", "main", "large", "huge", "all"] = "all"
+    """"all" is without "huge", which is for GPUs."""
     compiled: bool = True
     """Also time torch.compile of the reference."""
     out: Path = Path("bench/results")
@@ -103,7 +106,7 @@ def main(options: Options) -> None:
         gate_case(shape, dtype, norm, mode, options)
         for shape in sizes
         for dtype in DTYPES
-        if dtype == torch.float32 or shape == MAIN_SHAPE
+        if dtype == torch.float32 or shape in (MAIN_SHAPE, *SHAPES["huge"])
         for norm in (None, "l2")
         for mode in ("forward", "forward+backward")
     )

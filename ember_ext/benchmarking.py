@@ -45,6 +45,7 @@ class Case:
             that computes the same, relative to the largest entry of the exact result.
         gigabytes: of memory traffic that the work cannot do without, or 0.
         gigaflops: of arithmetic that the work cannot do without, or 0.
+        dtype: of that arithmetic.
     """
 
     config: str
@@ -53,6 +54,7 @@ class Case:
     verify: Callable[[], dict[str, float]]
     gigabytes: float = 0.0
     gigaflops: float = 0.0
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -163,19 +165,26 @@ def copy_call(megabytes: float, device: torch.device) -> tuple[Call, float]:
     return (lambda: target.copy_(source)), 2 * source.numel() * 4 / 1e9
 
 
-def matmul_call(device: torch.device, size: int = 1024) -> tuple[Call, float]:
-    """A square fp32 matrix product, and its GFLOP."""
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+def matmul_call(
+    device: torch.device, dtype: torch.dtype = torch.float32, size: int | None = None
+) -> tuple[Call, float]:
+    """A square matrix product, by default of a size that fills the device, and its GFLOP."""
+    size = size or (4096 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     return (lambda: torch.mm(a, b, out=out)), 2 * size**3 / 1e9
 
 
-def training_step(model: nn.Module, idx: Tensor) -> Call:
-    """A step of AdamW on a language model that predicts `idx`, [B, T], from itself."""
+def training_step(model: nn.Module, idx: Tensor, dtype: torch.dtype = torch.float32) -> Call:
+    """A step of AdamW on a language model that predicts `idx`, [B, T], from itself.
+
+    With another dtype than fp32, under autocast to it, without a scaler of gradients.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step() -> None:
-        _, loss, _ = model(idx, idx)
+        with torch.autocast(idx.device.type, dtype, enabled=dtype != torch.float32):
+            _, loss, _ = model(idx, idx)
         assert loss is not None
         optimizer.zero_grad()
         loss.backward()
@@ -259,7 +268,7 @@ def _time_case(
     if case.gigabytes:
         limit, unit = copy_call(case.gigabytes * 500, device), "GB/s"
     elif case.gigaflops:
-        limit, unit = matmul_call(device), "GFLOP/s"
+        limit, unit = matmul_call(device, case.dtype), "GFLOP/s"
     calls = case.contenders | ({"limit": limit[0]} if limit else {})
     times = time_in_turns(calls, clock_of(device), seconds, least)
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -313,6 +322,12 @@ def _resident_bytes(field: str) -> int:
 
 def _measure_peak(make: Callable[..., Call], arguments: tuple[Any, ...]) -> int:
     call = make(*arguments)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - allocated
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
     before = _resident_bytes("VmRSS")
     call()
@@ -322,8 +337,9 @@ def _measure_peak(make: Callable[..., Call], arguments: tuple[Any, ...]) -> int:
 def peak_megabytes(make: Callable[..., Call], *arguments: Any) -> float:
     """How far a call drives the memory of a fresh process, beyond what it had before.
 
-    Linux only. What a script calls at its top level runs in that process too, so a script must call
-    this under `if __name__ == "__main__"`.
+    Where `make` uses a GPU, what torch allocates there; else of the process, on Linux only. What a
+    script calls at its top level runs in that process too, so a script must call this under
+    `if __name__ == "__main__"`.
 
     Args:
         make: a function of a module, which returns the call; what it allocates, and what it runs
