@@ -2,7 +2,7 @@
 //
 // Plain loops over these functions become SIMD code under -O3 -fno-math-errno -fno-trapping-math;
 // libm's would stay scalar calls. NaN goes through; exp is 0 below 2^-126.5 and at
-// most 2^127. On a GPU the toolkit's own functions are used.
+// most 2^127. On a GPU the toolkit's own functions are used, and exp is at most 2^126.
 #pragma once
 
 #include <cstdint>
@@ -44,12 +44,26 @@ EMBER_HD double absolute(double x) {
 
 #ifdef __CUDACC__
 
-// Never infinite, as on the CPU: lif_gate_math.h multiplies the result by its reciprocal.
+// Never infinite, as on the CPU, nor too large for quotient(): lif_gate_math.h multiplies the
+// result by its reciprocal.
 EMBER_HD float exponential(float x) {
-  return expf(x > 88.02969f ? 88.02969f : x);
+  return expf(x > 87.33654f ? 87.33654f : x);
 }
 EMBER_HD double exponential(double x) {
   return exp(x > 709.43 ? 709.43 : x);
+}
+
+// a / b for |b| up to 2^126, within two units in the last place. A correctly rounded quotient takes
+// ten instructions and a branch.
+EMBER_HD float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+EMBER_HD double quotient(double a, double b) {
+  return a / b;
 }
 EMBER_HD float hyperbolic_tangent(float x) {
   return tanhf(x);
@@ -59,6 +73,11 @@ EMBER_HD double hyperbolic_tangent(double x) {
 }
 
 #else
+
+template <typename T>
+EMBER_HD T quotient(T a, T b) {
+  return a / b;
+}
 
 // e^x = 2^n e^r with n = round(x / ln 2). Adding 1.5 * 2^23 rounds to an integer and leaves n in
 // the low bits, from where a shift moves it into the exponent. Polynomial: Cephes expf.
@@ -148,7 +167,7 @@ EMBER_HD double hyperbolic_tangent(double x) {
 template <typename T>
 EMBER_HD T sigmoid(T x) {
   const T e = exponential(x);
-  return e / (T(1) + e);
+  return quotient(e, T(1) + e);
 }
 
 }  // namespace EMBER_ISA

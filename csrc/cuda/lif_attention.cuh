@@ -139,7 +139,7 @@ struct GatedProbability {
   __device__ __forceinline__ GatedProbability(const AttentionHead<T>& head, C p, C threshold)
       : p(p) {
     const C odds = gate_odds(p, threshold, head.steepness);
-    const C fire = C(1) / (C(1) + odds);
+    const C fire = quotient(C(1), C(1) + odds);
     smoulder = odds * fire;
     gate = gate_value(fire, smoulder, head.leak);
     slope = gate_slope(fire, smoulder, head.leak);

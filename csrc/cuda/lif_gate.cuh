@@ -142,7 +142,7 @@ struct LifGatePack {
   // f and 1 - f.
   __device__ __forceinline__ void firing(int i, C x, C& fire, C& smoulder) const {
     const C odds = gate_odds(absolute(x), threshold[i], steepness[i]);
-    fire = C(1) / (C(1) + odds);
+    fire = quotient(C(1), C(1) + odds);
     smoulder = odds * fire;
   }
 
@@ -216,7 +216,7 @@ __device__ __forceinline__ LifGateRow<compute_t<T>> finish_row(
       const C value = widen(x[j]);
       const C odds =
           gate_odds(absolute(value), parameters.threshold[unit], parameters.steepness[unit]);
-      const C fire = C(1) / (C(1) + odds);
+      const C fire = quotient(C(1), C(1) + odds);
       const C y = value * gate_value(fire, odds * fire, parameters.leak[unit]) * inverse;
       again[0] += norm_term(p.norm, value * inverse);
       again[1] += norm_term(p.norm, y);

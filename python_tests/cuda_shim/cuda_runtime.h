@@ -136,6 +136,9 @@ T atomicAdd(T* to, T value) {
   return before;
 }
 
+inline float __fdividef(float a, float b) {
+  return a / b;
+}
 inline float __fmul_rn(float a, float b) {
   return a * b;
 }
