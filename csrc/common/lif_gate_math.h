@@ -10,11 +10,17 @@
 namespace ember {
 inline namespace EMBER_ISA {
 
+// -z; exp of it is gate_odds.
+template <typename T>
+EMBER_HD T gate_exponent(T magnitude, T threshold, T steepness) {
+  return steepness * (threshold - magnitude);
+}
+
 // (1 - f) / f. From it follow f = 1 / (1 + odds) and 1 - f = odds * f, the latter without the
 // cancellation that subtracting would bring as f approaches 1.
 template <typename T>
 EMBER_HD T gate_odds(T magnitude, T threshold, T steepness) {
-  return exponential(steepness * (threshold - magnitude));
+  return exponential(gate_exponent(magnitude, threshold, steepness));
 }
 
 // g; `smoulder` is 1 - f.

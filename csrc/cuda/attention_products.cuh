@@ -123,6 +123,7 @@ struct AttentionScale {
 template <typename T>
 struct AttentionProducts<T, false> {
   using C = compute_t<T>;
+  static constexpr int kElements = WidestPack<T>::kElements;
   // Terms of a product that are staged at once, for both operands or, twice as many, for one.
   static constexpr int kDepth = sizeof(C) == 8 ? 16 : 32;
   static constexpr int kStride = kTile + 16 / int(sizeof(C));  // keeps rows 16-byte aligned
@@ -153,12 +154,8 @@ struct AttentionProducts<T, false> {
     if (a.size == 0) __syncthreads();
     for (int first = 0; first < a.size; first += kDepth) {
       __syncthreads();
-      // Neighbouring threads take neighbouring rows: their stores go to different banks.
-      const int row = int(threadIdx.x) % kTile;
-      for (int k = int(threadIdx.x) / kTile; k < kDepth; k += kAttentionThreads / kTile) {
-        stage[k * kStride + row] = a.at(a_first + row, first + k);
-        stage[(kDepth + k) * kStride + row] = b.at(b_first + row, first + k);
-      }
+      stage_transposed(a, a_first, first, stage);
+      stage_transposed(b, b_first, first, stage + kDepth * kStride);
       __syncthreads();
       multiply(stage, stage + kDepth * kStride, kDepth, sums);
     }
@@ -200,9 +197,15 @@ struct AttentionProducts<T, false> {
     constexpr int kSlice = 2 * kDepth;
     for (int slice = 0; slice < kTile; slice += kSlice) {
       __syncthreads();
-      const int c = int(threadIdx.x) % kTile;
-      for (int k = int(threadIdx.x) / kTile; k < kSlice; k += kAttentionThreads / kTile) {
-        stage[k * kStride + c] = b.at(first + slice + k, column + c);
+      const bool packed = b.packed();
+#pragma unroll 1
+      for (int i = int(threadIdx.x); i < kSlice * kTile / kElements; i += kAttentionThreads) {
+        const int k = i / (kTile / kElements), c = i % (kTile / kElements) * kElements;
+        const WidestPack<T> pack = b.pack(first + slice + k, column + c, packed);
+        Pack<C, kElements> values;
+#pragma unroll
+        for (int n = 0; n < kElements; ++n) values.values[n] = widen(pack.values[n]);
+        *reinterpret_cast<Pack<C, kElements>*>(stage + k * kStride + c) = values;
       }
       __syncthreads();
       multiply(tile + slice * kStride, stage, kSlice, sums.values);
@@ -219,6 +222,22 @@ struct AttentionProducts<T, false> {
   }
 
  private:
+  // Stages kDepth terms of rows [first, + kTile), transposed. Pairs of threads share a row: what
+  // they read at once is a sector of memory, and what a warp stores goes to different banks.
+  static __device__ __forceinline__ void stage_transposed(const AttentionRows<T>& rows, int first,
+                                                          int term, C* to) {
+    constexpr int kPacks = kDepth / kElements;
+    static_assert(kPacks % 2 == 0, "a pair of threads takes two packs of a row");
+    const bool packed = rows.packed();
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < kTile * kPacks; i += kAttentionThreads) {
+      const int row = i / 2 % kTile, k = (i / (2 * kTile) * 2 + i % 2) * kElements;
+      const WidestPack<T> pack = rows.pack(first + row, term + k, packed);
+#pragma unroll
+      for (int n = 0; n < kElements; ++n) to[(k + n) * kStride + row] = widen(pack.values[n]);
+    }
+  }
+
   // sums += a^T b for the thread's patch; a and b are [depth, kStride] in shared memory.
   static __device__ __forceinline__ void multiply(const C* a, const C* b, int depth,
                                                   C (&sums)[kPatch][kPatch]) {
@@ -254,6 +273,62 @@ struct MatrixUnit<float> {
   }
 };
 #endif
+
+// wmma's own loads and stores, of what lies in shared memory. For bf16 and tf32 they come out as
+// accesses of any memory, several times as many as ldmatrix needs, unless nvcc is told where.
+template <typename Use, int step, typename Element, typename Layout, typename T>
+__device__ __forceinline__ void load_operand(
+    nvcuda::wmma::fragment<Use, 16, 16, step, Element, Layout>& operand, const T* from,
+    int stride) {
+#ifdef __NVCC__
+  if constexpr (!std::is_same<T, float16>::value) {
+    constexpr bool is_left = std::is_same<Use, nvcuda::wmma::matrix_a>::value;
+    constexpr bool by_row = std::is_same<Layout, nvcuda::wmma::row_major>::value;
+    static_assert(sizeof(operand.x) == 16, "an operand takes four registers");
+    unsigned* r = reinterpret_cast<unsigned*>(operand.x);
+    const unsigned address = unsigned(__cvta_generic_to_shared(from));
+#define EMBER_LOAD_OPERAND(what)                                \
+  asm volatile("wmma.load." what " {%0, %1, %2, %3}, [%4], %5;" \
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) \
+               : "r"(address), "r"(stride)                      \
+               : "memory")
+    if constexpr (is_left && step == 16) {
+      EMBER_LOAD_OPERAND("a.sync.aligned.row.m16n16k16.shared.bf16");
+    } else if constexpr (is_left) {
+      EMBER_LOAD_OPERAND("a.sync.aligned.row.m16n16k8.shared.tf32");
+    } else if constexpr (by_row && step == 16) {
+      EMBER_LOAD_OPERAND("b.sync.aligned.row.m16n16k16.shared.bf16");
+    } else if constexpr (by_row) {
+      EMBER_LOAD_OPERAND("b.sync.aligned.row.m16n16k8.shared.tf32");
+    } else if constexpr (step == 16) {
+      EMBER_LOAD_OPERAND("b.sync.aligned.col.m16n16k16.shared.bf16");
+    } else {
+      EMBER_LOAD_OPERAND("b.sync.aligned.col.m16n16k8.shared.tf32");
+    }
+#undef EMBER_LOAD_OPERAND
+    return;
+  }
+#endif
+  nvcuda::wmma::load_matrix_sync(operand, from, stride);
+}
+template <int step>
+__device__ __forceinline__ void store_sums(
+    float* to, const nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, step, float>& sums,
+    int stride) {
+#ifdef __NVCC__
+  if constexpr (step == 8) {
+    const float* x = sums.x;
+    asm volatile(
+        "wmma.store.d.sync.aligned.row.m16n16k8.shared.f32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8}, "
+        "%9;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+        "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "f"(x[4]), "f"(x[5]), "f"(x[6]), "f"(x[7]),
+        "r"(stride)
+        : "memory");
+    return;
+  }
+#endif
+  nvcuda::wmma::store_matrix_sync(to, sums, stride, nvcuda::wmma::mem_row_major);
+}
 
 // Matrix units, 16 x 16 at a time: each of the 8 warps has two such pieces of every tile, side by
 // side. Where elements lie within a warp's registers is not known, so scores go through shared
@@ -321,11 +396,11 @@ struct AttentionProducts<T, true> {
       for (int k = 0; k < kDepth; k += kStep) {
         if (first + k >= a.size) break;
         Operand<matrix_a, row_major> left;
-        load_matrix_sync(left, stage + piece_row() * kStride + k, kStride);
+        load_operand(left, stage + piece_row() * kStride + k, kStride);
 #pragma unroll
         for (int n = 0; n < kPieces; ++n) {
           Operand<matrix_b, col_major> right;
-          load_matrix_sync(right, other + piece_column(n) * kStride + k, kStride);
+          load_operand(right, other + piece_column(n) * kStride + k, kStride);
           mma_sync(products.pieces[n], left, right, products.pieces[n]);
         }
       }
@@ -479,16 +554,34 @@ struct AttentionProducts<T, true> {
   static __device__ __forceinline__ void load(const AttentionRows<T>& rows, int first, int column,
                                               T* to, int stride) {
     constexpr int kElements = WidestPack<T>::kElements, kPacks = columns / kElements;
-    const bool packed = rows.packed();
-    // Unrolled, the loop would take registers that the scores need.
-#pragma unroll 1
-    for (int n = 0; n < kTile * kPacks / kAttentionThreads; ++n) {
-      const int index = n * kAttentionThreads + int(threadIdx.x);
-      const int row = index / kPacks, offset = index % kPacks * kElements;
-      WidestPack<T> pack = rows.pack(first + row, column + offset, packed);
+    constexpr int kRows = kAttentionThreads / kPacks;  // that the block takes at once
+    // What follows from the thread's index is computed anew each time: kept from one tile to the
+    // next, it would take registers that the scores need.
+    int thread = int(threadIdx.x);
+    asm volatile("" : "+r"(thread));
+    const int row = thread / kPacks, offset = thread % kPacks * kElements;
+    first += row;
+    column += offset;
+    to += row * stride + offset;
+    const auto store = [&](WidestPack<T> pack, int n) {
 #pragma unroll
       for (int i = 0; i < kElements; ++i) pack.values[i] = Unit::round(pack.values[i]);
-      *reinterpret_cast<WidestPack<T>*>(to + row * stride + offset) = pack;
+      *reinterpret_cast<WidestPack<T>*>(to + n * kRows * stride) = pack;
+    };
+    const bool packed = rows.packed();
+    // Most tiles lie wholly inside the matrix.
+    if (packed && first + kTile - kRows < rows.count && column + kElements <= rows.size) {
+      const auto* from =
+          reinterpret_cast<const WidestPack<T>*>(rows.data + first * rows.stride + column);
+      const int64_t stride_of_packs = kRows * rows.stride / kElements;
+#pragma unroll(sizeof(T) == 2 ? 2 : 1)
+      for (int n = 0; n < kTile / kRows; ++n) store(from[n * stride_of_packs], n);
+      return;
+    }
+    // Unrolled, the loop would take registers that the scores need.
+#pragma unroll 1
+    for (int n = 0; n < kTile / kRows; ++n) {
+      store(rows.pack(first + n * kRows, column, packed), n);
     }
   }
 
@@ -498,11 +591,11 @@ struct AttentionProducts<T, true> {
 #pragma unroll 1
     for (int k = 0; k < kTile; k += kStep) {
       Operand<matrix_a, row_major> left;
-      load_matrix_sync(left, tile + piece_row() * kTileStride + k, kTileStride);
+      load_operand(left, tile + piece_row() * kTileStride + k, kTileStride);
 #pragma unroll
       for (int n = 0; n < kPieces; ++n) {
         Operand<matrix_b, row_major> right;
-        load_matrix_sync(right, stage + k * kWideStride + piece_column(n), kWideStride);
+        load_operand(right, stage + k * kWideStride + piece_column(n), kWideStride);
         mma_sync(sums.pieces[n], left, right, sums.pieces[n]);
       }
     }
@@ -513,8 +606,8 @@ struct AttentionProducts<T, true> {
     using namespace nvcuda::wmma;
 #pragma unroll
     for (int n = 0; n < kPieces; ++n) {
-      store_matrix_sync(scores + piece_row() * kScoreStride + piece_column(n), sums.pieces[n],
-                        kScoreStride, mem_row_major);
+      store_sums(scores + piece_row() * kScoreStride + piece_column(n), sums.pieces[n],
+                 kScoreStride);
     }
     __syncthreads();
 #pragma unroll

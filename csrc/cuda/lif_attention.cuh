@@ -96,15 +96,44 @@ struct AttentionHead {
 
   __device__ __forceinline__ bool visible(int i, int j) const {
     return i < int(p.queries) && j < int(p.keys) &&
-           (!p.causal || j <= i + int(p.keys) - int(p.queries)) &&
-           (!p.mask || p.mask[batch * p.mask_strides[0] + head * p.mask_strides[1] +
-                              i * p.mask_strides[2] + j * p.mask_strides[3]]);
+           (!p.causal || j <= i + int(p.keys) - int(p.queries)) && (!p.mask || masked_in(i, j));
+  }
+  __device__ __forceinline__ bool masked_in(int i, int j) const {
+    return p.mask[batch * p.mask_strides[0] + head * p.mask_strides[1] + i * p.mask_strides[2] +
+                  j * p.mask_strides[3]];
   }
 
   // Past the last key that a query up to `last` sees.
   __device__ __forceinline__ int end_of_keys(int last) const {
     const int keys = int(p.keys), end = last + 1 + keys - int(p.queries);
     return p.causal && end < keys ? end : keys;
+  }
+
+  // Which of queries i ... i + 3 see which of keys j ... j + 3: bit 4 * query + key. One test does
+  // for most patches, which lie wholly inside.
+  __device__ __forceinline__ unsigned visible_patch(int i, int j) const {
+    const bool inside = i + kPatch <= int(p.queries) && j + kPatch <= end_of_keys(i);
+    if (inside && !p.mask) return (1u << kPatch * kPatch) - 1;
+    unsigned bits = 0;
+    // Unrolled, these rarer cases would take registers from the others.
+#pragma unroll 1
+    for (int q = 0; q < kPatch; ++q) {
+      const int keys = i + q < int(p.queries) ? min(end_of_keys(i + q) - j, kPatch) : 0;
+#pragma unroll 1
+      for (int k = 0; k < keys; ++k) {
+        bits |= unsigned(!p.mask || masked_in(i + q, j + k)) << (q * kPatch + k);
+      }
+    }
+    return bits;
+  }
+
+  // e^x. What the faster function errs by is lost in a result of 16 bits.
+  static __device__ __forceinline__ C exponential(C x) {
+    if constexpr (sizeof(T) == 2) {
+      return __expf(min(x, C(87)));
+    } else {
+      return ember::exponential(x);
+    }
   }
 
   // The score of a product of query and key. Everywhere it is rounded alike: the exponential of a
@@ -126,6 +155,11 @@ struct AttentionHead {
   }
 };
 
+// Of what visible_patch() returns, whether the patch's query sees the key.
+__device__ __forceinline__ bool seen(unsigned visible, int query, int key) {
+  return visible >> (query * kPatch + key) & 1;
+}
+
 // The gate on one probability.
 template <typename C>
 struct GatedProbability {
@@ -138,7 +172,7 @@ struct GatedProbability {
   template <typename T>
   __device__ __forceinline__ GatedProbability(const AttentionHead<T>& head, C p, C threshold)
       : p(p) {
-    const C odds = gate_odds(p, threshold, head.steepness);
+    const C odds = head.exponential(gate_exponent(p, threshold, head.steepness));
     const C fire = quotient(C(1), C(1) + odds);
     smoulder = odds * fire;
     gate = gate_value(fire, smoulder, head.leak);
@@ -190,27 +224,28 @@ __device__ __forceinline__ void row_maxima(Products& products, const AttentionHe
   }
   for (int keys = 0; keys < end; keys += kTile) {
     products.rows(head.query, first, head.key, keys, scores);
+    const unsigned visible = head.visible_patch(row, keys + patch_column());
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
       C most = largest[r];
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
-        const bool visible = head.visible(row + r, keys + patch_column() + c);
-        scores[r][c] = visible ? head.score(scores[r][c]) : lowest;
+        scores[r][c] = seen(visible, r, c) ? head.score(scores[r][c]) : lowest;
         most = Maximum::of(scores[r][c], most);
       }
-      sum[r] *= exponential(largest[r] - most);
+      sum[r] *= head.exponential(largest[r] - most);
       largest[r] = most;
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
-        if (scores[r][c] != lowest) sum[r] += exponential(scores[r][c] - most);
+        const C e = head.exponential(scores[r][c] - most);
+        sum[r] += seen(visible, r, c) ? e : C(0);
       }
     }
   }
 #pragma unroll
   for (int r = 0; r < kPatch; ++r) {
     const C most = across_columns<Maximum>(largest[r]);
-    const C total = across_columns<Sum>(sum[r] * exponential(largest[r] - most));
+    const C total = across_columns<Sum>(sum[r] * head.exponential(largest[r] - most));
     largest[r] = most;
     inverse_sum[r] = total == 0 ? C(0) : C(1) / total;
   }
@@ -250,17 +285,17 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
   typename Products::Result weighted;
   for (int keys = 0; keys < end; keys += kTile) {
     products.rows(head.query, first, head.key, keys, scores);
+    const unsigned visible = head.visible_patch(row, keys + patch_column());
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
       bool kept[kPatch];
       head.dropout(row + r, keys + patch_column(), kept);
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
-        C weight = 0;  // times the row's sum of exponentials
-        if (head.visible(row + r, keys + patch_column() + c)) {
-          const C e = exponential(head.score(scores[r][c]) - largest[r]);
-          weight = e * GatedProbability<C>(head, e * inverse_sum[r]).gate;
-        }
+        const C e = head.exponential(head.score(scores[r][c]) - largest[r]);
+        // Times the row's sum of exponentials.
+        C weight = e * GatedProbability<C>(head, e * inverse_sum[r]).gate;
+        if (!seen(visible, r, c)) weight = 0;
         weight_sum[r] += weight;
         weight = Products::rounded(weight * factors[r]);
         rounded_sum[r] += weight;
@@ -311,7 +346,7 @@ struct AttentionRowStats {
 
   template <typename T>
   __device__ __forceinline__ C probability(const AttentionHead<T>& head, C product) const {
-    return exponential(head.score(product) - largest) * inverse_sum;
+    return head.exponential(head.score(product) - largest) * inverse_sum;
   }
 };
 
@@ -338,6 +373,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
   for (int keys = 0; keys < end; keys += kTile) {
     products.rows(head.query, first, head.key, keys, scores);
     products.rows(grad_out, first, head.value, keys, through_value);
+    const unsigned visible = head.visible_patch(row, keys + patch_column());
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
       const AttentionRowStats<C> stats(head, row + r);
@@ -345,8 +381,8 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
       head.dropout(row + r, keys + patch_column(), kept);
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
-        if (!head.visible(row + r, keys + patch_column() + c)) continue;
-        const GatedProbability<C> gated(head, stats.probability(head, scores[r][c]));
+        const C chance = stats.probability(head, scores[r][c]);
+        const GatedProbability<C> gated(head, seen(visible, r, c) ? chance : C(0));
         const C t = kept[c] ? through_value[r][c] * head.keep_factor : C(0);
         delta[r] += gated.p * gated.gate * t;
         with_value[r] += gated.p * gated.derivative * t;
@@ -372,6 +408,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
   for (int keys = 0; keys < end; keys += kTile) {
     products.rows(head.query, first, head.key, keys, scores);
     products.rows(grad_out, first, head.value, keys, through_value);
+    const unsigned visible = head.visible_patch(row, keys + patch_column());
     C tile_gates[3] = {};
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
@@ -381,7 +418,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
         C grad_score = 0;
-        if (head.visible(row + r, keys + patch_column() + c)) {
+        if (seen(visible, r, c)) {
           const GatedProbability<C> gated(head, stats.probability(head, scores[r][c]));
           const C t = kept[c] ? through_value[r][c] * head.keep_factor : C(0);
           const C grad_weight = (t - delta[r]) * stats.inverse_weight_sum;
@@ -440,6 +477,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
     for (int queries = begin / kTile * kTile; queries < int(p.queries); queries += kTile) {
       products.rows(head.key, first, head.query, queries, scores);
       products.rows(head.value, first, grad_out, queries, through_value);
+      const unsigned visible = head.visible_patch(queries + patch_column(), key);
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
         const int i = queries + patch_column() + c;
@@ -452,7 +490,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
 #pragma unroll
         for (int r = 0; r < kPatch; ++r) {
           C grad_score = 0, weight = 0;
-          if (head.visible(i, key + r)) {
+          if (seen(visible, c, r)) {
             const GatedProbability<C> gated(head, stats.probability(head, scores[r][c]));
             const C t = kept[r] ? through_value[r][c] * head.keep_factor : C(0);
             const C grad_weight = (t - delta) * stats.inverse_weight_sum;
@@ -497,13 +535,13 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
   double sums[3] = {}, counts[3] = {};
   for (int queries = 0; queries < int(p.queries); queries += kTile) {
     products.rows(head.key, first, head.query, queries, scores);
+    const unsigned visible = head.visible_patch(queries + patch_column(), key);
 #pragma unroll
     for (int c = 0; c < kPatch; ++c) {
-      const int i = queries + patch_column() + c;
-      const AttentionRowStats<C> stats(head, i);
+      const AttentionRowStats<C> stats(head, queries + patch_column() + c);
 #pragma unroll
       for (int r = 0; r < kPatch; ++r) {
-        if (!head.visible(i, key + r)) continue;
+        if (!seen(visible, c, r)) continue;
         const GatedProbability<C> gated(head, stats.probability(head, scores[r][c]));
         const C weight = gated.p * gated.gate * stats.inverse_weight_sum;
         load[r] += gated.p;

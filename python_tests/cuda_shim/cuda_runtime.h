@@ -136,6 +136,9 @@ T atomicAdd(T* to, T value) {
   return before;
 }
 
+inline float __expf(float x) {
+  return expf(x);
+}
 inline float __fdividef(float a, float b) {
   return a / b;
 }
