@@ -71,7 +71,9 @@ def test_wide_and_deep_cells(
     operator: Any, batch: int, steps: int, inputs: int, hidden: int, options: dict[str, Any]
 ) -> None:
     one = sample(batch, steps, inputs, hidden, torch.float32, **options)
-    check_sample(operator, definition, one)
+    # A gradient has been rounded by every map, there and back, where eager may happen to be exact.
+    maps = 1 + len(options.get("backbone", ()))
+    check_sample(operator, definition, one, floor_ulps=max(4.0, 2.0 * maps))
 
 
 @needs_compiler
@@ -105,9 +107,10 @@ def test_launches_are_those_of_the_report(dtype: str, heads: int) -> None:
         seen = set()
         for launch in cuda_shim.operators().launches()[before:]:
             if workload := typical.get(short_name(launch.kernel)):
-                # A row of the weights goes into shared memory as a whole or not at all.
+                # Every slice of the weights has equally many rows there: up to three slices, of
+                # 576 columns.
                 unused = workload.shared_on(architecture) - launch.shared_bytes
-                assert 0 <= unused < 8 * heads * 192
+                assert 0 <= unused < 8 * 3 * 576
                 assert launch.threads == workload.threads
                 seen.add(workload.kernel)
         assert seen == set(typical)

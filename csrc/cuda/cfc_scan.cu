@@ -1,5 +1,6 @@
 // Launchers of the CfC scan's kernels.
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "cfc_scan.cuh"
@@ -10,7 +11,7 @@ namespace {
 
 // Where the parts of the workspace begin, in elements of C.
 struct Workspace {
-  int64_t transposed, tape, grads, partial_grads, decay_grads, vectors, size;
+  int64_t packed, packed_back, tape, grads, partial_grads, decay_grads, vectors, size;
 };
 
 const CfcLayer& heads_of(const CfcScanParams& p) {
@@ -33,6 +34,15 @@ int64_t chunk_steps(const CfcScanParams& p, bool backward) {
   if (steps < 16) steps = 16;
   if (p.chunk && (backward || p.saved)) steps = p.chunk;
   return std::max<int64_t>(std::min(steps, p.steps), 1);
+}
+
+// Elements of a layer's weights as one pass multiplies by them.
+int64_t packed_size(const CfcScanParams& p, int64_t l, bool backward) {
+  const CfcLayer& layer = p.layers[l];
+  const int64_t depth = backward ? columns_of(layer) : depth_of(p, l);
+  const int64_t heads = backward ? 1 : layer.segments;
+  const int64_t units = backward ? depth_of(p, l) : layer.units;
+  return depth * heads * ceil_div(units, kCfcParts) * kCfcParts;
 }
 
 // How the rows that a weight's gradient is summed over are split: into enough blocks to fill a GPU,
@@ -58,10 +68,11 @@ int64_t vectors_of(const CfcScanParams& p, bool backward) {
 Workspace workspace_of(const CfcScanParams& p, bool backward) {
   const int64_t steps = chunk_steps(p, backward), rows = steps * p.batch;
   const bool runs_forward = !backward || p.chunk;
-  int64_t transposed = 0, grads = 0, partial_grads = 0;
+  int64_t packed = 0, packed_back = 0, grads = 0, partial_grads = 0;
   for (int64_t l = 0; l < p.num_layers; ++l) {
     const CfcLayer& layer = p.layers[l];
-    transposed += depth_of(p, l) * columns_of(layer);
+    packed += packed_size(p, l, false);
+    packed_back += packed_size(p, l, true);
     grads += rows * columns_of(layer);
     if (layer.grad_weight) {
       const int64_t splits = ceil_div(rows, rows_of_split(layer, rows));
@@ -74,10 +85,11 @@ Workspace workspace_of(const CfcScanParams& p, bool backward) {
     w.size += cfc_pad(elements);
   };
   if (runs_forward) {
-    take(w.transposed, transposed);
+    take(w.packed, packed);
     take(w.tape, p.saved && !p.chunk ? 0 : cfc_tape_size(p, steps));
   }
   if (backward) {
+    take(w.packed_back, packed_back);
     take(w.grads, grads);
     take(w.partial_grads, partial_grads);
     take(w.decay_grads, p.grad_decay ? p.batch * 2 * p.hidden : 0);
@@ -105,7 +117,7 @@ class Scan {
 
   cudaError_t forward() {
     cudaError_t status = prepare();
-    if (status == cudaSuccess) status = transpose();
+    if (status == cudaSuccess) status = pack(false);
     // Without steps the state still has to be handed on.
     for (int64_t first = 0; status == cudaSuccess && (first == 0 || first < p_.steps);
          first += chunk_) {
@@ -122,7 +134,8 @@ class Scan {
 
   cudaError_t backward() {
     cudaError_t status = prepare();
-    if (status == cudaSuccess && p_.chunk) status = transpose();
+    if (status == cudaSuccess && p_.chunk) status = pack(false);
+    if (status == cudaSuccess) status = pack(true);
     if (status == cudaSuccess && p_.grad_decay) {
       status = sum(nullptr, 0, p_.batch * 2 * p_.hidden, false, workspace_ + at_.decay_grads);
     }
@@ -182,38 +195,28 @@ class Scan {
     plan.first = first;
     plan.steps = int(std::min(chunk_, p_.steps - first));
     const int64_t slot = has_tape_ ? first : 0;
-    C* transposed = workspace_ + at_.transposed;
+    const C* packed = packed_weights(backward);
     C* grads = workspace_ + at_.grads;
     int64_t exchange = 0, vectors = backward ? p_.hidden : 2 * p_.hidden;
     for (int64_t l = 0; l < p_.num_layers; ++l) {
       const CfcLayer& from = p_.layers[l];
       CfcScanLayer& layer = plan.layers[l];
-      const C* weight = static_cast<const C*>(from.weight);
-      const bool by_head = !backward && &from == &heads_of(p_) && p_.heads > 1;
       CfcMap& map = layer.map;
-      if (backward) {
-        map.weight = weight + 1 + (l ? 0 : p_.inputs);
-        map.row_stride = 1 + from.inputs;
-        map.depth = int(columns_of(from));
-        map.columns = int(depth_of(p_, l));
-        layer.vector = int(vectors);
-        vectors += columns_of(from);
-      } else {
-        map.weight = transposed;
-        map.row_stride = columns_of(from);
-        map.depth = int(depth_of(p_, l));
-        map.columns = int(columns_of(from));
-        layer.vector = int(l ? vectors : 0);
-        vectors += l ? from.inputs : 0;
-        transposed += depth_of(p_, l) * columns_of(from);
-      }
-      const int parts = by_head ? int(p_.heads) : kCfcParts;
-      map.stride = by_head ? int(p_.hidden) : int(ceil_div(map.columns, parts));
-      map.lanes = std::max(std::min(map.stride, kCfcThreads<C>), 1);
+      map.weight = packed;
+      packed += packed_size(p_, l, backward);
+      const int heads = backward ? 1 : int(from.segments);
+      map.depth = int(backward ? columns_of(from) : depth_of(p_, l));
+      map.units = int(backward ? depth_of(p_, l) : from.units);
+      map.width = int(ceil_div(map.units, kCfcParts)) * heads;
+      layer.vector = int(backward || l ? vectors : 0);
+      vectors += backward ? columns_of(from) : l ? from.inputs : 0;
+      map.lanes = std::max(std::min(map.width, kCfcThreads / heads * heads), 1);
       // More slices than that spend their time adding up.
-      map.slices = std::max(std::min({kCfcThreads<C> / map.lanes, map.depth / 8, 8}), 1);
-      exchange = std::max(exchange, int64_t(map.slices) * parts * map.lanes * kCfcRows<C>);
-      layer.bias = weight;
+      map.slices = std::max(std::min({kCfcThreads / map.lanes, map.depth / 8, 8}), 1);
+      map.turn = kWarp / std::gcd(map.lanes, kWarp);
+      exchange =
+          std::max(exchange, int64_t(map.slices) * kCfcParts * map.part_stride() * kCfcRows<C>);
+      layer.bias = from.weight;
       layer.bias_stride = 1 + from.inputs;
       layer.input_stride = from.input_stride;
       layer.kept_stride = from.kept_stride;
@@ -224,7 +227,7 @@ class Scan {
       grads += chunk_ * p_.batch * columns_of(from);
     }
     plan.sums_at = int(exchange);
-    plan.vectors_at = plan.sums_at + kCfcThreads<C> / kWarp * kCfcRows<C>;
+    plan.vectors_at = plan.sums_at + kCfcThreads / kWarp * kCfcRows<C>;
     shared_ = plan.vectors_at;
     plan.vectors_size = vectors;
     if (shared_ + vectors * kCfcRows<C> <= shared_limit_) {
@@ -234,25 +237,33 @@ class Scan {
     }
     for (int64_t l = 0; l < p_.num_layers; ++l) {
       CfcMap& map = plan.layers[l].map;
+      const int64_t row = std::max(map.width, 1) * kCfcParts;
       const int64_t left = std::max<int64_t>(shared_limit_ - shared_, 0);
-      map.resident = int(std::min<int64_t>(left / std::max(map.columns, 1), map.depth));
+      map.resident = int(std::min(left / (row * map.slices), ceil_div(map.depth, map.slices)));
       map.resident_at = int(shared_);
-      shared_ += int64_t(map.resident) * map.columns;
+      shared_ += row * map.slices * map.resident;
     }
     return plan;
   }
 
-  cudaError_t transpose() {
-    C* to = workspace_ + at_.transposed;
+  C* packed_weights(bool backward) const {
+    return workspace_ + (backward ? at_.packed_back : at_.packed);
+  }
+
+  // Forward the depth runs along the weights' columns, backward along their rows.
+  cudaError_t pack(bool backward) {
+    C* to = packed_weights(backward);
     for (int64_t l = 0; l < p_.num_layers; ++l) {
       const CfcLayer& layer = p_.layers[l];
-      const int64_t depth = depth_of(p_, l), columns = columns_of(layer);
+      const int64_t row = 1 + layer.inputs, size = packed_size(p_, l, backward);
+      const C* weight = static_cast<const C*>(layer.weight) + row - depth_of(p_, l);
       const cudaError_t status =
-          launch(cfc_scan_transpose_kernel<C>, ceil_div(depth * columns, kCfcRowThreads),
-                 kCfcRowThreads, 0, stream_, static_cast<const C*>(layer.weight), 1 + layer.inputs,
-                 1 + layer.inputs - depth, depth, columns, to);
+          launch(cfc_scan_pack_kernel<C>, ceil_div(size, kCfcRowThreads), kCfcRowThreads, 0,
+                 stream_, weight, backward ? row : 1, backward ? 1 : row,
+                 backward ? columns_of(layer) : depth_of(p_, l), backward ? 1 : layer.segments,
+                 backward ? depth_of(p_, l) : layer.units, to);
       if (status != cudaSuccess) return status;
-      to += depth * columns;
+      to += size;
     }
     return cudaSuccess;
   }
@@ -299,7 +310,7 @@ class Scan {
   }
 
   cudaError_t scan(void (*kernel)(CfcScanParams, CfcScanPlan), const CfcScanPlan& plan) {
-    return launch(kernel, blocks_, kCfcThreads<C>, size_t(shared_) * sizeof(C), stream_, p_, plan);
+    return launch(kernel, blocks_, kCfcThreads, size_t(shared_) * sizeof(C), stream_, p_, plan);
   }
 
   cudaError_t input_gradient(const CfcScanPlan& plan) {

@@ -21,9 +21,7 @@ namespace cuda {
 
 constexpr int kCfcParts = 4, kCfcMostLayers = 16;
 
-// Of a block. In fp64 a thread needs twice the registers.
-template <typename C>
-constexpr int kCfcThreads = sizeof(C) == 8 ? 256 : 512;
+constexpr int kCfcThreads = 512;  // of a block
 
 // Terms that are added up one after the other: rounding errors grow with their number.
 constexpr int kCfcStretch = 128;
@@ -37,20 +35,40 @@ constexpr int kCfcRows = WidestPack<C>::kElements;
 template <typename C>
 using CfcRows = Pack<C, kCfcRows<C>>;
 
-// A matrix [depth, columns] by which a block multiplies at every step. A thread adds up, over one
-// of the `slices` of the depth, columns that are `stride` apart; `lanes` threads share a slice.
+// What a thread reads of a row of weights: neighbouring units of one head.
+template <typename C>
+using CfcWeights = Pack<C, kCfcParts>;
+
+// A matrix [depth, heads, units] by which a block multiplies at every step, packed as [depth,
+// units / kCfcParts, heads, kCfcParts] with zeros after the last unit. A row is `width` packs. A
+// thread adds up one of them over one of the `slices` of the depth; `lanes` threads share a slice.
 struct CfcMap {
-  const void* weight;  // C, rows `row_stride` apart
-  int64_t row_stride;
-  int depth, columns;
-  int stride, lanes, slices;
-  int resident;     // so many rows are in shared memory,
-  int resident_at;  // without gaps, from this element on
+  const void* weight;  // CfcWeights<C> [depth, width]
+  int depth, units, width;
+  int lanes, slices;
+  // Up to so many rows of each slice are in shared memory, from this element on. They are a slice's
+  // first or its last: while some slices work on theirs, others do on what the cache brings.
+  int resident, resident_at;
+  int turn;  // slices of one kind before some of the other: whole warps
+
+  EMBER_HD int begin_of(int slice) const { return depth * slice / slices; }
+  EMBER_HD bool is_late(int slice) const { return slice / turn % 2 != 0; }
+  EMBER_HD int held_from(int slice) const {
+    const int begin = begin_of(slice), late = begin_of(slice + 1) - resident;
+    return is_late(slice) && late > begin ? late : begin;
+  }
+  EMBER_HD int held_to(int slice) const {
+    const int end = begin_of(slice + 1), early = begin_of(slice) + resident;
+    return is_late(slice) || early > end ? end : early;
+  }
+  // Between the parts of a slice's sums in shared memory: such that neighbouring units, whether of
+  // one part or of several, lie in different banks.
+  EMBER_HD int part_stride() const { return (lanes + 5) / 8 * 8 + 2; }
 };
 
 // A layer as one pass sees it. Tapes are as in ../common/cfc_scan.h, at the chunk's first slot.
 struct CfcScanLayer {
-  CfcMap map;  // forward: its weights transposed; backward: its weights
+  CfcMap map;  // forward: of its input; backward: of the gradients of its output
   // Forward: where its input lies among the block's vectors; for the first layer two states.
   // Backward: where the gradients of its output do.
   int vector;
@@ -98,9 +116,13 @@ struct CfcBlock {
                            : reinterpret_cast<CfcRows<C>*>(shared + plan.vectors_at);
     for (int l = 0; l < p.num_layers; ++l) {
       const CfcMap& map = plan.layers[l].map;
-      const C* weight = static_cast<const C*>(map.weight);
-      for (int i = int(threadIdx.x); i < map.resident * map.columns; i += kCfcThreads<C>) {
-        shared[map.resident_at + i] = weight[i / map.columns * map.row_stride + i % map.columns];
+      const auto* weight = static_cast<const CfcWeights<C>*>(map.weight);
+      auto* resident = reinterpret_cast<CfcWeights<C>*>(shared + map.resident_at);
+      for (int slice = 0; slice < map.slices; ++slice) {
+        const int from = map.held_from(slice), size = (map.held_to(slice) - from) * map.width;
+        for (int i = int(threadIdx.x); i < size; i += kCfcThreads) {
+          resident[slice * map.resident * map.width + i] = weight[int64_t(from) * map.width + i];
+        }
       }
     }
   }
@@ -124,106 +146,148 @@ struct CfcBlock {
     const int64_t scaled = p.num_layers - 2;
     if (!p.dropout_scale || layer == 0) return nullptr;
     return static_cast<const C*>(p.dropout_scale) +
-           (((first_row + row) * p.steps + t) * scaled + layer - 1) *
-               plan.layers[layer].map.columns;
+           (((first_row + row) * p.steps + t) * scaled + layer - 1) * plan.layers[layer].map.units;
   }
 
   // body(unit, row, index) for the block's units and rows. A thread meets one row only.
   template <typename Body>
   __device__ __forceinline__ void for_states(const Body& body) const {
-    for (int64_t i = threadIdx.x; i < p.hidden * kRows; i += kCfcThreads<C>) {
+    for (int64_t i = threadIdx.x; i < p.hidden * kRows; i += kCfcThreads) {
       body(int(i / kRows), int(i % kRows), i);
     }
   }
 };
 
-// sums[part][row] += over the depths [begin, end) the weight of the part's column times the row's
-// value.
-template <int parts, typename C>
-__device__ __forceinline__ void add_products(const C* weight, int64_t row_stride,
-                                             const int (&columns)[parts], const CfcRows<C>* in,
-                                             int begin, int end, C (&sums)[parts][kCfcRows<C>]) {
-  weight += begin * row_stride;
-// More of them at a time do not fit the registers on every architecture.
-#pragma unroll 2
-  for (int k = begin; k < end; ++k, weight += row_stride) {
-    const CfcRows<C> value = in[k];
+// Bytes of each part of the weights that a thread asks for ahead of using them: as many as fit the
+// registers. For the newest architectures the compiler keeps more else there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kCfcAhead = 16;
+#else
+constexpr int kCfcAhead = 32;
+#endif
+
+// A thread's sums: [part][row] of the weight times the row's value.
+template <typename C>
+struct CfcSums {
+  C values[kCfcParts][kCfcRows<C>];
+
+  __device__ __forceinline__ void add(CfcWeights<C> weights, CfcRows<C> in) {
 #pragma unroll
-    for (int part = 0; part < parts; ++part) {
-      const C w = weight[columns[part]];
+    for (int part = 0; part < kCfcParts; ++part) {
 #pragma unroll
-      for (int row = 0; row < kCfcRows<C>; ++row) sums[part][row] += w * value.values[row];
+      for (int row = 0; row < kCfcRows<C>; ++row) {
+        values[part][row] += weights.values[part] * in.values[row];
+      }
     }
   }
-}
 
-// Multiplies a block's rows by a map: epilogue(column, row, results), with the results of `outputs`
-// columns that are map.stride apart, 1 or all `parts` of a thread. initial(column, part, row) is
-// added to each. All threads must call this together, and may do so again at once.
-template <int parts, int outputs, typename C, typename Initial, typename Epilogue>
+  // `count` weights that are `width` apart, in shared memory.
+  __device__ __forceinline__ void add_resident(const CfcWeights<C>* weights, int width,
+                                               const CfcRows<C>* in, int count) {
+#pragma unroll 4
+    for (; count > 0; --count, ++in, weights += width) add(*weights, *in);
+  }
+
+  // And in global memory: each is asked for several turns before it is used, since the second-level
+  // cache takes long to answer.
+  __device__ __forceinline__ void add_remote(const CfcWeights<C>* weights, int width,
+                                             const CfcRows<C>* in, int count) {
+    if (count <= 0) return;
+    constexpr int ahead = kCfcAhead / sizeof(C);
+    CfcWeights<C> next[ahead];
+    int at = 0;
+    const int last = (count - 1) * width;
+    const auto ask = [&](int i) {
+      next[i] = weights[at];
+      at = min(at + width, last);
+    };
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) ask(i);
+    for (; count > ahead; count -= ahead, in += ahead) {
+#pragma unroll
+      for (int i = 0; i < ahead; ++i) {
+        add(next[i], in[i]);
+        ask(i);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) {
+      if (i < count) add(next[i], in[i]);
+    }
+  }
+};
+
+// Multiplies a block's rows by a map: epilogue(unit, row, results), with the results of all heads.
+// initial(unit, head, row), of kCfcParts units, is added to them. All threads must call this
+// together, and may do so again at once.
+template <int heads, typename C, typename Initial, typename Epilogue>
 __device__ __forceinline__ void multiply(const CfcMap& map, C* shared, const CfcRows<C>* in,
                                          const Initial& initial, const Epilogue& epilogue) {
-  static_assert(outputs == 1 || outputs == parts, "one column or all of a thread");
-  constexpr int rows = kCfcRows<C>;
+  constexpr int rows = kCfcRows<C>, parts = kCfcParts;
   const int lane = int(threadIdx.x) % map.lanes, slice = int(threadIdx.x) / map.lanes;
-  for (int base = 0; base < map.stride; base += map.lanes) {
-    if (slice < map.slices) {
-      const int begin = map.depth * slice / map.slices;
-      const int end = map.depth * (slice + 1) / map.slices;
-      // Columns past the end are computed twice and dropped.
-      int columns[parts];
-#pragma unroll
-      for (int part = 0; part < parts; ++part) {
-        columns[part] = min(part * map.stride + min(base + lane, map.stride - 1), map.columns - 1);
-      }
+  const int part_stride = map.part_stride();
+  for (int base = 0; base < map.width; base += map.lanes) {
+    const int column = base + lane;
+    if (slice < map.slices && column < map.width) {
+      const int begin = map.begin_of(slice), end = map.begin_of(slice + 1);
+      const bool late = map.is_late(slice);
+      const int border = late ? map.held_from(slice) : map.held_to(slice);
+      const int held = slice * map.resident - map.held_from(slice);
+      const auto* resident = reinterpret_cast<const CfcWeights<C>*>(shared + map.resident_at);
+      const auto* remote = static_cast<const CfcWeights<C>*>(map.weight);
       // Asked for before the products, whose time hides that of these reads.
-      C totals[parts][rows];
-#pragma unroll
-      for (int part = 0; part < parts; ++part) {
+      CfcWeights<C> totals[rows] = {};
+      if (slice == 0) {
 #pragma unroll
         for (int row = 0; row < rows; ++row) {
-          totals[part][row] = slice == 0 ? initial(columns[part], part, row) : C(0);
+          totals[row] = initial(column / heads * parts, column % heads, row);
         }
       }
       for (int from = begin; from < end; from += kCfcStretch) {
-        const int to = min(from + kCfcStretch, end), border = min(max(map.resident, from), to);
-        C sums[parts][rows] = {};
-        add_products(shared + map.resident_at, map.columns, columns, in, from, border, sums);
-        add_products(static_cast<const C*>(map.weight), map.row_stride, columns, in, border, to,
-                     sums);
+        const int to = min(from + kCfcStretch, end), middle = min(max(border, from), to);
+        CfcSums<C> sums = {};
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+          const int k = half ? middle : from, count = (half ? to : middle) - k;
+          if (int(late) == half) {
+            sums.add_resident(resident + (held + k) * map.width + column, map.width, in + k, count);
+          } else {
+            sums.add_remote(remote + int64_t(k) * map.width + column, map.width, in + k, count);
+          }
+        }
 #pragma unroll
-        for (int part = 0; part < parts; ++part) {
+        for (int row = 0; row < rows; ++row) {
 #pragma unroll
-          for (int row = 0; row < rows; ++row) totals[part][row] += sums[part][row];
+          for (int part = 0; part < parts; ++part) {
+            totals[row].values[part] += sums.values[part][row];
+          }
         }
       }
-      auto* exchange = reinterpret_cast<CfcRows<C>*>(shared) + slice * parts * map.lanes + lane;
+      auto* exchange = reinterpret_cast<CfcRows<C>*>(shared) + slice * parts * part_stride + lane;
 #pragma unroll
       for (int part = 0; part < parts; ++part) {
         CfcRows<C> result;
 #pragma unroll
-        for (int row = 0; row < rows; ++row) {
-          result.values[row] = totals[part][row];
-        }
-        exchange[part * map.lanes] = result;
+        for (int row = 0; row < rows; ++row) result.values[row] = totals[row].values[part];
+        exchange[part * part_stride] = result;
       }
     }
     __syncthreads();
-    const int of_slice = parts * map.lanes * rows;
-    for (int i = int(threadIdx.x); i < of_slice / outputs; i += kCfcThreads<C>) {
-      const int row = i % rows, own_lane = i / rows % map.lanes, part = i / rows / map.lanes;
-      const int column = part * map.stride + base + own_lane;
-      if (base + own_lane >= map.stride || column >= map.columns) continue;
-      C results[outputs];
+    const int first = base / heads * parts;
+    const int results_here = min(map.lanes / heads * parts, map.units - first) * rows;
+    for (int i = int(threadIdx.x); i < results_here; i += kCfcThreads) {
+      const int row = i % rows, unit = i / rows;
+      const C* sums = shared + (unit % parts * part_stride + unit / parts * heads) * rows + row;
+      C results[heads];
 #pragma unroll
-      for (int output = 0; output < outputs; ++output) {
-        const C* sums = shared + i + output * map.lanes * rows;
-        results[output] = sums[0];
-        for (int other = 1; other < map.slices; ++other) {
-          results[output] += sums[other * of_slice];
-        }
+      for (int head = 0; head < heads; ++head) results[head] = sums[head * rows];
+#pragma unroll 2
+      for (int other = 1; other < map.slices; ++other) {
+        sums += parts * part_stride * rows;
+#pragma unroll
+        for (int head = 0; head < heads; ++head) results[head] += sums[head * rows];
       }
-      epilogue(column, row, results);
+      epilogue(first + unit, row, results);
     }
     __syncthreads();
   }
@@ -247,10 +311,10 @@ __device__ __forceinline__ Activated<C> activate(CfcActivation activation, C u) 
 
 // The kept piece of the first layer holds the products of the input, and then what is kept.
 template <typename T, int heads>
-__global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
+__global__ void __launch_bounds__(kCfcThreads, 1)
     cfc_scan_forward_kernel(CfcScanParams p, CfcScanPlan plan) {
   using C = compute_t<T>;
-  constexpr int rows = kCfcRows<C>, parts = heads == 3 ? 3 : kCfcParts;
+  constexpr int rows = kCfcRows<C>;
   const CfcBlock<C> block(p, plan);
   const int last = int(p.num_layers) - 1;
   const auto state_after = [&](int steps) { return block.vectors + steps % 2 * p.hidden; };
@@ -268,7 +332,7 @@ __global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
   // What the biases multiply, also above a layer without units.
   for (int l = 1; plan.keep && l <= last; ++l) {
     const CfcScanLayer& layer = plan.layers[l];
-    for (int64_t i = threadIdx.x; i < int64_t(plan.steps) * rows; i += kCfcThreads<C>) {
+    for (int64_t i = threadIdx.x; i < int64_t(plan.steps) * rows; i += kCfcThreads) {
       if (!block.exists(int(i % rows))) continue;
       block.piece(layer.input, layer.input_stride, int(i / rows), int(i % rows))[0] = 1;
     }
@@ -280,12 +344,22 @@ __global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
     const C* now = values(state_after(slot));
     C* next = values(state_after(slot + 1));
     // What `multiply` starts from: the input's product in the first layer, else the bias.
-    const auto initial_of = [&](const CfcScanLayer& layer, bool is_first, int64_t segment_stride) {
-      return [&block, &layer, is_first, segment_stride, slot](int column, int part, int row) {
-        if (!is_first) return static_cast<const C*>(layer.bias)[column * layer.bias_stride];
-        if (!block.exists(row)) return C(0);
-        const int64_t skipped = part * (segment_stride - layer.map.stride);
-        return block.piece(layer.kept, layer.kept_stride, slot, row)[column + skipped];
+    const auto initial_of = [&](const CfcScanLayer& layer, bool is_first) {
+      return [&block, &layer, is_first, slot](int unit, int head, int row) {
+        CfcWeights<C> start = {};
+        if (!is_first) {
+          const int units = layer.map.units;
+#pragma unroll
+          for (int part = 0; part < kCfcParts; ++part) {
+            const int64_t column = head * units + min(unit + part, units - 1);
+            start.values[part] = static_cast<const C*>(layer.bias)[column * layer.bias_stride];
+          }
+        } else if (block.exists(row)) {
+          const C* kept = block.piece(layer.kept, layer.kept_stride, slot, row);
+          start = *reinterpret_cast<const CfcWeights<C>*>(kept + head * cfc_pad(layer.map.units) +
+                                                          unit);
+        }
+        return start;
       };
     };
     const auto input_of = [&](int l) {
@@ -295,61 +369,59 @@ __global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
     for (int l = 0; l < last; ++l) {
       const CfcScanLayer &layer = plan.layers[l], &above = plan.layers[l + 1];
       C* out = values(block.vectors + above.vector);
-      multiply<kCfcParts, 1>(
-          layer.map, block.shared, input_of(l), initial_of(layer, l == 0, layer.map.stride),
-          [&](int unit, int row, const C(&u)[1]) {
-            Activated<C> v = activate(p.activation, u[0]);
-            if (!block.exists(row)) v = Activated<C>{0, 0};
-            if (block.exists(row)) {
-              if (const C* scale = block.dropout_scale(l, row, t)) {
-                v.value *= scale[unit];
-                v.slope *= scale[unit];
-              }
-              if (plan.keep) {
-                C* kept = block.piece(above.input, above.input_stride, slot, row);
-                kept[1 + unit] = v.value;
-                block.piece(layer.kept, layer.kept_stride, slot, row)[unit] = v.slope;
-              }
-            }
-            out[unit * rows + row] = v.value;
-          });
+      multiply<1>(layer.map, block.shared, input_of(l), initial_of(layer, l == 0),
+                  [&](int unit, int row, const C(&u)[1]) {
+                    Activated<C> v = activate(p.activation, u[0]);
+                    if (!block.exists(row)) v = Activated<C>{0, 0};
+                    if (block.exists(row)) {
+                      if (const C* scale = block.dropout_scale(l, row, t)) {
+                        v.value *= scale[unit];
+                        v.slope *= scale[unit];
+                      }
+                      if (plan.keep) {
+                        C* kept = block.piece(above.input, above.input_stride, slot, row);
+                        kept[1 + unit] = v.value;
+                        block.piece(layer.kept, layer.kept_stride, slot, row)[unit] = v.slope;
+                      }
+                    }
+                    out[unit * rows + row] = v.value;
+                  });
     }
 
     const CfcScanLayer& layer = plan.layers[last];
     const int64_t padded = cfc_pad(p.hidden);
-    multiply<parts, heads == 1 ? 1 : heads>(
-        layer.map, block.shared, input_of(last),
-        initial_of(layer, last == 0, heads == 1 ? layer.map.stride : padded),
-        [&](int unit, int row, C(&v)[heads]) {
-          C h = 0;
-          if (block.exists(row)) {
-            if constexpr (heads == 1) {
-              const C *w = static_cast<const C*>(p.decay), *amplitude = w + p.hidden;
-              h = pure_state(v[0], w[unit], amplitude[unit], block.timespan(row, t));
-            } else {
-              C exponent = v[2];
-              if constexpr (heads == 4) exponent = block.timespan(row, t) * v[2] + v[3];
-              const GatedCell<C> cell = gated_cell(v[0], v[1], exponent);
-              h = p.mode == CfcMode::no_gate ? gated_state<true>(cell) : gated_state<false>(cell);
-              v[0] = cell.first;
-              v[1] = cell.second;
-              v[heads - 1] = cell.gate;  // with four heads the third stays time_a
-            }
-            const bool runs = block.runs(row, t);
-            if (p.y) {
-              const int64_t cell = (block.first_row + row) * p.steps + t;
-              narrow(runs ? h : C(0), static_cast<T*>(p.y)[cell * p.hidden + unit]);
-            }
-            if (!runs) h = now[unit * rows + row];
-            if (plan.keep) {
-              C* kept = block.piece(layer.kept, layer.kept_stride, slot, row) + unit;
+    multiply<heads>(layer.map, block.shared, input_of(last), initial_of(layer, last == 0),
+                    [&](int unit, int row, C(&v)[heads]) {
+                      C h = 0;
+                      if (block.exists(row)) {
+                        if constexpr (heads == 1) {
+                          const C *w = static_cast<const C*>(p.decay), *amplitude = w + p.hidden;
+                          h = pure_state(v[0], w[unit], amplitude[unit], block.timespan(row, t));
+                        } else {
+                          C exponent = v[2];
+                          if constexpr (heads == 4) exponent = block.timespan(row, t) * v[2] + v[3];
+                          const GatedCell<C> cell = gated_cell(v[0], v[1], exponent);
+                          h = p.mode == CfcMode::no_gate ? gated_state<true>(cell)
+                                                         : gated_state<false>(cell);
+                          v[0] = cell.first;
+                          v[1] = cell.second;
+                          v[heads - 1] = cell.gate;  // with four heads the third stays time_a
+                        }
+                        const bool runs = block.runs(row, t);
+                        if (p.y) {
+                          const int64_t cell = (block.first_row + row) * p.steps + t;
+                          narrow(runs ? h : C(0), static_cast<T*>(p.y)[cell * p.hidden + unit]);
+                        }
+                        if (!runs) h = now[unit * rows + row];
+                        if (plan.keep) {
+                          C* kept = block.piece(layer.kept, layer.kept_stride, slot, row) + unit;
 #pragma unroll
-              for (int head = 0; head < heads; ++head) kept[head * padded] = v[head];
-              block.state(slot + 1, row)[unit] = h;
-            }
-          }
-          next[unit * rows + row] = h;
-        });
+                          for (int head = 0; head < heads; ++head) kept[head * padded] = v[head];
+                          block.state(slot + 1, row)[unit] = h;
+                        }
+                      }
+                      next[unit * rows + row] = h;
+                    });
   }
 
   if (!plan.to) return;
@@ -395,10 +467,10 @@ __device__ __forceinline__ C head_gradients(const CfcBlock<C>& block, const C* k
 }
 
 template <typename T, int heads>
-__global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
+__global__ void __launch_bounds__(kCfcThreads, 1)
     cfc_scan_backward_kernel(CfcScanParams p, CfcScanPlan plan) {
   using C = compute_t<T>;
-  constexpr int rows = kCfcRows<C>, warps = kCfcThreads<C> / kWarp;
+  constexpr int rows = kCfcRows<C>, warps = kCfcThreads / kWarp;
   const CfcBlock<C> block(p, plan);
   const int last = int(p.num_layers) - 1;
   const CfcScanLayer& head_layer = plan.layers[last];
@@ -408,7 +480,7 @@ __global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
   const auto gradients_of = [&](const CfcScanLayer& layer) {
     return reinterpret_cast<C*>(block.vectors + layer.vector);
   };
-  const auto no_start = [](int, int, int) { return C(0); };
+  const auto no_start = [](int, int, int) { return CfcWeights<C>{}; };
   block.for_states([&](int unit, int row, int64_t i) {
     const int64_t b = block.first_row + row;
     carry[i] =
@@ -455,21 +527,20 @@ __global__ void __launch_bounds__(kCfcThreads<compute_t<T>>, 1)
     for (int l = last; l > 0; --l) {
       const CfcScanLayer &layer = plan.layers[l], &below = plan.layers[l - 1];
       C* out = gradients_of(below);
-      multiply<kCfcParts, 1>(layer.map, block.shared, block.vectors + layer.vector, no_start,
-                             [&](int unit, int row, const C(&v)[1]) {
-                               C g = 0;
-                               if (block.exists(row)) {
-                                 g = v[0] *
-                                     block.piece(below.kept, below.kept_stride, slot, row)[unit];
-                                 block.piece(below.grads, layer.map.columns, slot, row)[unit] = g;
-                               }
-                               out[unit * rows + row] = g;
-                             });
+      multiply<1>(layer.map, block.shared, block.vectors + layer.vector, no_start,
+                  [&](int unit, int row, const C(&v)[1]) {
+                    C g = 0;
+                    if (block.exists(row)) {
+                      g = v[0] * block.piece(below.kept, below.kept_stride, slot, row)[unit];
+                      block.piece(below.grads, layer.map.units, slot, row)[unit] = g;
+                    }
+                    out[unit * rows + row] = g;
+                  });
     }
-    multiply<kCfcParts, 1>(plan.layers[0].map, block.shared, block.vectors + plan.layers[0].vector,
-                           no_start, [&](int unit, int row, const C(&v)[1]) {
-                             if (block.runs(row, t)) carry[unit * rows + row] = v[0];
-                           });
+    multiply<1>(plan.layers[0].map, block.shared, block.vectors + plan.layers[0].vector, no_start,
+                [&](int unit, int row, const C(&v)[1]) {
+                  if (block.runs(row, t)) carry[unit * rows + row] = v[0];
+                });
   }
 
   block.for_states([&](int unit, int row, int64_t i) {
@@ -497,13 +568,18 @@ __global__ void __launch_bounds__(kCfcRowThreads)
   }
 }
 
-// to [depth, columns] = the columns [skip, skip + depth) of weight [columns, row_stride].
+// Packs weights [depth, heads, units] with these strides as CfcMap has them.
 template <typename C>
 __global__ void __launch_bounds__(kCfcRowThreads)
-    cfc_scan_transpose_kernel(const C* weight, int64_t row_stride, int64_t skip, int64_t depth,
-                              int64_t columns, C* to) {
+    cfc_scan_pack_kernel(const C* weight, int64_t depth_stride, int64_t column_stride,
+                         int64_t depth, int64_t heads, int64_t units, C* to) {
   const int64_t i = int64_t(blockIdx.x) * kCfcRowThreads + threadIdx.x;
-  if (i < depth * columns) to[i] = weight[i % columns * row_stride + skip + i / columns];
+  const int64_t columns = ceil_div(units, kCfcParts) * heads * kCfcParts;
+  if (i >= depth * columns) return;
+  const int64_t pack = i % columns / kCfcParts;
+  const int64_t head = pack % heads, unit = pack / heads * kCfcParts + i % kCfcParts;
+  to[i] = unit < units ? weight[i / columns * depth_stride + (head * units + unit) * column_stride]
+                       : C(0);
 }
 
 constexpr int kCfcProductTile = 64, kCfcProductDepth = 16, kCfcProductThreads = 256;

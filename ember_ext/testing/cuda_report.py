@@ -410,21 +410,21 @@ def _cfc_workloads() -> list[Workload]:
     shape = f"cfc {[batch, steps, inputs]} -> {hidden}"
     for kind, width in _KINDS.items():
         compute, c, fp64 = max(width, 4), "double" if width == 8 else "float", width == 8
-        block_rows, threads = 16 // compute, 256 if fp64 else 512
+        block_rows, threads = 16 // compute, 512
         for heads in (1, 3, 4):
             outputs = heads * hidden
             weights = hidden * outputs * compute
             # The products' results or what is kept of them, the states, and y or its gradient.
             scan_bytes = rows * (2 * outputs * compute + hidden * (compute + width)) + weights
-            # Forward a thread has a unit of each head; else it has four columns.
-            lanes, parts = (hidden, heads) if heads > 1 else (hidden // 4, 4)
             # Two tanh and a sigmoid forward, or a tanh and an exponential; their slopes backward.
-            for name, lanes_of_pass, parts_of_pass, vectors, cell in (
-                ("forward", lanes, parts, 2 * hidden, 60 if heads > 1 else 30),
-                ("backward", hidden // 4, 4, hidden + outputs, 30),
+            for name, columns, vectors, cell in (
+                ("forward", outputs, 2 * hidden, 60 if heads > 1 else 30),
+                ("backward", hidden, hidden + outputs, 30),
             ):
-                slices = min(threads // lanes_of_pass, 8)
-                values = slices * parts_of_pass * lanes_of_pass + threads // 32 + vectors
+                # A thread has four columns; what slices exchange is padded against bank conflicts.
+                lanes = columns // 4
+                slices, stride = min(threads // lanes, 8), (lanes + 5) // 8 * 8 + 2
+                values = slices * 4 * stride + threads // 32 + vectors
                 workloads.append(
                     Workload(
                         f"cfc_scan_{name}_kernel<{kind}, {heads}>",
@@ -454,7 +454,7 @@ def _cfc_workloads() -> list[Workload]:
         gradient = outputs * (1 + inputs + hidden)
         # The weight's gradient is made in ten parts.
         for name, amount, adds in (
-            ("transpose", 2 * hidden * outputs, 0),
+            ("pack", 2 * hidden * outputs, 0),
             ("sum", 11 * gradient, 10 * gradient),
         ):
             kernel = f"cfc_scan_{name}_kernel<{c}>"
