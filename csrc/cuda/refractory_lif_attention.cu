@@ -33,7 +33,7 @@ RefractoryScratch<C> lay_out(const RefractoryLifAttentionParams& p, bool backwar
   scratch.ends = p.look_ahead ? arena.take<C>(pairs * p.keys) : scratch.sums;
   scratch.gates = arena.take<double>(pairs * tiles * 5);
   scratch.above = arena.take<C>(p.batch * (p.look_ahead ? 1 : p.queries) * p.keys);
-  scratch.row_sums = arena.take<C>(2 * pairs * p.queries);
+  scratch.row_sums = arena.take<C>(3 * pairs * p.queries);
   if (p.one_previous_row) scratch.mean_sums = arena.take<C>(p.batch * tiles * p.keys);
   return scratch;
 }
@@ -42,8 +42,12 @@ RefractoryScratch<C> lay_out(const RefractoryLifAttentionParams& p, bool backwar
 template <typename T, bool matrix_units>
 struct Launches {
   using C = compute_t<T>;
-  static constexpr size_t kShared =
-      attention_shared_bytes<T, matrix_units>() + RefractoryTile<T, matrix_units, false>::kBytes;
+  // Of a kernel whose tiles have keys or queries for rows.
+  template <bool keys_first>
+  static constexpr size_t shared() {
+    return attention_shared_bytes<T, matrix_units>() +
+           RefractoryTile<T, matrix_units, keys_first>::kBytes;
+  }
 
   const RefractoryLifAttentionParams& p;
   cudaStream_t stream;
@@ -53,10 +57,11 @@ struct Launches {
   cudaError_t status = cudaSuccess;
 
   // Does nothing once a launch has failed.
-  template <typename... P, typename... A>
+  template <bool keys_first = false, typename... P, typename... A>
   void tiles(int64_t blocks, void (*kernel)(RefractoryLifAttentionParams, P...), A... arguments) {
     if (status != cudaSuccess) return;
-    status = launch(kernel, blocks, kAttentionThreads, kShared, stream, p, arguments...);
+    status =
+        launch(kernel, blocks, kAttentionThreads, shared<keys_first>(), stream, p, arguments...);
   }
 
   // A thread for each of `count`.
@@ -65,6 +70,14 @@ struct Launches {
     if (status != cudaSuccess) return;
     status = launch(kernel, ceil_div(count, kAttentionThreads), kAttentionThreads, 0, stream, p,
                     arguments...);
+  }
+
+  // A block for each 32 keys of the batch.
+  template <typename... P, typename... A>
+  void scan_queries(void (*kernel)(RefractoryLifAttentionParams, P...), A... arguments) {
+    if (status != cudaSuccess) return;
+    status = launch(kernel, ceil_div(p.batch * p.keys, kWarp), kAttentionThreads,
+                    kAttentionThreads * sizeof(C), stream, p, arguments...);
   }
 
   cudaError_t forward() {
@@ -77,15 +90,15 @@ struct Launches {
           keep);
     tiles(p.batch * query_tiles * key_tiles,
           refractory_lif_attention_weights_kernel<T, matrix_units>, scratch.mean_sums);
-    each(p.batch * p.keys, refractory_lif_attention_next_load_kernel<C>,
-         static_cast<const C*>(scratch.mean_sums));
+    scan_queries(refractory_lif_attention_next_load_kernel<C>,
+                 static_cast<const C*>(scratch.mean_sums));
     return status;
   }
 
   cudaError_t backward() {
     Arena arena{static_cast<char*>(p.scratch)};
     const auto scratch = lay_out<C>(p, true, arena);
-    each(p.batch * p.keys, refractory_lif_attention_above_kernel<C>, scratch.above);
+    scan_queries(refractory_lif_attention_above_kernel<C>, scratch.above);
     tiles(pairs * query_tiles, refractory_lif_attention_backward_rows_kernel<T, matrix_units>, keep,
           scratch);
     each(pairs * p.keys, refractory_lif_attention_backward_scan_kernel<C>,
@@ -94,11 +107,13 @@ struct Launches {
           refractory_lif_attention_backward_queries_kernel<T, matrix_units>, keep, scratch);
     const int64_t key_blocks = p.batch * p.groups * key_tiles * columns;
     constexpr bool at_once = sizeof(T) < 8;
-    tiles(key_blocks, refractory_lif_attention_backward_keys_kernel<T, matrix_units, true, at_once>,
-          keep, scratch);
+    tiles<true>(key_blocks,
+                refractory_lif_attention_backward_keys_kernel<T, matrix_units, true, at_once>, keep,
+                scratch);
     if constexpr (!at_once) {
-      tiles(key_blocks, refractory_lif_attention_backward_keys_kernel<T, matrix_units, false, true>,
-            keep, scratch);
+      tiles<true>(key_blocks,
+                  refractory_lif_attention_backward_keys_kernel<T, matrix_units, false, true>, keep,
+                  scratch);
     }
     if (p.grad_previous_load) {
       tiles(p.batch * query_tiles * key_tiles,

@@ -364,10 +364,13 @@ def _refractory_workloads() -> Iterator[Workload]:
             ("out", 2, 4, 0, ""),
             ("weights", 1, 2, 1, ""),
             ("backward_rows", 4, 4, 1, ""),
-            ("backward_queries", 5, 5, 1, ""),
+            ("backward_queries", 4, 5, 1, ""),
             *keys,
             ("previous", 2, 4, 3, ""),
         ):
+            extra = 17 * 64 * compute
+            if name == "backward_keys":
+                extra = 64 * 64 * compute if units else 0  # p, which waits there
             yield _attention_workload(
                 f"refractory_lif_attention_{name}_kernel",
                 kind,
@@ -375,29 +378,29 @@ def _refractory_workloads() -> Iterator[Workload]:
                 products,
                 80,
                 arrays * array + squares * square + sums,
-                17 * 64 * compute,
+                extra,
                 variant,
             )
 
-    # A thread for each key, of all heads or of the batch.
+    # A thread for each key, of all heads or of the batch, or a block for 32.
     pairs = batch * heads
-    for name, threads, elements in (
-        ("scan", pairs * tokens, 2 * pairs * tiles * tokens),
-        ("backward_scan", pairs * tokens, 2 * pairs * tiles * tokens),
-        ("next_load", batch * tokens, 2 * batch * tokens * tokens),
-        ("above", batch * tokens, 2 * batch * tokens * tokens),
-        ("sum_previous", batch * tokens, batch * tiles * tokens),
+    for name, blocks, shared, elements in (
+        ("scan", pairs * tokens // 256, 0, 2 * pairs * tiles * tokens),
+        ("backward_scan", pairs * tokens // 256, 0, 2 * pairs * tiles * tokens),
+        ("next_load", batch * tokens // 32, 256, 2 * batch * tokens * tokens),
+        ("above", batch * tokens // 32, 256, 2 * batch * tokens * tokens),
+        ("sum_previous", batch * tokens // 256, 0, batch * tiles * tokens),
     ):
         for kind in ("double", "float"):
             yield Workload(
                 f"refractory_lif_attention_{name}_kernel<{kind}>",
                 f"attention {list(_ATTENTION)}, causal",
                 256,
-                0,
+                shared * _KINDS[kind],
                 elements * _KINDS[kind],
                 elements,
                 kind == "double",
-                blocks=threads // 256,
+                blocks=blocks,
             )
     yield from _sums("refractory_lif_attention_sum_gates_kernel", 5 * pairs * tiles, heads)
 
