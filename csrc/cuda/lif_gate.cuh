@@ -1,10 +1,14 @@
 // The LIF gate on a GPU: one read of x and one write of y forward; one read of x and grad_y and one
 // write of grad_x backward.
 //
-// A row belongs to a team of threads, 1 to 512 as it needs, which keeps it in registers between the
-// sums for its norms and what follows from them. Only columns beyond what 512 threads hold are read
-// twice. Parameter gradients are added up in two stages in an order that depends on the shape
-// alone: each block leaves partial sums, and a second kernel adds those.
+// A thread works on several packs at once, so that their loads overlap. Where a norm, or sums over
+// rows, need whole rows, they lie along a row, which belongs to a team of threads: part of a warp,
+// a warp, which needs no barriers, or a block. The row stays in registers between the sums for its
+// norms and what follows from them; only columns beyond what a team holds are read twice. Else the
+// packs lie below each other, in rows that share the parameters of their columns.
+//
+// Parameter gradients are added up in two stages in an order that depends on the shape alone: each
+// block leaves partial sums, and a second kernel adds those.
 #pragma once
 
 #include "../common/lif_gate.h"
@@ -15,13 +19,15 @@
 namespace ember {
 namespace cuda {
 
-constexpr int kLifGateThreads = 256, kLifGateMostThreads = 512;
+constexpr int kLifGateThreads = 128;  // of a block of several teams, and of the largest team
+constexpr int kLifGateBlocks = 3;     // of a multiprocessor at least; 168 registers for a thread
+constexpr int kLifGateSumThreads = 256;
 
 // How the matrix is shared out. Block b works on tile b % tiles of row block b / tiles.
 struct LifGatePlan {
   int team;            // threads that share a row
   int threads;         // of a block
-  int rounds;          // rows that each team works on, one after the other
+  int rounds;          // rows that each team works on
   int64_t row_blocks;  // of threads / team * rounds rows
   int64_t tile_cols;   // the parts of a row; with a norm there is one
   unsigned tiles;
@@ -31,10 +37,11 @@ struct LifGatePlan {
   int64_t outer, inner;
 };
 
-// A pack is what a thread works on at a time: 16 bytes of fp32 or fp64, 8 of bf16 or fp16, whose 16
-// would take more registers than there are. Of each row it holds the first pack in registers.
+// A pack is 16 bytes of fp32 or fp64, 8 of bf16 or fp16: 16 would leave half a warp without work
+// more often, and take more registers.
 template <typename T>
 constexpr int kLifGatePack = sizeof(T) == 8 ? 2 : 4;
+constexpr int kLifGatePacks = 4;  // of a thread
 
 __device__ __forceinline__ float square_root(float v) {
   return sqrtf(v);
@@ -43,105 +50,137 @@ __device__ __forceinline__ double square_root(double v) {
   return sqrt(v);
 }
 
-// The columns of a tile that one thread works on. Where packs cannot be accessed whole,
-// neighbouring threads take neighbouring columns.
-template <typename T>
-struct LifGateColumns {
-  using C = compute_t<T>;
+// The same value, but what follows from it is not computed ahead of a loop, in registers that the
+// loop is short of.
+__device__ __forceinline__ int in_place(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// A thread's pack of a strip, the columns of a row that a team has one pack each of. Without
+// `vectors`, packs cannot be accessed whole, and neighbouring threads take neighbouring columns.
+template <typename T, bool vectors>
+struct LifGateStrip {
   static constexpr int kWidth = kLifGatePack<T>;
 
-  int64_t count;  // columns of the tile; 0 where there is no row
-  int lane, team;
-  bool vectors;
+  int cols, origin, step;
 
-  template <typename Index>
-  __device__ __forceinline__ Index column(Index pack, int i) const {
-    return vectors ? (pack * team + lane) * kWidth + i : (pack * kWidth + i) * team + lane;
-  }
+  __device__ __forceinline__ LifGateStrip(int team, int lane)
+      : cols(team * kWidth), origin(vectors ? lane * kWidth : lane), step(vectors ? 1 : team) {}
 
-  // Columns past the end become 0.
-  template <typename U, typename Index>
-  __device__ __forceinline__ void load(const U* row, Index pack, C (&to)[kWidth]) const {
+  __device__ __forceinline__ int column(int i) const { return origin + i * step; }
+
+  // Columns from `limit` on become 0.
+  template <typename U>
+  __device__ __forceinline__ Pack<U, kWidth> load(const U* strip, int limit) const {
+    Pack<U, kWidth> to{};
     if (vectors) {
-      Pack<U, kWidth> values{};
-      const Index first = column(pack, 0);
-      if (first < count) values = *reinterpret_cast<const Pack<U, kWidth>*>(row + first);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) to[i] = C(widen(values.values[i]));
+      if (origin < limit) to = *reinterpret_cast<const Pack<U, kWidth>*>(strip + origin);
     } else {
+      int at = in_place(origin);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const Index at = column(pack, i);
-        to[i] = at < count ? C(widen(row[at])) : C(0);
+      for (int i = 0; i < kWidth; ++i, at += step) {
+        if (at < limit) to.values[i] = strip[at];
       }
     }
+    return to;
   }
 
-  template <typename Index>
-  __device__ __forceinline__ void store(const C (&from)[kWidth], Index pack, T* row) const {
+  __device__ __forceinline__ void store(const compute_t<T> (&from)[kWidth], T* strip,
+                                        int limit) const {
     if (vectors) {
-      const Index first = column(pack, 0);
-      if (first >= count) return;
+      if (origin >= limit) return;
       Pack<T, kWidth> values;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) narrow(from[i], values.values[i]);
-      *reinterpret_cast<Pack<T, kWidth>*>(row + first) = values;
+      *reinterpret_cast<Pack<T, kWidth>*>(strip + origin) = values;
     } else {
+      int at = in_place(origin);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const Index at = column(pack, i);
-        if (at < count) narrow(from[i], row[at]);
+      for (int i = 0; i < kWidth; ++i, at += step) {
+        if (at < limit) narrow(from[i], strip[at]);
       }
     }
   }
-
-  // Whether the team has columns in this pack; asked of packs beyond those that are held.
-  __device__ __forceinline__ bool reach(int64_t pack) const { return pack * team * kWidth < count; }
 };
 
-// The parameters of the units that a row's columns, or the row, belong to.
-template <typename C>
-struct LifGateParameters {
-  const C *threshold, *leak, *steepness;
-  bool per_column;
+// Where a thread works: its block's tile, its team's rows and its packs of those.
+template <typename T, bool along, bool vectors>
+struct LifGatePlace {
+  // Packs, and rows, that a thread works on at once. An access for each element takes registers.
+  static constexpr int kPacks = along || vectors ? kLifGatePacks : kLifGatePacks / 2;
+  static constexpr int kRows = along ? 1 : kPacks;
 
-  __device__ __forceinline__ LifGateParameters(const LifGateParams& p, int64_t row, int64_t first)
-      : per_column(p.unit_rows == 0) {
-    const int64_t unit = per_column ? first : row / p.unit_rows % p.units;
-    threshold = static_cast<const C*>(p.threshold) + unit;
-    leak = static_cast<const C*>(p.leak) + unit;
-    steepness = static_cast<const C*>(p.steepness) + unit;
+  LifGateStrip<T, vectors> strip;
+  int64_t first, row, offset, row_step;  // column and row, the first element, between rows
+  int row_block, tile;
+  int64_t cols;  // of the tile
+  int held;      // those of them that the team has packs of
+  int rows;      // that the team has
+  int row_gap;   // between these
+
+  __device__ __forceinline__ LifGatePlace(const LifGateParams& p, const LifGatePlan& plan, int lane,
+                                          int team, int teams)
+      : strip(plan.team, lane) {
+    tile = int(blockIdx.x % plan.tiles);
+    row_block = int(blockIdx.x / plan.tiles);
+    first = int64_t(tile) * plan.tile_cols;
+    cols = min(plan.tile_cols, p.cols - first);
+    held = int(min(cols, int64_t(strip.cols) * (along ? kPacks : 1)));
+    row = int64_t(row_block) * plan.rounds * teams + team;
+    row_gap = teams;
+    rows = int(max(int64_t(0), min(int64_t(plan.rounds), (p.rows - row + teams - 1) / teams)));
+    offset = row * p.cols + first;
+    row_step = teams * p.cols;
+  }
+
+  // Of pack j: its strip, seen from the thread's row, and the columns of it that exist where there
+  // are `left` rows from there on.
+  __device__ __forceinline__ int64_t at(int j) const {
+    const int pack = vectors ? j : in_place(j);
+    return along ? int64_t(pack * strip.cols) : pack * row_step;
+  }
+  __device__ __forceinline__ int limit(int j, int left) const {
+    return (along ? 0 : j) < left ? held - (along ? j * strip.cols : 0) : 0;
+  }
+
+  // Whether anyone has columns in pack j.
+  __device__ __forceinline__ bool has(int j) const { return !along || j * strip.cols < held; }
+
+  __device__ __forceinline__ void load(const T* from, int left,
+                                       Pack<T, kLifGatePack<T>> (&to)[kPacks]) const {
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) to[j] = strip.load(from + at(j), limit(j, left));
   }
 };
 
-// The gate's state on one pack.
-template <typename T>
-struct LifGatePack {
+// The parameters of a pack's columns, or of its row.
+template <typename T, bool per_column>
+struct LifGateUnits {
   using C = compute_t<T>;
-  static constexpr int kWidth = kLifGatePack<T>;
+  Pack<C, per_column ? kLifGatePack<T> : 1> threshold, leak, steepness;
 
-  C threshold[kWidth], leak[kWidth], steepness[kWidth];
-
-  template <typename Index>
-  __device__ __forceinline__ LifGatePack(const LifGateParameters<C>& from,
-                                         const LifGateColumns<T>& columns, Index pack) {
-    if (from.per_column) {
-      columns.load(from.threshold, pack, threshold);
-      columns.load(from.leak, pack, leak);
-      columns.load(from.steepness, pack, steepness);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        threshold[i] = *from.threshold;
-        leak[i] = *from.leak;
-        steepness[i] = *from.steepness;
-      }
-    }
+  // Of the columns of a strip, the first of which is `unit`.
+  template <typename Strip>
+  __device__ __forceinline__ void load(const LifGateParams& p, int64_t unit, const Strip& strip,
+                                       int limit) {
+    threshold = strip.load(static_cast<const C*>(p.threshold) + unit, limit);
+    leak = strip.load(static_cast<const C*>(p.leak) + unit, limit);
+    steepness = strip.load(static_cast<const C*>(p.steepness) + unit, limit);
   }
+  __device__ __forceinline__ void load_one(const LifGateParams& p, int64_t unit) {
+    threshold.values[0] = static_cast<const C*>(p.threshold)[unit];
+    leak.values[0] = static_cast<const C*>(p.leak)[unit];
+    steepness.values[0] = static_cast<const C*>(p.steepness)[unit];
+  }
+
+  __device__ __forceinline__ C theta(int i) const { return threshold.values[per_column ? i : 0]; }
+  __device__ __forceinline__ C lambda(int i) const { return leak.values[per_column ? i : 0]; }
+  __device__ __forceinline__ C k(int i) const { return steepness.values[per_column ? i : 0]; }
 
   // f and 1 - f.
   __device__ __forceinline__ void firing(int i, C x, C& fire, C& smoulder) const {
-    const C odds = gate_odds(absolute(x), threshold[i], steepness[i]);
+    const C odds = gate_odds(absolute(x), theta(i), k(i));
     fire = quotient(C(1), C(1) + odds);
     smoulder = odds * fire;
   }
@@ -149,9 +188,36 @@ struct LifGatePack {
   __device__ __forceinline__ C gated(int i, C x) const {
     C fire, smoulder;
     firing(i, x, fire, smoulder);
-    return x * gate_value(fire, smoulder, leak[i]);
+    return x * gate_value(fire, smoulder, lambda(i));
   }
 };
+
+// The parameters of a thread's packs, by strip, or of its row.
+template <typename T, bool along, bool per_column>
+struct LifGateThreadUnits {
+  static constexpr int kStrips = along && per_column ? kLifGatePacks : 1;
+  LifGateUnits<T, per_column> of[kStrips];
+
+  template <typename Place>
+  __device__ __forceinline__ void load(const LifGateParams& p, const Place& place, int64_t unit) {
+    if constexpr (per_column) {
+#pragma unroll
+      for (int j = 0; j < kStrips; ++j) {
+        const int first = j * place.strip.cols;
+        of[j].load(p, unit + first, place.strip, place.held - first);
+      }
+    } else {
+      of[0].load_one(p, unit);
+    }
+  }
+  __device__ __forceinline__ const LifGateUnits<T, per_column>& pack(int j) const {
+    return of[kStrips > 1 ? j : 0];
+  }
+};
+
+__device__ __forceinline__ int64_t lif_gate_unit(const LifGateParams& p, int64_t row) {
+  return row / p.unit_rows % p.units;
+}
 
 template <typename C>
 __device__ __forceinline__ C norm_term(Norm norm, C v) {
@@ -191,33 +257,35 @@ struct LifGateRow {
 
 // Turns each thread's sums of |x|, |y| (as norm_term has it) and grad_y * y into the row's. Sums
 // that may have overflowed or lost terms are taken again on the scaled row.
-template <typename T, int n>
-__device__ __forceinline__ LifGateRow<compute_t<T>> finish_row(
-    const LifGateParams& p, const Team<compute_t<T>>& team, const LifGateColumns<T>& columns,
-    const LifGateParameters<compute_t<T>>& parameters, const T* x, const T* grad_y,
-    compute_t<T> (&sums)[n]) {
+//
+// `count` columns, 0 where there is no row, are of `unit` and those that follow, or all of `unit`.
+template <bool per_column, typename T, int n>
+__device__ __forceinline__ LifGateRow<compute_t<T>> finish_row(const LifGateParams& p,
+                                                               const Team<compute_t<T>>& team,
+                                                               int64_t count, int64_t unit,
+                                                               const T* x, const T* grad_y,
+                                                               compute_t<T> (&sums)[n]) {
   using C = compute_t<T>;
   const C tiny = C(sizeof(C) == 4 ? 1e-24 : 1e-280), huge = C(sizeof(C) == 4 ? 1e36 : 1e280);
   LifGateRow<C> row{};
   row.inverse = 1;
-  row.zero = columns.count == 0;
+  row.zero = count == 0;
   team.template reduce<Sum>(sums);
-  const bool doubtful = columns.count > 0 && !(sums[0] > tiny && sums[0] < huge && sums[1] > tiny);
-  if (team.any(doubtful)) {
+  const bool doubtful = count > 0 && !(sums[0] > tiny && sums[0] < huge && sums[1] > tiny);
+  // Teams of several warps are blocks, of one mind here.
+  if (team.size > kWarp ? doubtful : __any_sync(kAllLanes, doubtful)) {
     C largest[1] = {0};
-    for (int64_t j = team.lane(); j < columns.count; j += team.size) {
+    for (int64_t j = team.lane(); j < count; j += team.size) {
       largest[0] = Maximum::of(C(absolute(widen(x[j]))), largest[0]);
     }
     team.template reduce<Maximum>(largest);
     const C inverse = inverse_scale(largest[0]);
     C again[n] = {};
-    for (int64_t j = team.lane(); j < columns.count; j += team.size) {
-      const int64_t unit = parameters.per_column ? j : 0;
+    for (int64_t j = team.lane(); j < count; j += team.size) {
       const C value = widen(x[j]);
-      const C odds =
-          gate_odds(absolute(value), parameters.threshold[unit], parameters.steepness[unit]);
-      const C fire = quotient(C(1), C(1) + odds);
-      const C y = value * gate_value(fire, odds * fire, parameters.leak[unit]) * inverse;
+      LifGateUnits<T, false> units;
+      units.load_one(p, per_column ? unit + j : unit);
+      const C y = units.gated(0, value) * inverse;
       again[0] += norm_term(p.norm, value * inverse);
       again[1] += norm_term(p.norm, y);
       if (n == 3) again[n - 1] += C(widen(grad_y[j])) * y;
@@ -238,122 +306,114 @@ __device__ __forceinline__ LifGateRow<compute_t<T>> finish_row(
   return row;
 }
 
-// One row, or tile of one, in forward.
-template <typename T, bool normed>
-struct LifGateForward {
-  using C = compute_t<T>;
-  static constexpr int kWidth = kLifGatePack<T>;
-
-  Norm norm;
-  LifGateColumns<T> columns;
-  LifGateParameters<C> parameters;
-  const T* x;
-  T* y;
-  C sums[2];  // norm_term of x and y
-  C ratio;
-
-  template <typename Index>
-  __device__ __forceinline__ void gate(Index pack, C (&out)[kWidth]) {
-    columns.load(x, pack, out);
-    const LifGatePack<T> gates(parameters, columns, pack);
+// Gates a pack in place and adds its part to the sums for a norm.
+template <bool normed, typename Units, typename C, int n>
+__device__ __forceinline__ void gate_pack(Norm norm, const Units& units, C (&values)[n],
+                                          C (&sums)[2]) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const C value = out[i];
-      out[i] = gates.gated(i, value);
-      if (normed) {
-        sums[0] += norm_term(norm, value);
-        sums[1] += norm_term(norm, out[i]);
-      }
-    }
-  }
-
-  template <typename Index>
-  __device__ __forceinline__ void store(Index pack, C (&out)[kWidth]) const {
+  for (int i = 0; i < n; ++i) {
+    const C value = values[i];
+    values[i] = units.gated(i, value);
     if (normed) {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) out[i] *= ratio;
-    }
-    columns.store(out, pack, y);
-  }
-};
-
-template <typename T, bool normed>
-__global__ void __launch_bounds__(kLifGateMostThreads, 1)
-    lif_gate_forward_kernel(LifGateParams p, LifGatePlan plan) {
-  using C = compute_t<T>;
-  constexpr int kWidth = kLifGatePack<T>;
-  const Team<C> team{plan.team, shared_memory<C>()};
-  const int64_t first = int64_t(blockIdx.x % plan.tiles) * plan.tile_cols;
-  const int64_t cols = min(plan.tile_cols, p.cols - first);
-  for (int round = 0; round < plan.rounds; ++round) {
-    const int64_t row =
-        (int64_t(blockIdx.x / plan.tiles) * plan.rounds + round) * team.count() + team.index();
-    const int64_t offset = row * p.cols + first;
-    LifGateForward<T, normed> r{p.norm,
-                                {row < p.rows ? cols : 0, team.lane(), team.size, plan.vectors},
-                                LifGateParameters<C>(p, row, first),
-                                static_cast<const T*>(p.x) + offset,
-                                static_cast<T*>(p.y) + offset,
-                                {},
-                                1};
-    C held[kWidth], out[kWidth];
-    r.gate(0, held);
-    if (normed) {
-      for (int64_t pack = 1; r.columns.reach(pack); ++pack) r.gate(pack, out);
-      r.ratio = finish_row(p, team, r.columns, r.parameters, r.x, r.x, r.sums).ratio();
-    }
-    r.store(0, held);
-    if (normed) {
-      for (int64_t pack = 1; r.columns.reach(pack); ++pack) {
-        r.gate(pack, out);
-        r.store(pack, out);
-      }
+      sums[0] += norm_term(norm, value);
+      sums[1] += norm_term(norm, values[i]);
     }
   }
 }
 
-// A pack in backward. `gradients` are those of threshold, leak and steepness.
-template <typename T>
-struct LifGateBackwardPack {
+template <typename T, bool normed, bool per_column, bool vectors>
+__device__ __forceinline__ void lif_gate_forward(const LifGateParams& p, const LifGatePlan& plan) {
   using C = compute_t<T>;
-  static constexpr int kWidth = kLifGatePack<T>;
-  C x[kWidth], grad_y[kWidth], fire[kWidth], smoulder[kWidth], gradients[3][kWidth];
-};
-
-// One row, or tile of one, in backward.
-template <typename T, bool normed>
-struct LifGateBackward {
-  using C = compute_t<T>;
-  static constexpr int kWidth = kLifGatePack<T>;
-
-  Norm norm;
-  LifGateColumns<T> columns;
-  LifGateParameters<C> parameters;
-  const T *x, *grad_y;
-  T* grad_x;
-  C sums[3];  // norm_term of x and y, grad_y * y
-  // What reaches y and x: ratio * grad_y + from_y * d|y|/dy, and from_x * d|x|/dx, the norms'
-  // slopes being taken at the row multiplied by `inverse`.
-  C ratio, from_y, from_x, inverse;
-
-  template <typename Index>
-  __device__ __forceinline__ void load(Index at, LifGateBackwardPack<T>& pack) {
-    columns.load(x, at, pack.x);
-    columns.load(grad_y, at, pack.grad_y);
-    const LifGatePack<T> gates(parameters, columns, at);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      gates.firing(i, pack.x[i], pack.fire[i], pack.smoulder[i]);
-      if (normed) {
-        const C y = pack.x[i] * gate_value(pack.fire[i], pack.smoulder[i], gates.leak[i]);
-        sums[0] += norm_term(norm, pack.x[i]);
-        sums[1] += norm_term(norm, y);
-        sums[2] += pack.grad_y[i] * y;
-      }
+  constexpr bool along = normed || !per_column;
+  constexpr int kWidth = kLifGatePack<T>;
+  using Place = LifGatePlace<T, along, vectors>;
+  const Team<C> team{plan.team, shared_memory<C>()};
+  const Place place(p, plan, team.lane(), team.index(), team.count());
+  const auto& strip = place.strip;
+  const T* const x = static_cast<const T*>(p.x);
+  int64_t offset = place.offset;
+  LifGateThreadUnits<T, along, per_column> units;
+  int64_t unit = place.first;
+  if (per_column) units.load(p, place, unit);
+  Pack<T, kWidth> next[Place::kPacks];
+  place.load(x + offset, place.rows, next);
+  // Teams without a row still take part in the sums of their warp.
+  const int rounds = normed ? plan.rounds : place.rows;
+  for (int done = 0; done < rounds; done += Place::kRows) {
+    const int left = place.rows - done;
+    if (!per_column) {
+      unit = lif_gate_unit(p, place.row + int64_t(done) * place.row_gap);
+      units.load(p, place, unit);
     }
-  }
+    C out[Place::kPacks][kWidth];
+#pragma unroll
+    for (int j = 0; j < Place::kPacks; ++j) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) out[j][i] = C(widen(next[j].values[i]));
+    }
+    const T* const row = x + offset;
+    T* const y = static_cast<T*>(p.y) + offset;
+    offset += Place::kRows * place.row_step;
+    place.load(x + offset, left - Place::kRows, next);
 
-  __device__ __forceinline__ void finish(const LifGateRow<C>& row) {
+    C sums[2] = {}, ratio = 1;  // norm_term of x and y
+#pragma unroll
+    for (int j = 0; j < Place::kPacks; ++j) {
+      if (place.has(j)) gate_pack<normed>(p.norm, units.pack(j), out[j], sums);
+    }
+    const int64_t count = left > 0 ? place.cols : 0;
+    // Columns beyond those that are held: what they add to the sums, or their part of y.
+    const auto beyond = [&](bool store) {
+      for (int64_t at = place.held; at < count; at += strip.cols) {
+        const int limit = int(min(count - at, int64_t(strip.cols)));
+        const Pack<T, kWidth> pack = strip.load(row + at, limit);
+        LifGateUnits<T, per_column> gates = units.pack(0);
+        if constexpr (per_column) gates.load(p, unit + at, strip, limit);
+        C values[kWidth];
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) values[i] = C(widen(pack.values[i]));
+        gate_pack<normed>(p.norm, gates, values, sums);
+        if (!store) continue;
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) values[i] *= ratio;
+        strip.store(values, y + at, limit);
+      }
+    };
+    if constexpr (normed) {
+      beyond(false);
+      ratio = finish_row<per_column>(p, team, count, unit, row, row, sums).ratio();
+    }
+#pragma unroll
+    for (int j = 0; j < Place::kPacks; ++j) {
+      if (normed) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) out[j][i] *= ratio;
+      }
+      strip.store(out[j], y + place.at(j), place.limit(j, left));
+    }
+    if constexpr (normed) beyond(true);
+  }
+}
+
+template <typename T, bool normed, bool per_column>
+__global__ void __launch_bounds__(kLifGateThreads, kLifGateBlocks)
+    lif_gate_forward_kernel(LifGateParams p, LifGatePlan plan) {
+  if (plan.vectors) {
+    lif_gate_forward<T, normed, per_column, true>(p, plan);
+  } else {
+    lif_gate_forward<T, normed, per_column, false>(p, plan);
+  }
+}
+
+// What backward knows of a row: the sums of norm_term of x and y and of grad_y * y, and what
+// reaches y and x, ratio * grad_y + from_y * d|y|/dy, and from_x * d|x|/dx, the norms' slopes being
+// taken at the row multiplied by `inverse`.
+template <typename C>
+struct LifGateRowBackward {
+  C sums[3] = {};
+  C ratio = 1, from_y = 0, from_x = 0, inverse = 1;
+
+  __device__ __forceinline__ void finish(Norm norm, const LifGateRow<C>& row) {
     inverse = row.inverse;
     ratio = row.ratio();
     if (row.zero) return;
@@ -365,137 +425,218 @@ struct LifGateBackward {
     }
   }
 
-  // Stores the gradient of x and fills in those of the parameters.
-  template <typename Index>
-  __device__ __forceinline__ void differentiate(Index at, LifGateBackwardPack<T>& pack) const {
-    const LifGatePack<T> gates(parameters, columns, at);
+  template <typename Units, typename T, int n>
+  __device__ __forceinline__ void add(Norm norm, const Units& units, const Pack<T, n>& xs,
+                                      const Pack<T, n>& grad_ys) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const C value_of_x = pack.x[i], magnitude = absolute(value_of_x);
-      const C g = gate_value(pack.fire[i], pack.smoulder[i], gates.leak[i]);
-      const C slope = gate_slope(pack.fire[i], pack.smoulder[i], gates.leak[i]);
-      C dy = pack.grad_y[i], through_norm = 0;
-      if (normed) {
-        dy = ratio * dy + from_y * norm_slope(norm, value_of_x * g * inverse);
-        through_norm = from_x * norm_slope(norm, value_of_x * inverse);
-      }
-      pack.gradients[0][i] = dy * gate_dy_dthreshold(value_of_x, gates.steepness[i], slope);
-      pack.gradients[1][i] = dy * value_of_x * pack.smoulder[i];
-      pack.gradients[2][i] =
-          dy * gate_dy_dsteepness(value_of_x, magnitude, gates.threshold[i], slope);
-      pack.grad_y[i] = through_norm + dy * gate_dy_dx(magnitude, gates.steepness[i], g, slope);
+    for (int i = 0; i < n; ++i) {
+      const C x = widen(xs.values[i]), y = units.gated(i, x);
+      sums[0] += norm_term(norm, x);
+      sums[1] += norm_term(norm, y);
+      sums[2] += C(widen(grad_ys.values[i])) * y;
     }
-    columns.store(pack.grad_y, at, grad_x);
+  }
+
+  // The gradient of x; those of threshold, leak and steepness are added to `gradients`, one for
+  // each column or (m = 1) for all.
+  template <bool normed, typename Units, typename T, int n, int m>
+  __device__ __forceinline__ void differentiate(Norm norm, const Units& units, const Pack<T, n>& xs,
+                                                const Pack<T, n>& grad_ys, C (&grad_x)[n],
+                                                C (&gradients)[3][m]) const {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const C x = widen(xs.values[i]), magnitude = absolute(x);
+      C fire, smoulder;
+      units.firing(i, x, fire, smoulder);
+      const C g = gate_value(fire, smoulder, units.lambda(i));
+      const C slope = gate_slope(fire, smoulder, units.lambda(i));
+      C dy = widen(grad_ys.values[i]), through_norm = 0;
+      if (normed) {
+        dy = ratio * dy + from_y * norm_slope(norm, x * g * inverse);
+        through_norm = from_x * norm_slope(norm, x * inverse);
+      }
+      const int at = m > 1 ? i : 0;
+      gradients[0][at] += dy * gate_dy_dthreshold(x, units.k(i), slope);
+      gradients[1][at] += dy * x * smoulder;
+      gradients[2][at] += dy * gate_dy_dsteepness(x, magnitude, units.theta(i), slope);
+      grad_x[i] = through_norm + dy * gate_dy_dx(magnitude, units.k(i), g, slope);
+    }
   }
 };
 
-// Adds up each thread's sums over the block's teams; the threads of the first team get the result.
-template <typename C, int n>
-__device__ __forceinline__ void add_teams(const Team<C>& team, C (&sums)[n]) {
-  if (team.count() == 1) return;
+// Adds up the teams' sums of a strip's columns and leaves the block's, [3, units], at `partial`.
+template <typename Strip, typename C, int n>
+__device__ __forceinline__ void store_column_sums(const Team<C>& team, const Strip& strip,
+                                                  C (&sums)[3][n], int limit, int64_t units,
+                                                  C* partial) {
+  const bool alone = team.count() == 1;
+  const int warp = int(threadIdx.x) / kWarp;
 #pragma unroll
-  for (int k = 0; k < n; ++k) {
-    for (int offset = kWarp / 2; offset >= team.size; offset /= 2) {
-      sums[k] += __shfl_xor_sync(kAllLanes, sums[k], offset);
+  for (int k = 0; k < 3; ++k) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      for (int offset = kWarp / 2; offset >= team.size; offset /= 2) {
+        sums[k][i] += __shfl_xor_sync(kAllLanes, sums[k][i], offset);
+      }
+      const int column = strip.column(i);
+      if (!alone) {
+        if (int(threadIdx.x) % kWarp < team.size) {
+          team.exchange[(warp * 3 + k) * strip.cols + column] = sums[k][i];
+        }
+      } else if (column < limit) {
+        partial[k * units + column] = sums[k][i];
+      }
     }
-    team.exchange[k * blockDim.x + threadIdx.x] = sums[k];
+  }
+  if (alone) return;
+  __syncthreads();
+  const int values = 3 * strip.cols, warps = int(blockDim.x) / kWarp;
+  for (int value = int(threadIdx.x); value < values; value += int(blockDim.x)) {
+    const int k = value / strip.cols, column = value % strip.cols;
+    if (column >= limit) continue;
+    C sum = team.exchange[value];
+    for (int w = 1; w < warps; ++w) sum += team.exchange[w * values + value];
+    partial[k * units + column] = sum;
   }
   __syncthreads();
-  if (int(threadIdx.x) >= team.size) return;
-  const int stride = team.size < kWarp ? kWarp : team.size;
+}
+
+template <typename T, bool normed, bool per_column, bool vectors>
+__device__ __forceinline__ void lif_gate_backward(const LifGateParams& p, const LifGatePlan& plan) {
+  using C = compute_t<T>;
+  constexpr bool along = normed || !per_column;
+  constexpr int kWidth = kLifGatePack<T>, kStrips = along ? kLifGatePacks : 1;
+  // With a norm, registers for a row's columns go to their sums: parameters are loaded anew.
+  constexpr bool kept = !(normed && per_column);
+  using Place = LifGatePlace<T, along, vectors>;
+  const Team<C> team{plan.team, shared_memory<C>()};
+  const Place place(p, plan, team.lane(), team.index(), team.count());
+  const auto& strip = place.strip;
+  const bool want_sums = p.grad_parameters != nullptr;
+  int64_t offset = place.offset;
+  C* const partial = static_cast<C*>(p.partial_gradients);
+  // The block's sums, where units are columns.
+  const auto columns = [&] {
+    return partial + int64_t(in_place(place.row_block)) * 3 * p.units + place.first;
+  };
+  C column_sums[per_column ? kStrips : 1][3][kWidth] = {};
+  LifGateThreadUnits<T, along && kept, per_column> units;
+  int64_t unit = place.first;
+  if (per_column && kept) units.load(p, place, unit);
+  const int rounds = along ? plan.rounds : place.rows;
+  for (int done = 0; done < rounds; done += Place::kRows) {
+    const int left = place.rows - done;
+    const int64_t count = left > 0 ? place.cols : 0;
+    const int64_t row = place.row + int64_t(done) * place.row_gap;
+    const T* const x = static_cast<const T*>(p.x) + offset;
+    const T* const grad_y = static_cast<const T*>(p.grad_y) + offset;
+    T* const grad_x = static_cast<T*>(p.grad_x) + offset;
+    Pack<T, kWidth> xs[Place::kPacks], grad_ys[Place::kPacks];
+    place.load(x, left, xs);
+    place.load(grad_y, left, grad_ys);
+    if (!per_column) {
+      unit = lif_gate_unit(p, row);
+      units.load(p, place, unit);
+    }
+    const auto gates_of = [&](int j) {
+      LifGateUnits<T, per_column> gates;
+      if constexpr (kept) {
+        gates = units.pack(j);
+      } else {
+        const int first = in_place(j * strip.cols);
+        gates.load(p, unit + first, strip, place.held - first);
+      }
+      return gates;
+    };
+
+    LifGateRowBackward<C> r;
+    C row_sums[3][1] = {};
+    // Columns beyond those that are held: what they add to the sums, or their gradients.
+    const auto beyond = [&](bool store) {
+      for (int64_t at = place.held; at < count; at += strip.cols) {
+        const int limit = int(min(count - at, int64_t(strip.cols)));
+        const Pack<T, kWidth> pack = strip.load(x + at, limit);
+        const Pack<T, kWidth> grad_pack = strip.load(grad_y + at, limit);
+        LifGateUnits<T, per_column> gates;
+        if constexpr (per_column) {
+          gates.load(p, unit + at, strip, limit);
+        } else {
+          gates = units.pack(0);
+        }
+        if (!store) {
+          r.add(p.norm, gates, pack, grad_pack);
+          continue;
+        }
+        C out[kWidth];
+        if constexpr (per_column) {
+          C gradients[3][kWidth] = {};
+          r.template differentiate<normed>(p.norm, gates, pack, grad_pack, out, gradients);
+          for (int k = 0; want_sums && k < 3; ++k) {
 #pragma unroll
-  for (int k = 0; k < n; ++k) {
-    for (int other = int(threadIdx.x) + stride; other < int(blockDim.x); other += stride) {
-      sums[k] += team.exchange[k * blockDim.x + other];
+            for (int i = 0; i < kWidth; ++i) {
+              // A row of this length has the block to itself, and this thread its columns.
+              C* sum = columns() + k * p.units + at + strip.column(i);
+              if (strip.column(i) < limit) *sum = (done ? *sum : C(0)) + gradients[k][i];
+            }
+          }
+        } else {
+          r.template differentiate<normed>(p.norm, gates, pack, grad_pack, out, row_sums);
+        }
+        strip.store(out, grad_x + at, limit);
+      }
+    };
+    if constexpr (normed) {
+#pragma unroll
+      for (int j = 0; j < Place::kPacks; ++j) {
+        if (place.has(j)) r.add(p.norm, gates_of(j), xs[j], grad_ys[j]);
+      }
+      beyond(false);
+      r.finish(p.norm, finish_row<per_column>(p, team, count, unit, x, grad_y, r.sums));
+    }
+#pragma unroll
+    for (int j = 0; j < Place::kPacks; ++j) {
+      if (!place.has(j)) continue;
+      C out[kWidth];
+      if constexpr (per_column) {
+        r.template differentiate<normed>(p.norm, gates_of(j), xs[j], grad_ys[j], out,
+                                         column_sums[along ? j : 0]);
+      } else {
+        r.template differentiate<normed>(p.norm, gates_of(j), xs[j], grad_ys[j], out, row_sums);
+      }
+      strip.store(out, grad_x + place.at(j), place.limit(j, left));
+    }
+    if constexpr (normed) beyond(true);
+    if (!per_column && want_sums) {
+      C sums[3] = {row_sums[0][0], row_sums[1][0], row_sums[2][0]};
+      team.template reduce<Sum>(sums);
+      if (left > 0 && team.lane() == 0) {
+        const int64_t group = row / p.unit_rows / p.units;
+        const int64_t spot = row % p.unit_rows * plan.tiles + place.tile;
+#pragma unroll
+        for (int k = 0; k < 3; ++k) {
+          partial[((group * 3 + k) * p.units + unit) * plan.inner + spot] = sums[k];
+        }
+      }
+    }
+    offset += Place::kRows * place.row_step;
+  }
+  if constexpr (per_column) {
+#pragma unroll
+    for (int j = 0; j < kStrips; ++j) {
+      if (!want_sums || !place.has(j)) return;
+      store_column_sums(team, strip, column_sums[j], place.held - j * strip.cols, p.units,
+                        columns() + j * strip.cols);
     }
   }
 }
 
 template <typename T, bool normed, bool per_column>
-__global__ void __launch_bounds__(kLifGateMostThreads, 1)
+__global__ void __launch_bounds__(kLifGateThreads, kLifGateBlocks)
     lif_gate_backward_kernel(LifGateParams p, LifGatePlan plan) {
-  using C = compute_t<T>;
-  constexpr int kWidth = kLifGatePack<T>;
-  const Team<C> team{plan.team, shared_memory<C>()};
-  const bool want_sums = p.grad_parameters != nullptr;
-  const int64_t tile = blockIdx.x % plan.tiles, first = tile * plan.tile_cols;
-  const int64_t row_block = blockIdx.x / plan.tiles;
-  const int64_t cols = min(plan.tile_cols, p.cols - first);
-  C* partial = static_cast<C*>(p.partial_gradients);
-  C column_sums[3 * kWidth] = {};  // [3, kWidth]
-  for (int round = 0; round < plan.rounds; ++round) {
-    const int64_t row = (row_block * plan.rounds + round) * team.count() + team.index();
-    const int64_t offset = row * p.cols + first;
-    LifGateBackward<T, normed> r{p.norm,
-                                 {row < p.rows ? cols : 0, team.lane(), team.size, plan.vectors},
-                                 LifGateParameters<C>(p, row, first),
-                                 static_cast<const T*>(p.x) + offset,
-                                 static_cast<const T*>(p.grad_y) + offset,
-                                 static_cast<T*>(p.grad_x) + offset,
-                                 {},
-                                 1,
-                                 0,
-                                 0,
-                                 1};
-    LifGateBackwardPack<T> held, beyond;
-    r.load(0, held);
-    if (normed) {
-      for (int64_t pack = 1; r.columns.reach(pack); ++pack) r.load(pack, beyond);
-      r.finish(finish_row(p, team, r.columns, r.parameters, r.x, r.grad_y, r.sums));
-    }
-
-    C row_sums[3] = {};
-    r.differentiate(0, held);
-#pragma unroll
-    for (int k = 0; k < 3; ++k) {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        (per_column ? column_sums[k * kWidth + i] : row_sums[k]) += held.gradients[k][i];
-      }
-    }
-    if (normed) {
-      for (int64_t pack = 1; r.columns.reach(pack); ++pack) {
-        r.load(pack, beyond);
-        r.differentiate(pack, beyond);
-#pragma unroll
-        for (int k = 0; k < 3; ++k) {
-#pragma unroll
-          for (int i = 0; i < kWidth; ++i) {
-            const int64_t column = r.columns.column(pack, i);
-            if (!per_column) {
-              row_sums[k] += beyond.gradients[k][i];
-            } else if (want_sums && column < r.columns.count) {
-              // A row of this length has the block to itself, and this thread its columns.
-              C* sum = partial + (row_block * 3 + k) * p.units + column;
-              *sum = (round ? *sum : C(0)) + beyond.gradients[k][i];
-            }
-          }
-        }
-      }
-    }
-    if (!per_column && want_sums) {
-      team.template reduce<Sum>(row_sums);
-      if (r.columns.count > 0 && team.lane() == 0) {
-        const int64_t unit = row / p.unit_rows % p.units, group = row / p.unit_rows / p.units;
-        const int64_t place = row % p.unit_rows * plan.tiles + tile;
-#pragma unroll
-        for (int k = 0; k < 3; ++k) {
-          partial[((group * 3 + k) * p.units + unit) * plan.inner + place] = row_sums[k];
-        }
-      }
-    }
-  }
-  if (!per_column || !want_sums) return;
-  add_teams(team, column_sums);
-  if (team.index() > 0) return;
-  const LifGateColumns<T> columns{cols, team.lane(), team.size, plan.vectors};
-#pragma unroll
-  for (int k = 0; k < 3; ++k) {
-    for (int i = 0; i < kWidth; ++i) {
-      const int64_t column = columns.column(0, i);
-      if (column >= cols) continue;
-      partial[(row_block * 3 + k) * p.units + first + column] = column_sums[k * kWidth + i];
-    }
+  if (plan.vectors) {
+    lif_gate_backward<T, normed, per_column, true>(p, plan);
+  } else {
+    lif_gate_backward<T, normed, per_column, false>(p, plan);
   }
 }
 
@@ -503,7 +644,7 @@ __global__ void __launch_bounds__(kLifGateMostThreads, 1)
 // Where inner is 1, neighbouring threads should read neighbouring outputs, so thread t of a block
 // works on output t % outputs.
 template <typename C>
-__global__ void __launch_bounds__(kLifGateThreads)
+__global__ void __launch_bounds__(kLifGateSumThreads)
     lif_gate_sum_kernel(const C* partial, int64_t outer, int64_t count, int64_t inner, int slices,
                         C* out) {
   double* sums = shared_memory<double>();
@@ -511,15 +652,32 @@ __global__ void __launch_bounds__(kLifGateThreads)
   const int64_t output = int64_t(blockIdx.x) * outputs + int(threadIdx.x) % outputs;
   double sum = 0;
   if (output < count) {
-    for (int64_t term = slice; term < outer * inner; term += slices) {
-      sum += partial[(term / inner * count + output) * inner + term % inner];
+    // Term o * inner + i; the next is `slices` further, which takes no division.
+    const int64_t steps = slices / inner, rest = slices % inner;
+    int64_t o = slice / inner, i = slice % inner;
+    while (o < outer) {
+      // Loads in flight together; what is past the end adds 0.
+      C terms[4] = {};
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        if (o < outer) terms[n] = partial[(o * count + output) * inner + i];
+        o += steps;
+        i += rest;
+        if (i >= inner) {
+          i -= inner;
+          ++o;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) sum += terms[n];
     }
   }
   sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (slice > 0 || output >= count) return;
-  for (int other = 1; other < slices; ++other) sum += sums[other * outputs + int(threadIdx.x)];
-  out[output] = C(sum);
+  for (int half = slices / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (slice < half) sums[threadIdx.x] += sums[int(threadIdx.x) + half * outputs];
+  }
+  if (slice == 0 && output < count) out[output] = C(sums[threadIdx.x]);
 }
 
 }  // namespace cuda

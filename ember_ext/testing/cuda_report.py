@@ -220,30 +220,34 @@ def _gate_workloads() -> Iterator[Workload]:
         fp64, compute = width == 8, max(width, 4)
         for normed in (True, False):
             shape = f"gate {[batch, tokens, columns]}{', l2' * normed}"
-            name = f"{kind}, {str(normed).lower()}"
-            yield Workload(
-                f"lif_gate_forward_kernel<{name}>",
-                shape,
-                256,
-                2 * 8 * compute,
-                2 * width * elements + 3 * compute * columns,
-                (30 if normed else 24) * elements,
-                fp64,
-            )
             for per_column in (True, False):
-                # Units that are columns meet in shared memory where a block has several rows.
-                adds_teams = per_column and not fp64
+                name = f"{kind}, {str(normed).lower()}, {str(per_column).lower()}"
+                units = shape + ("" if per_column else ", a unit for each token")
+                parameters = 3 * compute * (columns if per_column else tokens)
+                # Rows in fp64 have two warps, a block, with a norm, and those with a unit two
+                # tiles. A block of several rows adds up its columns in shared memory.
+                threads = 64 if fp64 and normed else 128
+                adds_teams = per_column and threads == 128
                 yield Workload(
-                    f"lif_gate_backward_kernel<{name}, {str(per_column).lower()}>",
-                    shape + ("" if per_column else ", a unit for each token"),
-                    256,
-                    (3 * 4 * 256 if adds_teams else 3 * 8) * compute,
-                    3 * width * elements + 6 * compute * (columns if per_column else tokens),
+                    f"lif_gate_forward_kernel<{name}>",
+                    units,
+                    threads,
+                    2 * threads // 32 * compute if normed else 0,
+                    2 * width * elements + parameters,
+                    (30 if normed else 24) * elements,
+                    fp64,
+                )
+                yield Workload(
+                    f"lif_gate_backward_kernel<{name}>",
+                    units,
+                    threads,
+                    (3 * (2 if fp64 else 4) * 32 if adds_teams else 3) * threads // 32 * compute,
+                    3 * width * elements + 2 * parameters,
                     (65 if normed else 45) * elements,
                     fp64,
                 )
     for compute_kind in ("double", "float"):
-        # 512 blocks have left sums of their rows.
+        # 512 blocks have left sums of their rows; 8 outputs take one.
         terms = 512 * 3 * columns
         yield Workload(
             f"lif_gate_sum_kernel<{compute_kind}>",
@@ -253,7 +257,7 @@ def _gate_workloads() -> Iterator[Workload]:
             _KINDS[compute_kind] * terms,
             terms,
             fp64=True,
-            blocks=3 * columns // 32,
+            blocks=3 * columns // 8,
         )
 
 
