@@ -563,25 +563,25 @@ struct AttentionProducts<T, true> {
     first += row;
     column += offset;
     to += row * stride + offset;
-    const auto store = [&](WidestPack<T> pack, int n) {
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) pack.values[i] = Unit::round(pack.values[i]);
-      *reinterpret_cast<WidestPack<T>*>(to + n * kRows * stride) = pack;
-    };
-    const bool packed = rows.packed();
     // Most tiles lie wholly inside the matrix.
-    if (packed && first + kTile - kRows < rows.count && column + kElements <= rows.size) {
-      const auto* from =
-          reinterpret_cast<const WidestPack<T>*>(rows.data + first * rows.stride + column);
-      const int64_t stride_of_packs = kRows * rows.stride / kElements;
-#pragma unroll(sizeof(T) == 2 ? 2 : 1)
-      for (int n = 0; n < kTile / kRows; ++n) store(from[n * stride_of_packs], n);
-      return;
-    }
+    const bool packed = rows.packed();
+    const bool inside =
+        packed && first + kTile - kRows < rows.count && column + kElements <= rows.size;
+    const T* from = rows.data + first * rows.stride + column;
     // Unrolled, the loop would take registers that the scores need.
 #pragma unroll 1
     for (int n = 0; n < kTile / kRows; ++n) {
-      store(rows.pack(first + n * kRows, column, packed), n);
+      WidestPack<T> pack;
+      if (inside) {
+        pack = *reinterpret_cast<const WidestPack<T>*>(from);
+      } else {
+        pack = rows.pack(first + n * kRows, column, packed);
+      }
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) pack.values[i] = Unit::round(pack.values[i]);
+      *reinterpret_cast<WidestPack<T>*>(to) = pack;
+      from += kRows * rows.stride;
+      to += kRows * stride;
     }
   }
 

@@ -430,6 +430,11 @@ constexpr int kMostPreviousBlocks = 1;
 #else
 constexpr int kMostPreviousBlocks = kMostBlocks;
 #endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 800
+constexpr int kMostNarrowBlocks = 1;  // of backward_rows for 16-bit types
+#else
+constexpr int kMostNarrowBlocks = kMostBlocks;
+#endif
 template <typename T>
 constexpr int refractory_blocks(int most) {
   return sizeof(T) == 8 ? 1 : most;
@@ -695,7 +700,8 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_above_kernel(RefractoryLifAtten
 // Grid: batch x heads x tiles of queries. Writes delta, E without what comes from c where the tile
 // ends, the sums of tau / n over the tile's queries, and the gates' gradients.
 template <typename T, bool matrix_units>
-EMBER_REFRACTORY_TILES(refractory_blocks<T>(kMostRefractoryBlocks))
+EMBER_REFRACTORY_TILES(refractory_blocks<T>(sizeof(T) == 2 ? kMostNarrowBlocks
+                                                           : kMostRefractoryBlocks))
 refractory_lif_attention_backward_rows_kernel(RefractoryLifAttentionParams p, AttentionDropout keep,
                                               RefractoryScratch<compute_t<T>> scratch) {
   using C = compute_t<T>;
