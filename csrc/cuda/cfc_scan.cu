@@ -14,10 +14,6 @@ struct Workspace {
   int64_t packed, packed_back, tape, grads, partial_grads, decay_grads, vectors, size;
 };
 
-const CfcLayer& heads_of(const CfcScanParams& p) {
-  return p.layers[p.num_layers - 1];
-}
-
 // Columns of a layer's output, and the depth of what it multiplies at every step: of the first
 // layer's input only the state.
 int64_t columns_of(const CfcLayer& layer) {
