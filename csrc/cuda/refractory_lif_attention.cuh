@@ -430,11 +430,6 @@ constexpr int kMostPreviousBlocks = 1;
 #else
 constexpr int kMostPreviousBlocks = kMostBlocks;
 #endif
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 800
-constexpr int kMostNarrowBlocks = 1;  // of backward_rows for 16-bit types
-#else
-constexpr int kMostNarrowBlocks = kMostBlocks;
-#endif
 template <typename T>
 constexpr int refractory_blocks(int most) {
   return sizeof(T) == 8 ? 1 : most;
@@ -700,8 +695,7 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_above_kernel(RefractoryLifAtten
 // Grid: batch x heads x tiles of queries. Writes delta, E without what comes from c where the tile
 // ends, the sums of tau / n over the tile's queries, and the gates' gradients.
 template <typename T, bool matrix_units>
-EMBER_REFRACTORY_TILES(refractory_blocks<T>(sizeof(T) == 2 ? kMostNarrowBlocks
-                                                           : kMostRefractoryBlocks))
+EMBER_REFRACTORY_TILES(refractory_blocks<T>(sizeof(T) == 2 ? kMostBlocks : kMostRefractoryBlocks))
 refractory_lif_attention_backward_rows_kernel(RefractoryLifAttentionParams p, AttentionDropout keep,
                                               RefractoryScratch<compute_t<T>> scratch) {
   using C = compute_t<T>;
@@ -743,9 +737,12 @@ refractory_lif_attention_backward_rows_kernel(RefractoryLifAttentionParams p, At
   const auto to = [&] { return scratch.sums + (pair * tiles + tile.queries / kTile) * p.keys; };
   double gates[3] = {}, couplings[3] = {};
   for (tile.keys = 0; tile.keys < end; tile.keys += kTile) {
+    // With matrix units two blocks share a multiprocessor if t comes first: then no patch but it
+    // waits while products are made.
+    if constexpr (matrix_units) tile.weight_gradients(head, grad_out, scratch, t);
     tile.probabilities(head, values);
     tile.loads(head, values, load);
-    tile.weight_gradients(head, grad_out, scratch, t);
+    if constexpr (!matrix_units) tile.weight_gradients(head, grad_out, scratch, t);
     C tile_gates[3] = {}, tile_couplings[2] = {};
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
@@ -772,6 +769,8 @@ refractory_lif_attention_backward_rows_kernel(RefractoryLifAttentionParams p, At
     for (int n = 0; n < 3; ++n) gates[n] += double(tile_gates[n]);
 #pragma unroll
     for (int n = 0; n < 2; ++n) couplings[n] += double(tile_couplings[n]);
+    // No product parts it from the sums that the loads were made of.
+    if constexpr (matrix_units) __syncthreads();
     tile.template scan<true>(load, {}, load);
     // With look_ahead c is the same for all queries, and none of it comes from within the tile.
     const C within = p.look_ahead ? C(0) : head.within;
