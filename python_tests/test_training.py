@@ -461,9 +461,7 @@ def test_stream_text(corpus: Corpus, folder: RunFolder) -> None:
         list(stream_text(model, vocabulary, prompt=""))
 
 
-def test_a_text_without_line_breaks(
-    tmp_path: Path, folder: RunFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_text_without_line_breaks(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     one_line = Corpus.of("one line", "the lamp is lit and the sea is calm " * 30)
     train(tiny(steps=1), one_line, folder)
     assert len(folder.sample.read_text()) == 20
