@@ -20,7 +20,6 @@ namespace ember {
 namespace cuda {
 
 constexpr int kLifGateThreads = 128;  // of a block of several teams, and of the largest team
-constexpr int kLifGateBlocks = 3;     // of a multiprocessor at least; 168 registers for a thread
 constexpr int kLifGateSumThreads = 256;
 
 // How the matrix is shared out. Block b works on tile b % tiles of row block b / tiles.
@@ -42,6 +41,9 @@ struct LifGatePlan {
 template <typename T>
 constexpr int kLifGatePack = sizeof(T) == 8 ? 2 : 4;
 constexpr int kLifGatePacks = 4;  // of a thread
+// Of a multiprocessor at least: a thread gets 128 registers, or 168 for fp64.
+template <typename T>
+constexpr int kLifGateBlocks = sizeof(T) == 8 ? 3 : 4;
 
 __device__ __forceinline__ float square_root(float v) {
   return sqrtf(v);
@@ -54,6 +56,10 @@ __device__ __forceinline__ double square_root(double v) {
 // loop is short of.
 __device__ __forceinline__ int in_place(int value) {
   asm volatile("" : "+r"(value));
+  return value;
+}
+__device__ __forceinline__ int64_t in_place(int64_t value) {
+  asm volatile("" : "+l"(value));
   return value;
 }
 
@@ -331,12 +337,14 @@ __device__ __forceinline__ void lif_gate_forward(const LifGateParams& p, const L
   const Place place(p, plan, team.lane(), team.index(), team.count());
   const auto& strip = place.strip;
   const T* const x = static_cast<const T*>(p.x);
+  // Single elements' addresses leave no room for the next row beside parameters and sums.
+  constexpr bool ahead = vectors || !(normed && per_column);
   int64_t offset = place.offset;
   LifGateThreadUnits<T, along, per_column> units;
   int64_t unit = place.first;
   if (per_column) units.load(p, place, unit);
   Pack<T, kWidth> next[Place::kPacks];
-  place.load(x + offset, place.rows, next);
+  if constexpr (ahead) place.load(x + offset, place.rows, next);
   // Teams without a row still take part in the sums of their warp.
   const int rounds = normed ? plan.rounds : place.rows;
   for (int done = 0; done < rounds; done += Place::kRows) {
@@ -345,16 +353,17 @@ __device__ __forceinline__ void lif_gate_forward(const LifGateParams& p, const L
       unit = lif_gate_unit(p, place.row + int64_t(done) * place.row_gap);
       units.load(p, place, unit);
     }
+    if constexpr (!ahead) place.load(x + offset, left, next);
     C out[Place::kPacks][kWidth];
 #pragma unroll
     for (int j = 0; j < Place::kPacks; ++j) {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) out[j][i] = C(widen(next[j].values[i]));
     }
-    const T* const row = x + offset;
-    T* const y = static_cast<T*>(p.y) + offset;
-    offset += Place::kRows * place.row_step;
-    place.load(x + offset, left - Place::kRows, next);
+    const auto row = [&] { return x + in_place(offset); };
+    const auto y = [&] { return static_cast<T*>(p.y) + in_place(offset); };
+    const int64_t following = Place::kRows * place.row_step;
+    if constexpr (ahead) place.load(row() + following, left - Place::kRows, next);
 
     C sums[2] = {}, ratio = 1;  // norm_term of x and y
 #pragma unroll
@@ -366,7 +375,7 @@ __device__ __forceinline__ void lif_gate_forward(const LifGateParams& p, const L
     const auto beyond = [&](bool store) {
       for (int64_t at = place.held; at < count; at += strip.cols) {
         const int limit = int(min(count - at, int64_t(strip.cols)));
-        const Pack<T, kWidth> pack = strip.load(row + at, limit);
+        const Pack<T, kWidth> pack = strip.load(row() + at, limit);
         LifGateUnits<T, per_column> gates = units.pack(0);
         if constexpr (per_column) gates.load(p, unit + at, strip, limit);
         C values[kWidth];
@@ -376,12 +385,12 @@ __device__ __forceinline__ void lif_gate_forward(const LifGateParams& p, const L
         if (!store) continue;
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) values[i] *= ratio;
-        strip.store(values, y + at, limit);
+        strip.store(values, y() + at, limit);
       }
     };
     if constexpr (normed) {
       beyond(false);
-      ratio = finish_row<per_column>(p, team, count, unit, row, row, sums).ratio();
+      ratio = finish_row<per_column>(p, team, count, unit, row(), row(), sums).ratio();
     }
 #pragma unroll
     for (int j = 0; j < Place::kPacks; ++j) {
@@ -389,14 +398,15 @@ __device__ __forceinline__ void lif_gate_forward(const LifGateParams& p, const L
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) out[j][i] *= ratio;
       }
-      strip.store(out[j], y + place.at(j), place.limit(j, left));
+      strip.store(out[j], y() + place.at(j), place.limit(j, left));
     }
     if constexpr (normed) beyond(true);
+    offset += following;
   }
 }
 
 template <typename T, bool normed, bool per_column>
-__global__ void __launch_bounds__(kLifGateThreads, kLifGateBlocks)
+__global__ void __launch_bounds__(kLifGateThreads, kLifGateBlocks<T>)
     lif_gate_forward_kernel(LifGateParams p, LifGatePlan plan) {
   if (plan.vectors) {
     lif_gate_forward<T, normed, per_column, true>(p, plan);
@@ -508,6 +518,8 @@ __device__ __forceinline__ void lif_gate_backward(const LifGateParams& p, const 
   constexpr int kWidth = kLifGatePack<T>, kStrips = along ? kLifGatePacks : 1;
   // With a norm, registers for a row's columns go to their sums: parameters are loaded anew.
   constexpr bool kept = !(normed && per_column);
+  // Nor is there room for what single elements' addresses take: x and grad_y are loaded anew, too.
+  constexpr bool again = !kept && !vectors;
   using Place = LifGatePlace<T, along, vectors>;
   const Team<C> team{plan.team, shared_memory<C>()};
   const Place place(p, plan, team.lane(), team.index(), team.count());
@@ -528,12 +540,12 @@ __device__ __forceinline__ void lif_gate_backward(const LifGateParams& p, const 
     const int left = place.rows - done;
     const int64_t count = left > 0 ? place.cols : 0;
     const int64_t row = place.row + int64_t(done) * place.row_gap;
-    const T* const x = static_cast<const T*>(p.x) + offset;
-    const T* const grad_y = static_cast<const T*>(p.grad_y) + offset;
-    T* const grad_x = static_cast<T*>(p.grad_x) + offset;
+    const auto x = [&] { return static_cast<const T*>(p.x) + in_place(offset); };
+    const auto grad_y = [&] { return static_cast<const T*>(p.grad_y) + in_place(offset); };
+    const auto grad_x = [&] { return static_cast<T*>(p.grad_x) + in_place(offset); };
     Pack<T, kWidth> xs[Place::kPacks], grad_ys[Place::kPacks];
-    place.load(x, left, xs);
-    place.load(grad_y, left, grad_ys);
+    place.load(x(), left, xs);
+    place.load(grad_y(), left, grad_ys);
     if (!per_column) {
       unit = lif_gate_unit(p, row);
       units.load(p, place, unit);
@@ -555,8 +567,8 @@ __device__ __forceinline__ void lif_gate_backward(const LifGateParams& p, const 
     const auto beyond = [&](bool store) {
       for (int64_t at = place.held; at < count; at += strip.cols) {
         const int limit = int(min(count - at, int64_t(strip.cols)));
-        const Pack<T, kWidth> pack = strip.load(x + at, limit);
-        const Pack<T, kWidth> grad_pack = strip.load(grad_y + at, limit);
+        const Pack<T, kWidth> pack = strip.load(x() + at, limit);
+        const Pack<T, kWidth> grad_pack = strip.load(grad_y() + at, limit);
         LifGateUnits<T, per_column> gates;
         if constexpr (per_column) {
           gates.load(p, unit + at, strip, limit);
@@ -582,7 +594,7 @@ __device__ __forceinline__ void lif_gate_backward(const LifGateParams& p, const 
         } else {
           r.template differentiate<normed>(p.norm, gates, pack, grad_pack, out, row_sums);
         }
-        strip.store(out, grad_x + at, limit);
+        strip.store(out, grad_x() + at, limit);
       }
     };
     if constexpr (normed) {
@@ -591,11 +603,15 @@ __device__ __forceinline__ void lif_gate_backward(const LifGateParams& p, const 
         if (place.has(j)) r.add(p.norm, gates_of(j), xs[j], grad_ys[j]);
       }
       beyond(false);
-      r.finish(p.norm, finish_row<per_column>(p, team, count, unit, x, grad_y, r.sums));
+      r.finish(p.norm, finish_row<per_column>(p, team, count, unit, x(), grad_y(), r.sums));
     }
 #pragma unroll
     for (int j = 0; j < Place::kPacks; ++j) {
       if (!place.has(j)) continue;
+      if constexpr (again) {
+        xs[j] = strip.load(x() + place.at(j), place.limit(j, left));
+        grad_ys[j] = strip.load(grad_y() + place.at(j), place.limit(j, left));
+      }
       C out[kWidth];
       if constexpr (per_column) {
         r.template differentiate<normed>(p.norm, gates_of(j), xs[j], grad_ys[j], out,
@@ -603,7 +619,7 @@ __device__ __forceinline__ void lif_gate_backward(const LifGateParams& p, const 
       } else {
         r.template differentiate<normed>(p.norm, gates_of(j), xs[j], grad_ys[j], out, row_sums);
       }
-      strip.store(out, grad_x + place.at(j), place.limit(j, left));
+      strip.store(out, grad_x() + place.at(j), place.limit(j, left));
     }
     if constexpr (normed) beyond(true);
     if (!per_column && want_sums) {
@@ -618,7 +634,7 @@ __device__ __forceinline__ void lif_gate_backward(const LifGateParams& p, const 
         }
       }
     }
-    offset += Place::kRows * place.row_step;
+    offset += Place::kRows * (in_place(place.row_gap) * p.cols);
   }
   if constexpr (per_column) {
 #pragma unroll
@@ -631,7 +647,7 @@ __device__ __forceinline__ void lif_gate_backward(const LifGateParams& p, const 
 }
 
 template <typename T, bool normed, bool per_column>
-__global__ void __launch_bounds__(kLifGateThreads, kLifGateBlocks)
+__global__ void __launch_bounds__(kLifGateThreads, kLifGateBlocks<T>)
     lif_gate_backward_kernel(LifGateParams p, LifGatePlan plan) {
   if (plan.vectors) {
     lif_gate_backward<T, normed, per_column, true>(p, plan);
