@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import os
 import struct
@@ -160,9 +161,40 @@ def test_the_contenders_of_the_cfc_bench_agree(monkeypatch: pytest.MonkeyPatch) 
     bench = importlib.import_module("cfc_bench")
     for mode in ("forward", "forward+backward"):
         case = bench.cfc_case("wired", 2, 3, mode, bench.Options())
-        assert set(case.verify()) == {"ncps", bench.OURS}
+        assert set(case.verify()) == {"ncps", bench.our_name(torch.device("cpu"))}
         for call in case.contenders.values():
             call()
+
+
+@pytest.mark.parametrize("what", ["attention", "refractory"])
+def test_the_contenders_of_the_attention_bench_agree_in_bf16(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    bench = importlib.import_module("attention_bench")
+    options = bench.Options(what=what, dtype="bfloat16", compiled=False)
+    case = bench.attention_case(what, (1, 2, 40, 8), 0.1, "forward+backward", options)
+    assert case.dtype == torch.bfloat16
+    assert 0 < case.verify()["ember_ext"] < 0.02
+    for call in case.contenders.values():
+        call()
+
+
+def test_kernel_times_name_what_a_pass_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    bench = importlib.import_module("kernel_times")
+    bench.main(bench.Options(device="cpu", scale=64, shown=3, out=tmp_path))
+    with (tmp_path / "kernels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    ran = {row["pass"].split(" [")[0] + ": " + row["kernel"] for row in rows}
+    for operator in ("lif_attention", "refractory_lif_attention", "lif_gate"):
+        assert f"{operator}: ember_ext::{operator}_backward" in ran
+    assert "CfC dense: ember_ext::cfc_scan_backward" in ran
+    assert all(float(row["ms"]) > 0 and float(row["ms of the pass"]) > 0 for row in rows)
+    name = "void ember::cuda::k<float, true>(ember::P, ember::cuda::Q)"
+    assert bench.short_name(name) == "k<float, true>"
 
 
 def test_rows_of_other_measurements_are_kept(tmp_path: Path) -> None:
