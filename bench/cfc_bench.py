@@ -4,8 +4,8 @@ Our CfC is held to ncps in fp64 before anything is timed. ncps runs at whichever
 one thread and all threads is faster: its threads spin when the machine is busy, which would flatter
 us. "roofline" is what the arithmetic alone takes: as many multiply-adds as the network has, as one
 matrix product of a good shape, and as many tanh and sigmoid, as PyTorch's vectorised loops over a
-buffer that stays in a CPU's cache. GRU and LSTM have rows of their own, whose rates can be compared
-with ours.
+buffer that stays in a CPU's cache (on a GPU, in its memory, which our kernels do without). GRU and
+LSTM have rows of their own, whose rates can be compared with ours.
 
 `--what` picks the measurements and `--help` lists the flags. Prints tables, and writes cfc.csv and
 cfc.png, cfc_sweep.csv and cfc_sweep.png, and cfc_memory.csv into --out, where measurements of

@@ -49,10 +49,14 @@ class Options:
 def gradients(function: Callable[..., Any], leaves: list[Tensor], **arguments: Any) -> Call:
     """Forward, and backward to all leaves that the first output depends on."""
 
-    def run() -> object:
+    def forward() -> Tensor:
         out = function(*leaves, **arguments)
-        out = out if isinstance(out, Tensor) else out[0]
-        return torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+        return out if isinstance(out, Tensor) else out[0]
+
+    grad = torch.ones_like(forward())
+
+    def run() -> object:
+        return torch.autograd.grad(forward(), leaves, grad, allow_unused=True)
 
     return run
 

@@ -75,6 +75,15 @@ def test_matches_reference(operator: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_stays_in_its_row(operator: Any, dtype: torch.dtype) -> None:
+    tensors = attention_tensors(1, 2, 2, 70, 70, 16, dtype, torch.Generator().manual_seed(0))
+    tensors["query"][0, 1, 17] = torch.nan
+    bad = operator(**tensors).isnan().any(-1)
+    assert bad[0, 1, 17]
+    assert bad.sum() == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_summary(operator: Any, dtype: torch.dtype) -> None:
     without_columns = [
         one

@@ -2,7 +2,7 @@
 //
 // Plain loops over these functions become SIMD code under -O3 -fno-math-errno -fno-trapping-math;
 // libm's would stay scalar calls. NaN goes through; exp is 0 below 2^-126.5 and at
-// most 2^127. On a GPU the toolkit's own functions are used, and exp is at most 2^126.
+// most 2^127. On a GPU the toolkit's own functions are used, and exp of fp32 is at most 2^126.
 #pragma once
 
 #include <cstdint>

@@ -274,8 +274,9 @@ struct MatrixUnit<float> {
 };
 #endif
 
-// wmma's own loads and stores, of what lies in shared memory. For bf16 and tf32 they come out as
-// accesses of any memory, several times as many as ldmatrix needs, unless nvcc is told where.
+// wmma's own loads and stores, of what lies in shared memory. Loads of bf16 and tf32, and stores of
+// what tf32's products add up to, come out as accesses of any memory, several times as many as
+// ldmatrix needs, unless nvcc is told where.
 template <typename Use, int step, typename Element, typename Layout, typename T>
 __device__ __forceinline__ void load_operand(
     nvcuda::wmma::fragment<Use, 16, 16, step, Element, Layout>& operand, const T* from,

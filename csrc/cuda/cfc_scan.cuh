@@ -343,7 +343,8 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
     const int64_t t = plan.first + slot;
     const C* now = values(state_after(slot));
     C* next = values(state_after(slot + 1));
-    // What `multiply` starts from: the input's product in the first layer, else the bias.
+    // What `multiply` starts from: the input's product in the first layer, else the bias. Past the
+    // last unit it is padding of the tape, which nobody writes; `multiply` drops what it leads to.
     const auto initial_of = [&](const CfcScanLayer& layer, bool is_first) {
       return [&block, &layer, is_first, slot](int unit, int head, int row) {
         CfcWeights<C> start = {};

@@ -94,10 +94,6 @@ struct AttentionHead {
     return i < int(p.queries) ? i : int(p.queries) - 1;
   }
 
-  __device__ __forceinline__ bool visible(int i, int j) const {
-    return i < int(p.queries) && j < int(p.keys) &&
-           (!p.causal || j <= i + int(p.keys) - int(p.queries)) && (!p.mask || masked_in(i, j));
-  }
   __device__ __forceinline__ bool masked_in(int i, int j) const {
     return p.mask[batch * p.mask_strides[0] + head * p.mask_strides[1] + i * p.mask_strides[2] +
                   j * p.mask_strides[3]];
@@ -130,7 +126,7 @@ struct AttentionHead {
   // e^x. What the faster function errs by is lost in a result of 16 bits.
   static __device__ __forceinline__ C exponential(C x) {
     if constexpr (sizeof(T) == 2) {
-      return __expf(min(x, C(87)));
+      return __expf(x > C(87) ? C(87) : x);  // of NaN, NaN
     } else {
       return ember::exponential(x);
     }

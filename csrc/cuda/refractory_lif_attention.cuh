@@ -932,7 +932,7 @@ refractory_lif_attention_backward_keys_kernel(RefractoryLifAttentionParams p, At
       }
       if constexpr (for_key) {
         tile.weight_gradients(head, grad_out, scratch, t);
-        if constexpr (Tile::kParks) tile.unpark(values);
+        if constexpr (for_value && Tile::kParks) tile.unpark(values);
         tile.probability_gradients(head, scratch.ends, values, threshold, t);
 #pragma unroll
         for (int q = 0; q < kPatch; ++q) {

@@ -58,12 +58,6 @@ struct Team {
     }
     __syncthreads();
   }
-
-  // Whether `condition` holds in any thread of the block (teams larger than a warp) or of the warp:
-  // in either case of all threads that must go on together.
-  __device__ __forceinline__ bool any(bool condition) const {
-    return size > kWarp ? __syncthreads_or(condition) != 0 : __any_sync(kAllLanes, condition) != 0;
-  }
 };
 
 }  // namespace cuda

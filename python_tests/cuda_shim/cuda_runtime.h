@@ -150,9 +150,11 @@ inline double __dmul_rn(double a, double b) {
 }
 template <typename T>
 T min(T a, T b) {
+  if constexpr (std::is_floating_point<T>::value) return std::fmin(a, b);  // of NaN and b, b
   return b < a ? b : a;
 }
 template <typename T>
 T max(T a, T b) {
+  if constexpr (std::is_floating_point<T>::value) return std::fmax(a, b);
   return a < b ? b : a;
 }
