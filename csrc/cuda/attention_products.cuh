@@ -556,10 +556,7 @@ struct AttentionProducts<T, true> {
                                               T* to, int stride) {
     constexpr int kElements = WidestPack<T>::kElements, kPacks = columns / kElements;
     constexpr int kRows = kAttentionThreads / kPacks;  // that the block takes at once
-    // What follows from the thread's index is computed anew each time: kept from one tile to the
-    // next, it would take registers that the scores need.
-    int thread = int(threadIdx.x);
-    asm volatile("" : "+r"(thread));
+    const int thread = in_place(int(threadIdx.x));     // the registers are for the scores
     const int row = thread / kPacks, offset = thread % kPacks * kElements;
     first += row;
     column += offset;

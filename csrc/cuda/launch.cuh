@@ -1,4 +1,4 @@
-// How every kernel here is launched and gets its shared memory.
+// How every kernel here is launched, gets its shared memory and saves registers.
 //
 // Kernels use no static __shared__ arrays and no <<<>>>: with both behind the functions below, a
 // host compiler can build the same source and run it (python_tests/cuda_shim).
@@ -22,6 +22,17 @@ template <typename T>
 __device__ __forceinline__ T* shared_memory() {
   extern __shared__ __align__(32) unsigned char shared_bytes[];
   return reinterpret_cast<T*>(shared_bytes);
+}
+
+// The same value, but what follows from it is not computed ahead of a loop, in registers that the
+// loop is short of.
+__device__ __forceinline__ int in_place(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+__device__ __forceinline__ int64_t in_place(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
 }
 
 template <typename T>

@@ -52,17 +52,6 @@ __device__ __forceinline__ double square_root(double v) {
   return sqrt(v);
 }
 
-// The same value, but what follows from it is not computed ahead of a loop, in registers that the
-// loop is short of.
-__device__ __forceinline__ int in_place(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-__device__ __forceinline__ int64_t in_place(int64_t value) {
-  asm volatile("" : "+l"(value));
-  return value;
-}
-
 // A thread's pack of a strip, the columns of a row that a team has one pack each of. Without
 // `vectors`, packs cannot be accessed whole, and neighbouring threads take neighbouring columns.
 template <typename T, bool vectors>

@@ -144,8 +144,8 @@ struct RefractoryTile {
   // The probabilities; 0 where nothing is seen.
   __device__ __forceinline__ void probabilities(const Head& head, Values& p) {
     // The addresses of the queries' rows, kept from one tile of keys to the next, would take
-    // registers that the patches need: unknown to the compiler, they are made again.
-    asm volatile("" : "+r"(queries));
+    // registers that the patches need.
+    queries = in_place(queries);
     rows(head.query, head.key, p);
 #pragma unroll
     for (int q = 0; q < kPatch; ++q) {
