@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ember_ext import _native, reference
-from ember_ext.ops import _checks
+from ember_ext.ops import _checks, _sequence
 from ember_ext.ops._autocast import autocast_dtype, without_autocast
 from ember_ext.reference.cfc_scan import Affine, CfCWeights
 
@@ -21,9 +19,6 @@ Activation = Literal["lecun_tanh", "tanh", "relu", "silu", "gelu"]
 _OP = "cfc_scan"
 MODES = ("default", "pure", "no_gate")
 ACTIVATIONS = ("lecun_tanh", "tanh", "relu", "silu", "gelu")
-MAX_UNCHUNKED = 1024
-"""The longest sequence whose activations are all kept by default."""
-DEFAULT_CHUNK = 128
 MAX_CUDA_LAYERS = 15
 """The deepest backbone that the CUDA kernels take."""
 
@@ -82,9 +77,9 @@ def cfc_scan(
             lengths are checked on CPU tensors only: on a GPU the check would wait for the device.
     """
     _check(x, weights, h0, mode, activation, dropout_scale, chunk_size)
-    timespans = as_timespans(_OP, "timespans", timespans, x.dtype)
-    check_timespans(timespans, x)
-    check_lengths(lengths, x)
+    timespans = _sequence.as_timespans(_OP, "timespans", timespans, x.dtype)
+    _sequence.check_timespans(_OP, timespans, x)
+    _sequence.check_lengths(_OP, lengths, x)
     low = autocast_dtype(x.device.type)
     if low is not None and x.dtype != torch.float64:
         x, weights = x.to(low), _round_matrices(weights, low)
@@ -152,9 +147,8 @@ def _native_scan(chunk_size: int | None, *arguments: Any) -> tuple[Tensor, Tenso
     x, state, maps, spans, _, _, decay, *_ = raw = raw_arguments(*arguments)
     differentiable = [x, state, *maps, spans, decay]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        if chunk_size is None:
-            chunk_size = 0 if x.shape[1] <= MAX_UNCHUNKED else DEFAULT_CHUNK
-        y, h_last, _ = torch.ops.ember_ext.cfc_scan(*raw, chunk_size)
+        chunk = _sequence.chunk_to_keep(chunk_size, x.shape[1])
+        y, h_last, _ = torch.ops.ember_ext.cfc_scan(*raw, chunk)
     else:
         y, h_last, _ = torch.ops.ember_ext.cfc_scan_forward(*raw, -1)
     return y, h_last.to(x.dtype)
@@ -299,8 +293,7 @@ def _check(
         _checks.fail(_OP, "mode", "'default', 'pure' or 'no_gate'", repr(mode))
     if activation not in ACTIVATIONS:
         _checks.fail(_OP, "activation", f"one of {list(ACTIVATIONS)}", repr(activation))
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 0):
-        _checks.fail(_OP, "chunk_size", "None or an integer >= 0", repr(chunk_size))
+    _sequence.check_chunk_size(_OP, chunk_size)
     batch, steps, width = x.shape
     hidden = _count_outputs("weights.ff1", weights.ff1)
     width += hidden
@@ -365,71 +358,6 @@ def _count_outputs(argument: str, affine: object) -> int:
     if affine.bias.dim() != 1:
         _checks.fail(_OP, f"{argument}.bias", "[out]", list(affine.bias.shape))
     return affine.bias.shape[0]
-
-
-def as_timespans(op: str, argument: str, timespans: object, dtype: torch.dtype) -> Tensor | float:
-    """Time spans as a float (1 for None), or as a tensor of a floating dtype.
-
-    Args:
-        op: for the error.
-        argument: for the error.
-        timespans: a real number, of NumPy's, too; a tensor of a floating or integer dtype; or None.
-        dtype: of the input; integers are converted to what is computed in then.
-
-    Raises:
-        TypeError: anything else, such as a boolean or complex number.
-    """
-    if timespans is None:
-        return 1.0
-    if isinstance(timespans, Tensor):
-        if timespans.is_floating_point():
-            return timespans
-        if timespans.is_complex() or timespans.dtype == torch.bool:
-            _checks.fail(op, argument, "of a real dtype", timespans.dtype, TypeError)
-        return timespans.to(_checks.compute_dtype(dtype))
-    if isinstance(timespans, bool) or not isinstance(timespans, Real):
-        got = type(timespans).__name__
-        _checks.fail(op, argument, "a real number or a tensor", got, TypeError)
-    return float(timespans)
-
-
-def check_timespans(timespans: Tensor | float, x: Tensor) -> None:
-    """Raise unless `timespans`, from `as_timespans`, are what `cfc_scan` takes for `x`."""
-    batch, steps, _ = x.shape
-    if not isinstance(timespans, Tensor):
-        if not (timespans >= 0 and math.isfinite(timespans)):
-            _checks.fail(_OP, "timespans", "finite and >= 0", timespans)
-        return
-    _checks.check_tensor(_OP, "timespans", timespans)
-    _checks.check_device(_OP, "timespans", timespans, x, "x")
-    if timespans.shape not in ((), (batch, steps), (batch, steps, 1)):
-        expected = f"a scalar, [B, T] or [B, T, 1] with [B, T] = {[batch, steps]}"
-        _checks.fail(_OP, "timespans", expected, list(timespans.shape))
-    if _checks.is_readable(timespans):
-        good = (timespans >= 0) & timespans.isfinite()
-        if not bool(good.all()):
-            index = (~good).nonzero()[0].tolist()
-            got = f"{timespans[tuple(index)].item()} at {index}"
-            _checks.fail(_OP, "timespans", "finite and >= 0", got)
-
-
-def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
-    """Raise unless `lengths` are what `cfc_scan` takes for `x`."""
-    if lengths is None:
-        return
-    batch, steps, _ = x.shape
-    if not isinstance(lengths, Tensor):
-        _checks.fail(_OP, "lengths", "a torch.Tensor", type(lengths).__name__, TypeError)
-    if lengths.dtype not in (torch.int64, torch.int32):
-        _checks.fail(_OP, "lengths", "int64 or int32", lengths.dtype, TypeError)
-    _checks.check_shape(_OP, "lengths", lengths, "[B]", (batch,))
-    _checks.check_device(_OP, "lengths", lengths, x, "x")
-    if _checks.is_readable(lengths):
-        good = (lengths >= 0) & (lengths <= steps)
-        if not bool(good.all()):
-            index = int((~good).nonzero()[0])
-            got = f"{lengths[index].item()} at index {index}"
-            _checks.fail(_OP, "lengths", f"within [0, T] = [0, {steps}]", got)
 
 
 def _pad(n: int) -> int:

@@ -1,0 +1,131 @@
+"""The arguments of a liquid layer's call: input, hidden state and time spans.
+
+ncps takes them batched or not, with the batch or the time first. The operators take [B, T, I] and
+[B, S]. `layer` is the layer's class name, for error messages.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NoReturn, SupportsIndex
+
+from torch import Tensor
+
+from ember_ext.ops._sequence import as_timespans
+
+Hidden = Tensor | tuple[Tensor, Tensor]
+"""[B, S], or with mixed memory a pair (h, c) of such; S is the layer's `state_size`."""
+
+
+def fail(
+    layer: str, argument: str, expected: str, got: object, error: type[Exception] = ValueError
+) -> NoReturn:
+    """Raise `error` with the package's error text."""
+    raise error(f"ember_ext.nn.{layer}: {argument} must be {expected}, got {got}")
+
+
+def count(layer: str, argument: str, value: Any) -> int:
+    """`value`, an integer of Python's or NumPy's, as an int >= 0."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        fail(layer, argument, "an integer", type(value).__name__, TypeError)
+    number = operator.index(value)
+    if number < 0:
+        fail(layer, argument, ">= 0", number)
+    return number
+
+
+def check_input(layer: str, input: Tensor, features: int, batch_first: bool) -> bool:
+    """Whether `input` is batched. Raises unless it has `features` columns."""
+    if not isinstance(input, Tensor):
+        fail(layer, "input", "a torch.Tensor", type(input).__name__, TypeError)
+    layout = "[B, T, C]" if batch_first else "[T, B, C]"
+    if input.dim() not in (2, 3):
+        fail(layer, "input", f"{layout} or [T, C]", list(input.shape))
+    if input.shape[-1] != features:
+        fail(layer, "input", f"{layout} or [T, C] with C = {features}", list(input.shape))
+    return input.dim() == 3
+
+
+def initial_state(
+    layer: str, x: Tensor, hx: Hidden | None, *, size: int, mixed: bool, batched: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The hidden state, and the memory's state if the layer is `mixed`, each [B, S].
+
+    Args:
+        layer: for the error.
+        x: the input, [B, T, I].
+        hx: the state as the user gave it; None for zeros.
+        size: S.
+        mixed: whether the layer has a memory.
+        batched: whether the state should have a batch dimension.
+    """
+    if hx is None:
+        zeros = x.new_zeros(x.shape[0], size)
+        return zeros, zeros if mixed else None
+    if mixed:
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            fail(layer, "hx", "a pair (h, c) with mixed memory", type(hx).__name__, TypeError)
+        h, c = (
+            _batched_state(layer, f"hx[{i}]", state, x, size, batched) for i, state in enumerate(hx)
+        )
+        return h, c
+    return _batched_state(layer, "hx", hx, x, size, batched), None
+
+
+def _batched_state(layer: str, name: str, h: object, x: Tensor, size: int, batched: bool) -> Tensor:
+    if not isinstance(h, Tensor):
+        fail(layer, name, "a torch.Tensor", type(h).__name__, TypeError)
+    if not h.is_floating_point():
+        fail(layer, name, "of a floating dtype", h.dtype, TypeError)
+    shape = (x.shape[0], size) if batched else (size,)
+    symbols = "[B, S]" if batched else "[S]"
+    if h.shape != shape:
+        fail(layer, name, f"{symbols} = {list(shape)}", list(h.shape))
+    return h if batched else h.unsqueeze(0)
+
+
+def step_timespan(layer: str, timespan: Tensor | float | None, input: Tensor) -> Tensor | float:
+    """The time span of one step as a float, or a floating tensor of no dimension, [B] or [B, 1].
+
+    Args:
+        layer: for the error.
+        timespan: as the user gave it.
+        input: the step's input, [B, C] or [C].
+    """
+    timespan = as_timespans(f"nn.{layer}", "timespan", timespan, input.dtype)
+    rows = input.shape[:-1]
+    if isinstance(timespan, Tensor) and timespan.shape not in ((), rows, (*rows, 1)):
+        expected = f"a scalar, [B] = {list(rows)} or [B, 1]" if rows else "a scalar or [1]"
+        fail(layer, "timespan", expected, list(timespan.shape))
+    return timespan
+
+
+def batch_major_timespans(
+    layer: str, timespans: Tensor | float | None, x: Tensor, *, batched: bool, batch_first: bool
+) -> Tensor | float:
+    """Time spans as a float, a floating tensor of no dimension, or one of [B, T, 1].
+
+    Args:
+        layer: for the error.
+        timespans: as the user gave them.
+        x: the input, [B, T, I].
+        batched: whether the input had a batch dimension.
+        batch_first: whether that was the first.
+    """
+    timespans = as_timespans(f"nn.{layer}", "timespans", timespans, x.dtype)
+    if not isinstance(timespans, Tensor) or timespans.dim() == 0:
+        return timespans
+    batch, steps = x.shape[:2]
+    shape: tuple[int, ...] = (batch, steps) if batch_first else (steps, batch)
+    symbols = "[B, T]" if batch_first else "[T, B]"
+    if not batched:
+        shape, symbols = (steps,), "[T]"
+    if timespans.shape not in (shape, (*shape, 1)):
+        expected = f"a scalar, {symbols} = {list(shape)} or the same with a last dimension 1"
+        fail(layer, "timespans", expected, list(timespans.shape))
+    spans = timespans.reshape(shape)
+    if not batched:
+        spans = spans.unsqueeze(0)
+    elif not batch_first:
+        spans = spans.transpose(0, 1)
+    return spans.unsqueeze(-1)

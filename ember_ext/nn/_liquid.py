@@ -1,0 +1,288 @@
+"""`LiquidLayer`: what every liquid layer of ncps does around its cells.
+
+Arguments, the order of batch and time, hidden states, mixed memory, streaming, and the calling of
+changed cells. A layer says what its cells are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ember_ext import _native
+from ember_ext.nn import _arguments
+from ember_ext.nn._arguments import Hidden
+from ember_ext.nn._laid_out import LaidOut
+from ember_ext.nn._mixed_memory import memory_step
+from ember_ext.ops._autocast import autocast_dtype
+from ember_ext.ops._sequence import check_lengths, check_timespans
+
+Advance = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""Takes step t of the cells from a state [B, S] to their output [B, M] and the next state."""
+
+
+class LiquidLayer(nn.Module):
+    """A recurrent layer with ncps' calling convention, to be mixed into a module of ncps.
+
+    It adds no state to that module, so that an instance of it can change class.
+    """
+
+    layer_name: ClassVar[str]
+    """The class' name in `ember_ext.nn`, for messages."""
+
+    batch_first: bool
+    return_sequences: bool
+    use_mixed: bool
+    state_size: int
+    rnn_cell: Any
+    lstm: Any
+    chunk_size: int | None = None
+    _packed: LaidOut | None = None
+
+    @property
+    def _features(self) -> int:
+        """Width of the input, C."""
+        raise NotImplementedError
+
+    @property
+    def _output_width(self) -> int:
+        """Width of the cells' output, M."""
+        raise NotImplementedError
+
+    def _scan_cells(
+        self, x: Tensor, h0: Tensor, timespans: Tensor | float, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The cells over the whole sequence, by the operator: output [B, T, M] and final state."""
+        raise NotImplementedError
+
+    def _lay_out(self) -> LaidOut:
+        """The cells' weights, laid out for inference."""
+        raise NotImplementedError
+
+    def _plain_steps(
+        self,
+        x: Tensor,
+        inputs: Sequence[Tensor],
+        fixed: Tensor | float | None,
+        spans: Sequence[Any],
+    ) -> Advance:
+        """The cells step by step, in plain PyTorch; arguments as for `_steps`."""
+        raise NotImplementedError
+
+    def _why_cells_differ(self) -> str | None:
+        """What keeps the cells' weights from saying what they compute; None if nothing."""
+        raise NotImplementedError
+
+    def _last_output(self, h: Tensor) -> Tensor:
+        """The cells' output [B, M] in a state [B, S]."""
+        raise NotImplementedError
+
+    def _read_out(self, y: Tensor) -> Tensor:
+        """The layer's output from the cells', [..., M]."""
+        return y
+
+    def forward(
+        self,
+        input: Tensor,
+        hx: Hidden | None = None,
+        timespans: Tensor | float | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Hidden]:
+        """Run the network over a sequence.
+
+        Args:
+            input: [B, T, C], or [T, B, C] without `batch_first`, or [T, C] for a single sequence.
+            hx: initial state, [B, S], or [S] for a single sequence; with mixed memory a pair of
+                such. Default: zeros.
+            timespans: time since the previous step, ≥ 0: a number, or a tensor shaped as the input
+                without C, or with C = 1. Default: 1.
+            lengths: [B], integers: row b ends after `lengths[b]` steps. Its state is frozen from
+                there on and its outputs are zero before the output layer. Default: all T.
+
+        Returns:
+            The output, shaped as the input with C the number of motor neurons (or units, or
+            `proj_size`), or without T if `return_sequences` is False; and the state after each
+            row's last step, shaped as `hx`.
+        """
+        layer = self.layer_name
+        batched = _arguments.check_input(layer, input, self._features, self.batch_first)
+        x = input if batched else input.unsqueeze(0)
+        if batched and not self.batch_first:
+            x = x.transpose(0, 1)
+        h, c = _arguments.initial_state(
+            layer, x, hx, size=int(self.state_size), mixed=self.use_mixed, batched=batched
+        )
+        spans = _arguments.batch_major_timespans(
+            layer, timespans, x, batched=batched, batch_first=self.batch_first
+        )
+        if lengths is not None and not batched:
+            _arguments.fail(layer, "lengths", "None for an unbatched sequence", "a tensor")
+        if c is None:
+            y, h = self._run(x, h, spans, lengths)
+        else:
+            y, h, c = self._step_through(x, h, c, spans, lengths)
+        if not self.return_sequences:
+            readout = self._read_out(self._last_output(h))
+        else:
+            readout = self._read_out(y)
+            if batched and not self.batch_first:
+                readout = readout.transpose(0, 1)
+        if not batched:
+            readout, h = readout.squeeze(0), h.squeeze(0)
+            c = None if c is None else c.squeeze(0)
+        return readout, h if c is None else (h, c)
+
+    def step(
+        self, input: Tensor, hx: Hidden | None = None, timespan: Tensor | float | None = 1.0
+    ) -> tuple[Tensor, Hidden]:
+        """One time step, for streaming: `forward` on a sequence of length 1, without its dimension.
+
+        Without gradients the weights are laid out once for many steps, and again after an optimiser
+        or any operation has changed them, or a layer was replaced or hooked. Only what leaves no
+        trace goes unnoticed until the next call of `forward` without gradients: a write past
+        autograd, through NumPy or `.data`, another `.data`, or a layer whose `forward` is replaced.
+
+        Args:
+            input: [B, C], or [C] for a single sequence.
+            hx: the state, as `forward` takes and returns it. Default: zeros.
+            timespan: time since the previous step, ≥ 0: a number, a tensor of no dimension, [B] or
+                [B, 1], without B for a single sequence. Default: 1.
+
+        Returns:
+            The output [B, units] (or motor neurons, or `proj_size`), and the new state.
+        """
+        batched = input.dim() == 2
+        if not batched and input.dim() != 1:
+            _arguments.fail(self.layer_name, "input", "[B, C] or [C]", list(input.shape))
+        span = timespan
+        if type(span) is not float:
+            span = _arguments.step_timespan(self.layer_name, timespan, input)
+        if batched and isinstance(hx, Tensor) and not (self.use_mixed or torch.is_grad_enabled()):
+            packed = self._packed_for(input, hx)
+            result = None if packed is None else packed.run(input, hx, span)
+            if result is not None:
+                return self._read_out(result[0]), result[1]
+        time_dim = 1 if batched and self.batch_first else 0
+        if isinstance(span, Tensor) and span.dim() > 0:
+            span = span.reshape(input.shape[:-1]).unsqueeze(time_dim)
+        y, hx = self.forward(input.unsqueeze(time_dim), hx, span)
+        return (y.squeeze(time_dim) if self.return_sequences else y), hx
+
+    def _run(
+        self, x: Tensor, h: Tensor, timespans: Tensor | float, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Cells' output [B, T, M] and final state [B, S], by the fastest way that there is."""
+        if not torch.is_grad_enabled():
+            self._forget_packed()
+            packed = self._packed_for(x, h)
+            # Arguments that are not good are left to the operator, which complains.
+            result = None if packed is None else packed.run(x, h, timespans, lengths)
+            if result is not None:
+                return result
+        if self._calls_cells():
+            y, h, _ = self._step_through(x, h, None, timespans, lengths)
+            return y, h
+        return self._scan_cells(x, h, timespans, lengths)
+
+    def _packed_for(self, x: Tensor, h: Tensor) -> LaidOut | None:
+        """The packed weights, if they can take x and h: another thread may pack anew meanwhile."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or _native.transforms_active():
+            return None
+        packed = self._packed
+        if packed is None or not packed.is_current():
+            inference = any(tensor.is_inference() for tensor in self.rnn_cell.parameters())
+            # An inference tensor does not say when it changes.
+            if inference or not _native.has("cpu") or self._calls_cells():
+                return None
+            packed = self._packed = self._lay_out()
+        return packed if packed.takes(x, h) else None
+
+    def _forget_packed(self) -> None:
+        """Have the weights laid out anew: not every change of theirs leaves a trace."""
+        if not torch.compiler.is_compiling():
+            self._packed = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._packed = None  # other tensors may come to sit in the same parameters
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+    def _calls_cells(self) -> bool:
+        """Whether the cells must be called at each step: they do more than apply their weights."""
+        reason = self._why_cells_differ()
+        if reason is not None:
+            _native.warn_once(
+                f"nn.{self.layer_name} calls its cells step by step, which is slower: {reason}"
+            )
+        return reason is not None
+
+    def _step_through(
+        self,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor | None,
+        timespans: Tensor | float,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `_run`, step by step; with c, the LSTM comes before the cells and ties them."""
+        layer = f"nn.{self.layer_name}"
+        check_timespans(layer, timespans, x)
+        check_lengths(layer, lengths, x)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
+        if x.dtype != dtype and autocast_dtype(x.device.type) is None:
+            expected = f"of the weights' dtype {dtype}"
+            _arguments.fail(self.layer_name, "input", expected, x.dtype, TypeError)
+        h, c = h.to(x.dtype), None if c is None else c.to(x.dtype)
+        # Taken apart at once: the gradient of one step's slice is as large as the whole.
+        inputs = x.unbind(1)
+        if isinstance(timespans, Tensor):
+            timespans = timespans.to(dtype)
+        varying = isinstance(timespans, Tensor) and timespans.dim() > 0
+        spans = timespans.unbind(1) if varying else (timespans,) * len(inputs)  # type: ignore[union-attr]
+        advance = self._steps(x, inputs, None if varying else timespans, spans)
+        remember = None if c is None else memory_step(self.layer_name, self.lstm, x, inputs)
+        outputs = []
+        for t in range(len(inputs)):
+            mixed, new_c = (h, c) if remember is None else remember(t, h, c)  # type: ignore[arg-type]
+            value, new_h = advance(t, mixed)
+            if lengths is not None:
+                running = (t < lengths)[:, None]
+                new_h = torch.where(running, new_h, h)
+                new_c = None if c is None else torch.where(running, new_c, c)  # type: ignore[arg-type]
+                value = torch.where(running, value, 0)
+            h, c = new_h, new_c
+            outputs.append(value)
+        y = torch.stack(outputs, 1) if outputs else x.new_empty(x.shape[0], 0, self._output_width)
+        return y, h, c
+
+    def _steps(
+        self,
+        x: Tensor,
+        inputs: Sequence[Tensor],
+        fixed: Tensor | float | None,
+        spans: Sequence[Tensor | float],
+    ) -> Advance:
+        """The cells step by step, by the fastest way that there is.
+
+        Args:
+            x: the input, [B, T, C].
+            inputs: x at each step.
+            fixed: the time span of all steps, or None if they vary.
+            spans: the time span of each step: a number, a tensor of no dimension, or [B, 1].
+        """
+        if not torch.is_grad_enabled() and inputs:
+            self._forget_packed()
+            zeros = x.new_zeros(x.shape[0], int(self.state_size))
+            packed = self._packed_for(inputs[0], zeros)
+            # Nothing changes between the steps, so that the answer holds for all of them.
+            if packed is not None and packed.run(inputs[0], zeros, spans[0]) is not None:
+                return lambda t, h: packed.run(inputs[t], h, spans[t])  # type: ignore[return-value]
+        if self._calls_cells():
+            return lambda t, h: self.rnn_cell.forward(inputs[t], h, spans[t])
+        return self._plain_steps(x, inputs, fixed, spans)

@@ -1,0 +1,48 @@
+"""The LSTM that ncps runs on the state before each step of a layer with mixed memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ember_ext import _native
+from ember_ext.nn._plain import why_lstm_differs
+
+
+def memory_step(
+    layer: str, lstm: Any, x: Tensor, inputs: Sequence[Tensor]
+) -> Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What takes step t of ncps' LSTM cell from h and c to the next ones, [B, S] each.
+
+    Args:
+        layer: for the warning that the cell has to be called.
+        lstm: an `ncps.torch.lstm.LSTMCell`.
+        x: the input, [B, T, C].
+        inputs: x at each step.
+    """
+    reason = why_lstm_differs(lstm)
+    if reason is not None:
+        _native.warn_once(f"nn.{layer} calls its LSTM at each step, which is slower: {reason}")
+        return lambda t, h, c: lstm(inputs[t], (h, c))
+    # The input's part of the LSTM has no recurrence. Its cell adds 1 to the third gate.
+    size = int(lstm.hidden_size)
+    offset = nn.functional.pad(x.new_ones(size), (2 * size, size))
+    bias = lstm.input_map.bias + offset
+    gates = nn.functional.linear(x, lstm.input_map.weight, bias).unbind(1)
+    recurrent = lstm.recurrent_map.weight.t()
+    return lambda t, h, c: _lstm(torch.addmm(gates[t], h, recurrent), c)
+
+
+def _lstm(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and memory of ncps' LSTM cell from its gates before activation, [B, 4 S].
+
+    The gates are value, write, keep and read, and 1 was added to keep.
+    """
+    size = c.shape[1]
+    value, gates = z.split((size, 3 * size), 1)
+    write, keep, read = torch.sigmoid(gates).chunk(3, 1)
+    c = torch.addcmul(c * keep, torch.tanh(value), write)
+    return torch.tanh(c) * read, c

@@ -1,0 +1,96 @@
+"""What the operators over sequences share: time spans, lengths and chunks.
+
+`op` names the operator or module in error messages.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from ember_ext.ops import _checks
+
+MAX_UNCHUNKED = 1024
+"""The longest sequence whose activations are all kept by default."""
+DEFAULT_CHUNK = 128
+
+
+def as_timespans(op: str, argument: str, timespans: object, dtype: torch.dtype) -> Tensor | float:
+    """Time spans as a float (1 for None), or as a tensor of a floating dtype.
+
+    Args:
+        op: for the error.
+        argument: for the error.
+        timespans: a real number, of NumPy's, too; a tensor of a floating or integer dtype; or None.
+        dtype: of the input; integers are converted to what is computed in then.
+
+    Raises:
+        TypeError: anything else, such as a boolean or complex number.
+    """
+    if timespans is None:
+        return 1.0
+    if isinstance(timespans, Tensor):
+        if timespans.is_floating_point():
+            return timespans
+        if timespans.is_complex() or timespans.dtype == torch.bool:
+            _checks.fail(op, argument, "of a real dtype", timespans.dtype, TypeError)
+        return timespans.to(_checks.compute_dtype(dtype))
+    if isinstance(timespans, bool) or not isinstance(timespans, Real):
+        got = type(timespans).__name__
+        _checks.fail(op, argument, "a real number or a tensor", got, TypeError)
+    return float(timespans)
+
+
+def check_timespans(op: str, timespans: Tensor | float, x: Tensor) -> None:
+    """Raise unless `timespans`, from `as_timespans`, fit x, [B, T, I], and are finite and >= 0."""
+    batch, steps, _ = x.shape
+    if not isinstance(timespans, Tensor):
+        if not (timespans >= 0 and math.isfinite(timespans)):
+            _checks.fail(op, "timespans", "finite and >= 0", timespans)
+        return
+    _checks.check_tensor(op, "timespans", timespans)
+    _checks.check_device(op, "timespans", timespans, x, "x")
+    if timespans.shape not in ((), (batch, steps), (batch, steps, 1)):
+        expected = f"a scalar, [B, T] or [B, T, 1] with [B, T] = {[batch, steps]}"
+        _checks.fail(op, "timespans", expected, list(timespans.shape))
+    if _checks.is_readable(timespans):
+        good = (timespans >= 0) & timespans.isfinite()
+        if not bool(good.all()):
+            index = (~good).nonzero()[0].tolist()
+            got = f"{timespans[tuple(index)].item()} at {index}"
+            _checks.fail(op, "timespans", "finite and >= 0", got)
+
+
+def check_lengths(op: str, lengths: Tensor | None, x: Tensor) -> None:
+    """Raise unless `lengths` is None, or [B] integers within [0, T] for `x`, [B, T, I]."""
+    if lengths is None:
+        return
+    batch, steps, _ = x.shape
+    if not isinstance(lengths, Tensor):
+        _checks.fail(op, "lengths", "a torch.Tensor", type(lengths).__name__, TypeError)
+    if lengths.dtype not in (torch.int64, torch.int32):
+        _checks.fail(op, "lengths", "int64 or int32", lengths.dtype, TypeError)
+    _checks.check_shape(op, "lengths", lengths, "[B]", (batch,))
+    _checks.check_device(op, "lengths", lengths, x, "x")
+    if _checks.is_readable(lengths):
+        good = (lengths >= 0) & (lengths <= steps)
+        if not bool(good.all()):
+            index = int((~good).nonzero()[0])
+            got = f"{lengths[index].item()} at index {index}"
+            _checks.fail(op, "lengths", f"within [0, T] = [0, {steps}]", got)
+
+
+def check_chunk_size(op: str, chunk_size: int | None) -> None:
+    """Raise unless `chunk_size` is None or an integer >= 0."""
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 0):
+        _checks.fail(op, "chunk_size", "None or an integer >= 0", repr(chunk_size))
+
+
+def chunk_to_keep(chunk_size: int | None, steps: int) -> int:
+    """Steps whose activations are kept at once for the backward pass; 0 for all of them."""
+    if chunk_size is not None:
+        return chunk_size
+    return 0 if steps <= MAX_UNCHUNKED else DEFAULT_CHUNK
