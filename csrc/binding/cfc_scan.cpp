@@ -4,18 +4,13 @@
 // those checks are repeated, tersely, that memory safety rests on.
 #include "../common/cfc_scan.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#include <algorithm>
 #include <cstring>
-#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "device.h"
+#include "../common/chunks.h"
+#include "arguments.h"
 
 EMBER_KERNEL(cfc_scan_forward, CfcScanParams)
 EMBER_KERNEL(cfc_scan_backward, CfcScanParams)
@@ -33,42 +28,12 @@ namespace ember {
 namespace binding {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-using MaybeTensor = std::optional<Tensor>;
-
-// A large uninitialised buffer. Its first use would fault in every 4 KiB page, which for a tape
-// takes as long as a third of the forward pass; huge pages make that a fifth.
-Tensor new_buffer(const Tensor& like, int64_t size, ScalarType dtype) {
-  Tensor t = torch::stable::new_empty(like, {size}, dtype);
-#if defined(__linux__) && !defined(EMBER_CUDA)
-  const uintptr_t page = uintptr_t(1) << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t bytes = uintptr_t(size) * (dtype == ScalarType::Double ? 8 : 4);
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return t;
-}
-
-// Dense copies where needed, kept alive for as long as the parameters point to them.
-struct Arguments {
-  const Tensor& like;  // on the device that all tensors must be on
+// The parameter struct and what it points to.
+struct CfcArguments : Arguments {
   CfcScanParams p{};
   std::vector<CfcLayer> layers;
-  Tensors held;
 
-  explicit Arguments(const Tensor& like_) : like(like_) {}
-
-  const void* hold(const Tensor& t) {
-    held.push_back(dense(t));
-    return held.back().const_data_ptr();
-  }
-  const void* hold(const MaybeTensor& t) { return t ? hold(*t) : nullptr; }
-
-  static void expect(bool good) { STD_TORCH_CHECK(good, "ember_ext.cfc_scan: invalid arguments"); }
-  void expect(const MaybeTensor& t, int64_t size, ScalarType dtype) const {
-    expect(!t || (t->numel() == size && t->scalar_type() == dtype && t->device() == like.device()));
-  }
+  explicit CfcArguments(const Tensor& like) : Arguments("cfc_scan", like) {}
 
   // p.dtype, batch, steps, inputs, hidden and chunk are set.
   void describe(const Tensors& weights, const MaybeTensor& timespans, const MaybeTensor& lengths,
@@ -123,14 +88,9 @@ struct Arguments {
   }
 };
 
-// A chunk that is longer than the sequence is one of its length, and never overflows a sum.
-int64_t chunk_within(int64_t chunk, int64_t steps) {
-  return std::min(std::max<int64_t>(chunk, 0), std::max<int64_t>(steps, 1));
-}
-
 int64_t saved_size(const CfcScanParams& p) {
   if (!p.chunk) return cfc_tape_size(p, p.steps);
-  return (p.steps + p.chunk - 1) / p.chunk * p.batch * p.hidden;
+  return count_chunks(p.steps, p.chunk) * p.batch * p.hidden;
 }
 
 // chunk < 0: nothing is saved; 0: the tape; > 0: the states at the chunks' borders.
@@ -140,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> cfc_scan_forward(const Tensor& x, const Tenso
                                                     MaybeTensor decay, int64_t mode,
                                                     int64_t activation, int64_t chunk) {
   const ScalarType compute = compute_type(x);
-  Arguments a(x);
+  CfcArguments a(x);
   CfcScanParams& p = a.p;
   a.expect(x.dim() == 3 && h0.dim() == 2);
   p.dtype = dtype_of(x);
@@ -174,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> cfc_scan_backward(
     MaybeTensor decay, int64_t mode, int64_t activation, int64_t chunk, bool input_gradient,
     bool weight_gradients) {
   const ScalarType compute = compute_type(grad_y);
-  Arguments a(grad_y);
+  CfcArguments a(grad_y);
   CfcScanParams& p = a.p;
   a.expect(grad_y.dim() == 3 && !weights.empty() && weights[0].dim() == 2);
   p.dtype = dtype_of(grad_y);
@@ -228,13 +188,14 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> cfc_scan_backward(
 // and, in mode pure, decay.
 class Stack {
  public:
-  explicit Stack(const std::vector<int64_t>& plan) : plan_(plan), at_(2) {
-    Arguments::expect(plan.size() >= 2);
+  Stack(const Arguments& arguments, const std::vector<int64_t>& plan)
+      : arguments_(arguments), plan_(plan), at_(2) {
+    arguments_.expect(plan.size() >= 2);
   }
 
   bool next(CfcScanParams& p, std::vector<CfcLayer>& layers) {
     if (at_ == plan_.size()) return false;
-    Arguments::expect(at_ + 4 <= plan_.size());
+    arguments_.expect(at_ + 4 <= plan_.size());
     p.activation = static_cast<CfcActivation>(plan_[0]);
     p.mode = static_cast<CfcMode>(plan_[1]);
     p.inputs = plan_[at_];
@@ -242,7 +203,7 @@ class Stack {
     p.heads = plan_[at_ + 2];
     p.num_layers = plan_[at_ + 3];
     at_ += 4;
-    Arguments::expect(p.num_layers > 0 && at_ + size_t(p.num_layers) - 1 <= plan_.size());
+    arguments_.expect(p.num_layers > 0 && at_ + size_t(p.num_layers) - 1 <= plan_.size());
     layers.assign(size_t(p.num_layers), CfcLayer{});
     int64_t inputs = p.inputs + p.hidden;
     for (CfcLayer& layer : layers) {
@@ -256,25 +217,26 @@ class Stack {
   }
 
  private:
+  const Arguments& arguments_;
   const std::vector<int64_t>& plan_;
   size_t at_;
 };
 
 // weights: for each cell its layers' matrices and, in mode pure, decay.
 Tensor cfc_scan_pack(Tensors weights, std::vector<int64_t> plan) {
-  Arguments::expect(!weights.empty());
+  STD_TORCH_CHECK(!weights.empty(), "ember_ext.cfc_scan: no weights to pack");
   const Tensor& like = weights[0];
+  CfcArguments a(like);
   const int64_t element = dtype_of(like) == DType::f64 ? 8 : 4;
   int64_t size = 0;
   CfcScanParams p{};
   p.dtype = dtype_of(like);
   std::vector<CfcLayer> layers;
-  for (Stack stack(plan); stack.next(p, layers);) size += cfc_packed_size(p) + 2 * p.hidden;
+  for (Stack stack(a, plan); stack.next(p, layers);) size += cfc_packed_size(p) + 2 * p.hidden;
   Tensor packed = torch::stable::new_empty(like, {size});
   char* to = static_cast<char*>(packed.mutable_data_ptr());
   size_t i = 0;
-  for (Stack stack(plan); stack.next(p, layers);) {
-    Arguments a(like);
+  for (Stack stack(a, plan); stack.next(p, layers);) {
     for (CfcLayer& layer : layers) {
       a.expect(i < weights.size());
       a.expect(weights[i], layer.segments * layer.units * (1 + layer.inputs), like.scalar_type());
@@ -302,7 +264,7 @@ std::tuple<Tensor, Tensor> cfc_scan_packed(const Tensor& x_, const Tensor& h_,
   const ScalarType compute = compute_type(x_);
   const Tensor x = dense(x_), h = dense(h_);
   const bool single = x.dim() == 2;
-  Arguments a(x);
+  CfcArguments a(x);
   a.expect((single || x.dim() == 3) && h.dim() == 2);
   CfcScanParams& p = a.p;
   p.dtype = dtype_of(x);
@@ -316,7 +278,7 @@ std::tuple<Tensor, Tensor> cfc_scan_packed(const Tensor& x_, const Tensor& h_,
   char* weights = static_cast<char*>(packed.mutable_data_ptr());
   p.packed = weights;
   int64_t scratch = 0, between = 0, states = 0, packed_size = 0, inputs = x.size(single ? 1 : 2);
-  for (Stack stack(plan); stack.next(p, a.layers);) {
+  for (Stack stack(a, plan); stack.next(p, a.layers);) {
     a.expect(p.inputs == inputs);
     a.expect(p.heads == 3 || (timespans && p.heads == (p.mode == CfcMode::pure ? 1 : 4)));
     const int64_t own = cfc_workspace(p, false).size;
@@ -351,7 +313,7 @@ std::tuple<Tensor, Tensor> cfc_scan_packed(const Tensor& x_, const Tensor& h_,
   const char* from = static_cast<const char*>(h.const_data_ptr());
   char* to = static_cast<char*>(last.mutable_data_ptr());
   int64_t done = 0;
-  for (Stack stack(plan); stack.next(p, a.layers); std::swap(buffers[0], buffers[1])) {
+  for (Stack stack(a, plan); stack.next(p, a.layers); std::swap(buffers[0], buffers[1])) {
     p.packed = weights;
     weights += cfc_packed_size(p) * element;
     p.decay = weights;

@@ -17,6 +17,7 @@
 
 #include <type_traits>
 
+#include "../common/chunks.h"
 #include "parallel.h"
 #include "vector.h"
 
@@ -335,7 +336,7 @@ class Scan {
     if (p_.grad_decay) {
       for (int64_t i = 0; i < p_.batch * 2 * cfc_pad(p_.hidden); ++i) decay_grads_[i] = 0;
     }
-    const int64_t chunks = (p_.steps + chunk_ - 1) / chunk_;
+    const int64_t chunks = count_chunks(p_.steps, chunk_);
     for (int64_t c = chunks - 1; c >= 0; --c) {
       const int64_t first = c * chunk_;
       const int64_t steps = p_.steps - first < chunk_ ? p_.steps - first : chunk_;
