@@ -22,6 +22,8 @@ from ember_ext.ops import (  # noqa: E402
     cfc_scan,
     lif_attention,
     lif_gate,
+    ltc_scan,
+    ltc_synapses,
     refractory_lif_attention,
 )
 
@@ -31,6 +33,8 @@ __all__ = [
     "cfc_scan",
     "lif_attention",
     "lif_gate",
+    "ltc_scan",
+    "ltc_synapses",
     "nn",
     "refractory_lif_attention",
 ]

@@ -7,18 +7,24 @@ and the transforms of `torch.func` a function runs its definition, and a warning
 from ember_ext.ops.cfc_scan import cfc_scan
 from ember_ext.ops.lif_attention import lif_attention
 from ember_ext.ops.lif_gate import lif_gate
+from ember_ext.ops.ltc_scan import ltc_scan, ltc_synapses
 from ember_ext.ops.refractory_lif_attention import refractory_lif_attention
 from ember_ext.reference.cfc_scan import Affine, CfCWeights
 from ember_ext.reference.lif_attention import AttentionSummary
+from ember_ext.reference.ltc_scan import LTCSynapses, LTCWeights
 from ember_ext.reference.refractory_lif_attention import RefractoryState
 
 __all__ = [
     "Affine",
     "AttentionSummary",
     "CfCWeights",
+    "LTCSynapses",
+    "LTCWeights",
     "RefractoryState",
     "cfc_scan",
     "lif_attention",
     "lif_gate",
+    "ltc_scan",
+    "ltc_synapses",
     "refractory_lif_attention",
 ]

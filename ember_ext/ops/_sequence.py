@@ -44,24 +44,47 @@ def as_timespans(op: str, argument: str, timespans: object, dtype: torch.dtype) 
     return float(timespans)
 
 
-def check_timespans(op: str, timespans: Tensor | float, x: Tensor) -> None:
-    """Raise unless `timespans`, from `as_timespans`, fit x, [B, T, I], and are finite and >= 0."""
+def check_timespans(
+    op: str,
+    timespans: Tensor | float,
+    x: Tensor,
+    *,
+    positive: bool = False,
+    lengths: Tensor | None = None,
+) -> None:
+    """Raise unless `timespans`, from `as_timespans`, fit x, [B, T, I], and are finite and >= 0.
+
+    Args:
+        op: for the error.
+        timespans: of every step.
+        x: input.
+        positive: whether a time span of 0 is an error, too: for cells that divide by it.
+        lengths: of the rows, checked before; time spans beyond them may have any value.
+    """
     batch, steps, _ = x.shape
+    expected = "finite and > 0, as the cell divides by it" if positive else "finite and >= 0"
     if not isinstance(timespans, Tensor):
-        if not (timespans >= 0 and math.isfinite(timespans)):
-            _checks.fail(op, "timespans", "finite and >= 0", timespans)
+        if not (math.isfinite(timespans) and (timespans > 0 if positive else timespans >= 0)):
+            _checks.fail(op, "timespans", expected, timespans)
         return
     _checks.check_tensor(op, "timespans", timespans)
     _checks.check_device(op, "timespans", timespans, x, "x")
     if timespans.shape not in ((), (batch, steps), (batch, steps, 1)):
-        expected = f"a scalar, [B, T] or [B, T, 1] with [B, T] = {[batch, steps]}"
-        _checks.fail(op, "timespans", expected, list(timespans.shape))
+        shapes = f"a scalar, [B, T] or [B, T, 1] with [B, T] = {[batch, steps]}"
+        _checks.fail(op, "timespans", shapes, list(timespans.shape))
     if _checks.is_readable(timespans):
-        good = (timespans >= 0) & timespans.isfinite()
-        if not bool(good.all()):
-            index = (~good).nonzero()[0].tolist()
-            got = f"{timespans[tuple(index)].item()} at {index}"
-            _checks.fail(op, "timespans", "finite and >= 0", got)
+        good = (timespans > 0 if positive else timespans >= 0) & timespans.isfinite()
+        if bool(good.all()):
+            return
+        if lengths is not None and timespans.dim() and _checks.is_readable(lengths):
+            beyond = torch.arange(steps) >= lengths[:, None]
+            good = good.view(batch, steps) | beyond
+            timespans = timespans.reshape(batch, steps)
+            if bool(good.all()):
+                return
+        index = (~good).nonzero()[0].tolist()
+        got = f"{timespans[tuple(index)].item()} at {index}"
+        _checks.fail(op, "timespans", expected, got)
 
 
 def check_lengths(op: str, lengths: Tensor | None, x: Tensor) -> None:

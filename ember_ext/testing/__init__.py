@@ -9,6 +9,7 @@ from ember_ext import ops, reference
 from ember_ext.testing.cfc_scan import cfc_samples, flat
 from ember_ext.testing.lif_attention import attention_samples, attention_tensors
 from ember_ext.testing.lif_gate import gate_parameters, gate_samples
+from ember_ext.testing.ltc_scan import flat_ltc, ltc_samples, ltc_weights
 from ember_ext.testing.refractory_lif_attention import (
     refractory_samples,
     refractory_tensors,
@@ -37,6 +38,7 @@ OPERATORS = (
         refractory_samples,
     ),
     Registered("cfc_scan", flat(ops.cfc_scan), flat(reference.cfc_scan), cfc_samples),
+    Registered("ltc_scan", flat_ltc(ops.ltc_scan), flat_ltc(reference.ltc_scan), ltc_samples),
 )
 """What the self-test goes through."""
 
@@ -50,8 +52,11 @@ __all__ = [
     "attention_tensors",
     "check_sample",
     "error_bound",
+    "flat_ltc",
     "gate_parameters",
     "gate_samples",
+    "ltc_samples",
+    "ltc_weights",
     "refractory_samples",
     "refractory_tensors",
     "with_flat_state",

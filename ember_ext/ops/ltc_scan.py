@@ -1,0 +1,188 @@
+"""A whole LTC sequence as one operator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ember_ext import reference
+from ember_ext.ops import _checks, _sequence
+from ember_ext.ops._autocast import without_autocast
+from ember_ext.reference.ltc_scan import LTCSynapses, LTCWeights, list_synapses
+
+_OP = "ltc_scan"
+
+
+def ltc_synapses(mask: Tensor, sensory_mask: Tensor) -> LTCSynapses:
+    """List the synapses of a liquid time-constant network, for `ltc_scan`.
+
+    Args:
+        mask: [S, S], of any dtype: 1 where unit i has a synapse to unit j, else 0. ncps calls it
+            `sparsity_mask`.
+        sensory_mask: [I, S]: the same of inputs and units; `sensory_sparsity_mask` in ncps.
+
+    Returns:
+        The lists, on the masks' device. They do not follow later changes of the masks.
+
+    Raises:
+        TypeError: a mask is not a tensor.
+        ValueError: a shape or device does not fit, or an entry is neither 0 nor 1.
+    """
+    for argument, value in (("mask", mask), ("sensory_mask", sensory_mask)):
+        if not isinstance(value, Tensor):
+            _checks.fail(
+                "ltc_synapses", argument, "a torch.Tensor", type(value).__name__, TypeError
+            )
+    if mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
+        _checks.fail("ltc_synapses", "mask", "[S, S]", list(mask.shape))
+    if sensory_mask.dim() != 2 or sensory_mask.shape[1] != mask.shape[1]:
+        expected = f"[I, S] with S = {mask.shape[1]}"
+        _checks.fail("ltc_synapses", "sensory_mask", expected, list(sensory_mask.shape))
+    _checks.check_device("ltc_synapses", "sensory_mask", sensory_mask, mask, "mask")
+    for argument, value in (("mask", mask), ("sensory_mask", sensory_mask)):
+        bad = (value != 0) & (value != 1)
+        if bool(bad.any()):
+            index = bad.nonzero()[0].tolist()
+            got = f"{value[tuple(index)].item()} at {index}"
+            _checks.fail("ltc_synapses", argument, "of zeros and ones", got)
+    with torch.no_grad():
+        return LTCSynapses(list_synapses(mask), list_synapses(sensory_mask))
+
+
+def ltc_scan(
+    x: Tensor,
+    weights: LTCWeights,
+    h0: Tensor | None = None,
+    *,
+    synapses: LTCSynapses | None = None,
+    timespans: Tensor | float = 1.0,
+    lengths: Tensor | None = None,
+    ode_unfolds: int = 6,
+    eps: float = 1e-8,
+    outputs: int | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run a liquid time-constant network over a sequence, as `ncps.torch.LTC` solves it.
+
+    Each time step takes `ode_unfolds` solver steps from v = h_{t-1}. With a_ij = w_ij σ(sigma_ij
+    (v_i - mu_ij)) of the synapses between units and A_ij the same of the sensory synapses, from
+    inputs x_t, and c = cm / (Δt / ode_unfolds):
+    v_j ← (c_j v_j + gleak_j vleak_j + Σ_i a_ij erev_ij + Σ_i A_ij sensory_erev_ij)
+    / (c_j + gleak_j + Σ_i a_ij + Σ_i A_ij + eps). Then h_t = v.
+    Differentiable once in `x`, `h0`, time spans and weights, and through both results. The weights
+    of a synapse that is not listed have no influence, and a gradient of exactly 0. Everything is
+    computed in fp32 (fp64 for fp64 input), under autocast, too, and the results rounded once. A
+    denominator may vanish where weights are negative; results are infinite or NaN then.
+
+    Args:
+        x: input, [B, T, I], in float64, float32, bfloat16 or float16; any strides.
+        weights: an `ember_ext.ops.LTCWeights` of a network with S units; tensors of any floating
+            dtype.
+        h0: initial state, [B, S]. Default: zeros.
+        synapses: those that exist, from `ltc_synapses`. Default: all.
+        timespans: Δt > 0 and finite, in the unit of time that the weights were trained with: a
+            number, or a tensor of a floating or integer dtype: of no dimension, [B, T] or
+            [B, T, 1]. Default: 1.
+        lengths: [B], int64 or int32, within [0, T]: row b ends after `lengths[b]` steps. Its state
+            is frozen from there on, its outputs are zero, and no gradient passes. What input and
+            time spans hold there, NaN for instance, has no influence. Default: all T.
+        ode_unfolds: solver steps per time step, at least 1. Default: 6.
+        eps: added to the denominator, at least 0. Default: 1e-8.
+        outputs: how many units' states to return, beginning with the first. Default: all S.
+        chunk_size: time steps for which the backward pass keeps the states of all solver steps at
+            once; those of other chunks are computed again, from the states at the chunks' borders.
+            0 keeps everything, B T S `ode_unfolds` numbers. Default: 0 up to 128 million numbers,
+            and 64 beyond that.
+
+    Returns:
+        The states [B, T, outputs], and the state [B, S] after each row's last step, both in x's
+        dtype.
+
+    Raises:
+        TypeError: an argument is not of a supported type or dtype.
+        ValueError: a shape, device, value or option does not fit. The values of time spans and
+            lengths are checked on CPU tensors only: on a GPU the check would wait for the device.
+    """
+    _check(x, weights, h0, synapses, ode_unfolds, eps, outputs)
+    _sequence.check_chunk_size(_OP, chunk_size)
+    timespans = _sequence.as_timespans(_OP, "timespans", timespans, x.dtype)
+    _sequence.check_lengths(_OP, lengths, x)
+    _sequence.check_timespans(_OP, timespans, x, positive=True, lengths=lengths)
+    with without_autocast(x.device.type):
+        return reference.ltc_scan(
+            x,
+            weights,
+            h0,
+            synapses=synapses,
+            timespans=timespans,
+            lengths=lengths,
+            ode_unfolds=ode_unfolds,
+            eps=eps,
+            outputs=outputs,
+        )
+
+
+def _check(
+    x: Tensor,
+    weights: LTCWeights,
+    h0: Tensor | None,
+    synapses: LTCSynapses | None,
+    ode_unfolds: int,
+    eps: float,
+    outputs: int | None,
+) -> None:
+    _checks.check_tensor(_OP, "x", x)
+    if x.dim() != 3:
+        _checks.fail(_OP, "x", "[B, T, I]", list(x.shape))
+    if not isinstance(weights, LTCWeights):
+        _checks.fail(_OP, "weights", "an LTCWeights", type(weights).__name__, TypeError)
+    _checks.check_tensor(_OP, "weights.cm", weights.cm)
+    if weights.cm.dim() != 1:
+        _checks.fail(_OP, "weights.cm", "[S]", list(weights.cm.shape))
+    batch, _, inputs = x.shape
+    units = weights.cm.shape[0]
+    for name, value in zip(LTCWeights._fields, weights, strict=True):
+        symbols: str
+        shape: tuple[int, ...]
+        if name in ("cm", "gleak", "vleak"):
+            symbols, shape = "[S]", (units,)
+        elif name.startswith("sensory"):
+            symbols, shape = "[I, S]", (inputs, units)
+        else:
+            symbols, shape = "[S, S]", (units, units)
+        _check_fits(f"weights.{name}", value, symbols, shape, x)
+    if h0 is not None:
+        _check_fits("h0", h0, "[B, S]", (batch, units), x)
+    if synapses is not None:
+        _check_synapses(synapses, x)
+    if isinstance(ode_unfolds, bool) or not isinstance(ode_unfolds, int) or ode_unfolds < 1:
+        _checks.fail(_OP, "ode_unfolds", "an integer >= 1", repr(ode_unfolds))
+    if not isinstance(eps, float | int) or not 0 <= eps < math.inf:
+        _checks.fail(_OP, "eps", "a finite number >= 0", repr(eps))
+    if outputs is not None and (not isinstance(outputs, int) or not 0 <= outputs <= units):
+        _checks.fail(_OP, "outputs", f"within [0, S] = [0, {units}]", repr(outputs))
+
+
+def _check_fits(
+    argument: str, value: Tensor, symbols: str, shape: tuple[int, ...], x: Tensor
+) -> None:
+    _checks.check_tensor(_OP, argument, value)
+    _checks.check_shape(_OP, argument, value, symbols, shape)
+    _checks.check_device(_OP, argument, value, x, "x")
+
+
+def _check_synapses(synapses: Any, x: Tensor) -> None:
+    if not isinstance(synapses, LTCSynapses):
+        expected = "None or an LTCSynapses, from ltc_synapses"
+        _checks.fail(_OP, "synapses", expected, type(synapses).__name__, TypeError)
+    for name, value in zip(LTCSynapses._fields, synapses, strict=True):
+        argument = f"synapses.{name}"
+        if not isinstance(value, Tensor) or value.dtype != torch.int64:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            _checks.fail(_OP, argument, "an int64 tensor", got, TypeError)
+        if value.dim() != 2 or value.shape[0] != 3:
+            _checks.fail(_OP, argument, "[3, E]", list(value.shape))
+        _checks.check_device(_OP, argument, value, x, "x")
