@@ -139,6 +139,10 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
             )
             fail("CfC", "proj_size", expected, proj_size)
         self.chunk_size = chunk_size
+        for cell in self._cells:
+            if cell.sparsity_mask is not None:
+                # ncps' is a transposed view, and FSDP takes contiguous parameters only.
+                cell.sparsity_mask.data = cell.sparsity_mask.data.contiguous()
 
     @property
     def _cells(self) -> Sequence[Any]:
