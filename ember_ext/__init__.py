@@ -17,7 +17,8 @@ from ember_ext import _native
 _native.load(__version__)
 
 from ember_ext import nn  # noqa: E402
-from ember_ext.nn import accelerate  # noqa: E402
+from ember_ext._native import use_reference  # noqa: E402
+from ember_ext.nn import accelerate, decelerate  # noqa: E402
 from ember_ext.ops import (  # noqa: E402
     cfc_scan,
     lif_attention,
@@ -31,10 +32,12 @@ __all__ = [
     "__version__",
     "accelerate",
     "cfc_scan",
+    "decelerate",
     "lif_attention",
     "lif_gate",
     "ltc_scan",
     "ltc_synapses",
     "nn",
     "refractory_lif_attention",
+    "use_reference",
 ]

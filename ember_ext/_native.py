@@ -11,6 +11,8 @@ import hashlib
 import importlib
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +35,8 @@ unavailable: dict[str, str] = {}
 
 _devices: set[str] = set()
 _cuda_operators: set[str] = set()
+_reference_uses = 0
+"""How many `use_reference` contexts are open. `torch.compile` could not guard a thread-local."""
 
 
 def has(device_type: str, op: str | None = None) -> bool:
@@ -55,6 +59,8 @@ def runs(device_type: str, op: str) -> bool:
         device_type: as `torch.device.type` has it.
         op: an operator's stem, such as "lif_gate".
     """
+    if wants_definition():
+        return False
     if transforms_active():
         warn_once(
             f"forward-mode AD or a torch.func transform is active, for which {op} has no compiled "
@@ -62,6 +68,49 @@ def runs(device_type: str, op: str) -> bool:
         )
         return False
     return has(device_type, op)
+
+
+@contextmanager
+def use_reference() -> Iterator[None]:
+    """Run the PyTorch definitions in `ember_ext.reference` and not the compiled kernels.
+
+    The way out wherever something works with PyTorch's own operators only: a second derivative, a
+    device or an exporter without our kernels, a number in doubt. Operators and modules keep their
+    arguments, checks and results, and are slower. It nests, it is a decorator as well, and
+    compiled functions follow it. `ember_ext.decelerate` turns accelerated modules back for good.
+
+    The context holds for all threads of the process. What is computed again in the backward pass,
+    such as by `torch.utils.checkpoint`, must run within it, too.
+    """
+    global _reference_uses
+    _reference_uses += 1
+    try:
+        yield
+    finally:
+        _reference_uses -= 1
+
+
+def wants_definition() -> bool:
+    """Whether a call is for plain PyTorch operators: `use_reference`, `torch.jit.trace`, ONNX.
+
+    A traced or ONNX graph runs where there is no `ember_ext`.
+    """
+    if _reference_uses > 0:
+        return True
+    if is_tracing():
+        if not torch.onnx.is_in_onnx_export():
+            warn_once(
+                "torch.jit.trace records the PyTorch definitions, not the compiled kernels, so "
+                "that its result runs without ember_ext"
+            )
+        return True
+    # The other ONNX exporter compiles; to ask at every call would take a microsecond.
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+
+
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace`, or the ONNX exporter that uses it, is recording."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def transforms_active() -> bool:

@@ -1,6 +1,6 @@
 """Modules that own the raw parameters of the operators and their transforms."""
 
-from ember_ext.nn.accelerate import Acceleration, accelerate
+from ember_ext.nn.accelerate import Acceleration, Deceleration, accelerate, decelerate
 from ember_ext.nn.cfc import CfC
 from ember_ext.nn.lif_attention import AttentionCache, LIFSelfAttention, RefractoryParameters
 from ember_ext.nn.lif_gate import GATE_PRESETS, GatePreset, LIFGate, LIFParameters
@@ -10,10 +10,12 @@ __all__ = [
     "Acceleration",
     "AttentionCache",
     "CfC",
+    "Deceleration",
     "GatePreset",
     "LIFGate",
     "LIFParameters",
     "LIFSelfAttention",
     "RefractoryParameters",
     "accelerate",
+    "decelerate",
 ]

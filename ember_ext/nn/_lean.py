@@ -30,7 +30,8 @@ def gelu_linear(u: Tensor, linear: nn.Linear) -> Tensor:
     """`linear(F.gelu(u))`, which keeps u but not its GELU: the backward pass computes that again.
 
     A `linear` that does more than apply its weight, such as one with hooks, is called, and so it is
-    under forward-mode AD and `torch.func`; then autograd keeps what it keeps.
+    where plain PyTorch is wanted, as by forward-mode AD, `torch.func`, exporters and
+    `use_reference`; then autograd keeps what it keeps.
 
     Args:
         u: [..., linear.in_features].
@@ -41,6 +42,7 @@ def gelu_linear(u: Tensor, linear: nn.Linear) -> Tensor:
     """
     if (
         why_differs(linear, nn.Linear)
+        or _native.wants_definition()
         or _native.transforms_active()
         or u.dtype != (autocast_dtype(u.device.type) or linear.weight.dtype)
     ):

@@ -190,7 +190,9 @@ class LiquidLayer(nn.Module):
 
     def _packed_for(self, x: Tensor, h: Tensor) -> LaidOut | None:
         """The packed weights, if they can take x and h: another thread may pack anew meanwhile."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or _native.transforms_active():
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        if _native.wants_definition() or _native.transforms_active():
             return None
         packed = self._packed
         if packed is None or not packed.is_current():

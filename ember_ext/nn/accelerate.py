@@ -1,40 +1,79 @@
-"""`accelerate`: make every CfC inside an existing model run on this package's operator."""
+"""`accelerate` and `decelerate`: swap ncps' layers for this package's inside a model, and back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import ncps.torch
 from torch import nn
 
-from ember_ext.nn._plain import why_cells_differ, why_lstm_differs
+from ember_ext.nn._liquid import LiquidLayer
+from ember_ext.nn._plain import why_lstm_differs
 from ember_ext.nn.cfc import CfC
+
+ACCELERATED: dict[type[nn.Module], type[LiquidLayer]] = {ncps.torch.CfC: CfC}
+"""The classes of ncps that `accelerate` knows, and what takes their place.
+
+A `LiquidLayer` adds no state to the class that it derives from, so an object can change class.
+"""
 
 
 @dataclass(frozen=True)
-class Acceleration:
-    """What `accelerate` did; prints as one line for each CfC.
+class _Exchange:
+    """What was done to a model's layers; prints as one line for each.
 
     Modules go by their name in the model, as `named_modules` has it; the model itself is "".
     """
 
     replaced: tuple[str, ...]
-    """The modules that are now an `ember_ext.nn.CfC`."""
+    """The modules whose class is another now."""
     left: dict[str, str]
     """The modules that stay as they were, and why."""
 
+    _verb: ClassVar[str]
+    _kinds: ClassVar[str]
+
     def __str__(self) -> str:
-        lines = [f"{name or '(the model)'}: accelerated" for name in self.replaced]
+        lines = [f"{name or '(the model)'}: {self._verb}" for name in self.replaced]
         lines += [f"{name or '(the model)'}: left, {why}" for name, why in self.left.items()]
-        return "\n".join(lines) or "no ncps.torch.CfC found"
+        return "\n".join(lines) or f"no {self._kinds} found"
+
+
+@dataclass(frozen=True)
+class Acceleration(_Exchange):
+    """What `accelerate` did; prints as one line for each layer.
+
+    Attributes:
+        replaced: the names in the model of the modules that are of `ember_ext.nn` now, as
+            `named_modules` has them; the model itself is "".
+        left: the modules of ncps that stay as they were, and why.
+    """
+
+    _verb = "accelerated"
+    _kinds = " or ".join(f"ncps.torch.{kind.__name__}" for kind in ACCELERATED)
+
+
+@dataclass(frozen=True)
+class Deceleration(_Exchange):
+    """What `decelerate` did; prints as one line for each layer.
+
+    Attributes:
+        replaced: the names in the model of the modules that are of ncps again, as `named_modules`
+            has them; the model itself is "".
+        left: the modules of `ember_ext.nn` that stay as they were, and why.
+    """
+
+    _verb = "back to ncps"
+    _kinds = " or ".join(f"ember_ext.nn.{kind.__name__}" for kind in ACCELERATED.values())
 
 
 def accelerate(model: nn.Module) -> Acceleration:
     """Turn every `ncps.torch.CfC` in `model` into an `ember_ext.nn.CfC`, in place.
 
     The modules stay the same objects, with their parameters, hooks, mode and state-dict keys, so
-    optimisers and checkpoints that refer to them go on working. Calling it again changes nothing.
+    optimisers and checkpoints that refer to them go on working. Calling it again changes nothing,
+    and `decelerate` undoes it.
 
     Args:
         model: any module; it may itself be an `ncps.torch.CfC`.
@@ -47,24 +86,55 @@ def accelerate(model: nn.Module) -> Acceleration:
     replaced: list[str] = []
     left: dict[str, str] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, ncps.torch.CfC) or isinstance(module, CfC):
+        kind = next((kind for kind in ACCELERATED if isinstance(module, kind)), None)
+        if kind is None or isinstance(module, LiquidLayer):
             continue
-        reason = _reason_to_leave(module)
+        reason = _reason_to_leave(module, kind)
         if reason is None:
-            # CfC adds no state to the class it derives from, so the object can change class.
-            module.__class__ = CfC
+            module.__class__ = ACCELERATED[kind]
             replaced.append(name)
         else:
             left[name] = reason
     return Acceleration(tuple(replaced), left)
 
 
-def _reason_to_leave(module: Any) -> str | None:
-    if type(module) is not ncps.torch.CfC:
+def decelerate(model: nn.Module) -> Deceleration:
+    """Turn every `ember_ext.nn.CfC` in `model` into an `ncps.torch.CfC`, in place.
+
+    That undoes `accelerate`, and works as well for layers that were built as an `ember_ext.nn.CfC`.
+    The modules stay the same objects, with their parameters, hooks and state-dict keys; the model
+    then needs `ncps` and no `ember_ext`, also where it is unpickled. What `ember_ext.nn.CfC` adds,
+    such as `step`, is gone. `use_reference` keeps it, and runs the definitions for a while.
+
+    Args:
+        model: any module; it may itself be an `ember_ext.nn.CfC`.
+
+    Returns:
+        Which modules were replaced, and which were left and why: subclasses.
+    """
+    replaced: list[str] = []
+    left: dict[str, str] = {}
+    originals = {ours: kind for kind, ours in ACCELERATED.items()}
+    for name, module in model.named_modules():
+        if not isinstance(module, LiquidLayer):
+            continue
+        original = originals.get(type(module))
+        if original is None:
+            left[name] = f"{type(module).__name__} is a subclass that may compute something else"
+            continue
+        vars(module).pop("_packed", None)  # a copy of the weights
+        module.__class__ = original  # type: ignore[assignment]
+        replaced.append(name)
+    return Deceleration(tuple(replaced), left)
+
+
+def _reason_to_leave(module: Any, kind: type[nn.Module]) -> str | None:
+    if type(module) is not kind:
         return f"{type(module).__name__} is a subclass that may compute something else"
     if "forward" in vars(module):
         return "its forward was replaced"
-    reason = why_cells_differ(module.rnn_cell)
+    why_cells_differ: Any = ACCELERATED[kind]._why_cells_differ
+    reason: str | None = why_cells_differ(module)
     if reason is None and module.use_mixed:
         reason = why_lstm_differs(module.lstm)
     return reason

@@ -51,6 +51,7 @@ def is_readable(value: Tensor) -> bool:
     return (
         value.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and not _native.is_tracing()
         and not _native.transforms_active()
     )
 
