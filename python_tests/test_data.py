@@ -195,6 +195,35 @@ def test_bad_data_file(tmp_path: Path, content: bytes | None, message: str) -> N
         load_text(data=path)
 
 
+def test_marks_and_line_breaks_of_other_systems_are_not_text(tmp_path: Path) -> None:
+    text = "First line\n\nthird, with é\n"
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    plain = load_text(data=path)
+    assert plain.sha256 == sources.sha256(text.encode())
+    assert plain.name == f"text.txt-{plain.sha256[:8]}"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        for ending in ("\r\n", "\r"):
+            path.write_bytes(mark + text.replace("\n", ending).encode())
+            corpus = load_text(data=path)
+            assert (corpus.name, corpus.sha256) == (plain.name, plain.sha256)
+            assert corpus.vocabulary == plain.vocabulary
+            assert "\ufeff" not in corpus.vocabulary.characters
+            assert torch.equal(corpus.train, plain.train)
+    # Not at the start it is a character like any other.
+    path.write_bytes((text + "\ufeff").encode())
+    assert "\ufeff" in load_text(data=path).vocabulary.characters
+    path.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(CorpusError, match="is empty"):
+        load_text(data=path)
+
+
+def test_the_lighthouse_keeps_its_digest() -> None:
+    assert load_text("lighthouse").sha256 == (
+        "7c8fcc500dd5485f031003a0c3cda808dc41f9fa05c93ba97c8be2fb28b0c31d"
+    )
+
+
 def test_unknown_corpus() -> None:
     with pytest.raises(ValueError, match="'shakespeare' or 'lighthouse', got 'milton'"):
         load_text("milton")

@@ -39,6 +39,10 @@ TINY: dict[str, Any] = {
     "device": "cpu", "n_layer": 1, "n_embd": 16, "n_head": 2, "cfc_units": 24, "block_size": 16,
     "batch_size": 4, "eval_interval": 4, "eval_iters": 1, "sample_length": 5,
 }  # fmt: skip
+WHOLE_RESULT: dict[str, Any] = {
+    "variant": "lif", "config": {"backbone": "cfc", "seed": 1}, "corpus": {"name": "plays"},
+    "summary": {}, "evaluations": [{"step": 1, "val_loss": 2}],
+}  # fmt: skip
 TEXT = ROOT / "ember_ext" / "data" / "lighthouse.txt"
 
 
@@ -99,7 +103,25 @@ def test_results_survive_their_file(tmp_path: Path) -> None:
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "lif9.json").read_bytes()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"variant": "lif"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}", '{"variant": "lif"}'),
+        *(
+            json.dumps({**WHOLE_RESULT, **change})
+            for change in (
+                {"config": []},
+                {"config": {"backbone": "cfc"}},
+                {"config": {"backbone": "cfc", "seed": "1"}},
+                {"corpus": {}},
+                {"evaluations": []},
+                {"evaluations": [{"step": 1}]},
+                {"evaluations": [3]},
+                {"version": 2},
+            )
+        ),
+    ],
+)
 def test_a_damaged_result_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "cfc-lif-seed1.json"
     path.write_text(content)
@@ -206,6 +228,27 @@ def test_a_run_on_another_text_than_the_grid_s_fails_at_once(tmp_path: Path) -> 
     text = load_text(data=str(TEXT))
     train_here(dataclasses.replace(spec, corpus=text.sha256), tmp_path)
     assert folder.result(spec.name).exists()
+
+
+def test_what_a_grid_does_not_understand_does_not_end_it(tmp_path: Path) -> None:
+    """Of a file that another process may be writing, or that is of another version."""
+    folder = GridFolder(tmp_path)
+    (spec,) = tiny("lif", backbones=["cfc"], steps=4)
+
+    def leave_odd_files(spec: RunSpec, path: Path) -> None:
+        folder.run(spec.name).path.mkdir(parents=True)
+        folder.run(spec.name).metrics.write_text('12\n{"loss": 1}\n"event"\n')
+        folder.error(spec.name).write_bytes(b"caf\xe9")
+        raise RunError
+
+    grid = Grid(folder, [spec], load_text(data=str(TEXT)))
+    grid.run(HereAndNow(leave_odd_files), Watcher())
+    assert grid.failures == {spec.name: "caf\ufffd"}
+    result = {**WHOLE_RESULT, "config": {**WHOLE_RESULT["config"], "momentum": 1}}
+    folder.results.mkdir()
+    folder.result(spec.name).write_text(json.dumps(result))
+    with pytest.raises(ConfigError, match=r"result of a run of this version, got .*momentum"):
+        Grid(folder, [spec], None)
 
 
 def test_results_of_another_configuration_are_refused(tmp_path: Path) -> None:
@@ -401,9 +444,10 @@ def test_a_report_counts_what_earlier_calls_planned(tmp_path: Path) -> None:
     assert numbers["planned"] == [*planned, "transformer-qwen-gate-seed42"]
     assert "the disk is full" in (tmp_path / "report.md").read_text()
 
-    (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(RunError, match=r"plan\.json is not a list of the names of runs"):
-        folder.planned  # noqa: B018
+    for damaged in ("{", '{"lif": 1}', "[1]", "3"):
+        (tmp_path / "plan.json").write_text(damaged)
+        with pytest.raises(RunError, match=r"plan\.json is not a list of the names of runs: "):
+            folder.planned  # noqa: B018
 
 
 def test_a_report_of_another_suite_is_refused(

@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ember_ext.files import write_atomically
+from ember_ext.records import RecordError, check_record, read_json
 
 SIGNIFICANT_DIGITS = 7
 """Of every number in a file; a float32 has no more."""
+
+
+_FIELDS = {"variant": str, "config": dict, "corpus": dict, "summary": dict, "evaluations": list}
 
 
 class ResultError(Exception):
@@ -100,12 +104,17 @@ def read_result(path: str | os.PathLike[str]) -> RunResult:
         ResultError: the file is missing or is not a result.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return RunResult(**content)
-    except OSError as error:
-        raise ResultError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, TypeError) as error:
+        result = RunResult(**check_record(read_json(Path(path)), _FIELDS, exact=True))
+        check_record(result.config, {"backbone": str, "seed": int}, "config")
+        check_record(result.corpus, {"name": str}, "corpus")
+        if not result.evaluations:
+            raise RecordError("evaluations must be at least one, got none")
+        for number, evaluation in enumerate(result.evaluations):
+            what = f"evaluation {number}"
+            check_record(evaluation, {"step": int, "val_loss": float}, what)
+    except RecordError as error:
         raise ResultError(f"{path} is not the result of a run: {error}") from None
+    return result
 
 
 def read_results(folder: str | os.PathLike[str]) -> list[RunResult]:

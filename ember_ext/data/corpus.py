@@ -105,7 +105,8 @@ def load_text(
 
     Args:
         name: "shakespeare", or "lighthouse", a small play that comes with the package.
-        data: a UTF-8 text file to use instead.
+        data: a UTF-8 text file to use instead. A byte-order mark is left out, and other
+            systems' line breaks (CR LF, CR) are read as LF; name and digest are of what is left.
         notify: called with one line for every source that fails before another one delivers.
 
     Returns:
@@ -155,12 +156,13 @@ def _from_file(path: Path) -> Corpus:
     except OSError as error:
         raise CorpusError(f"cannot read --data {path}: {error.strerror}") from None
     try:
-        text = content.decode("utf-8")
+        # Neither a byte-order mark nor a file's kind of line break is a part of its text.
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise CorpusError(f"--data {path} is not UTF-8 text: {error.reason}") from None
     if not text:
         raise CorpusError(f"--data {path} is empty")
-    digest = sha256(content)
+    digest = sha256(text.encode())
     names = {
         sources.TINY_SHA256: sources.TINY_NAME,
         sources.PLAYS_SHA256: sources.PLAYS_NAME,

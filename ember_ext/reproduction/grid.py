@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from ember_ext.analysis.results import read_result
 from ember_ext.data import Corpus
+from ember_ext.records import RecordError, check_record, parse_json
 from ember_ext.reproduction.executors import Executor, Job
 from ember_ext.reproduction.suites import RunSpec
 from ember_ext.reproduction.worker import GridFolder
@@ -80,8 +80,14 @@ class Grid:
         if not path.exists():
             return
         result = read_result(path)
-        differences = differing_fields(TrainConfig(**result.config), status.spec.config)
-        if corpus is not None and result.corpus["sha256"] != corpus.sha256:
+        try:
+            recorded = TrainConfig(**result.config)
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(
+                f"{path} must be the result of a run of this version, got another's config: {error}"
+            ) from None
+        differences = differing_fields(recorded, status.spec.config)
+        if corpus is not None and result.corpus.get("sha256") != corpus.sha256:
             differences["corpus"] = (result.corpus["name"], corpus.name)
         if differences:
             named = ", ".join(f"{f} was {a!r} and is {b!r}" for f, (a, b) in differences.items())
@@ -132,7 +138,7 @@ class Grid:
             if record["event"] == "step":
                 status.step = record["step"] + 1
             else:
-                status.val_loss = record["val_loss"]
+                status.val_loss = record.get("val_loss")
         if state == "running":
             return
         if state == "done" and self.folder.result(name).exists():
@@ -145,7 +151,7 @@ class Grid:
         status.state = "failed"
         error = self.folder.error(name)
         status.message = (
-            error.read_text(encoding="utf-8").strip()
+            self.folder.failure(name)
             if error.exists()
             else f"it ended without a result; see {self.folder.log(name)}"
         )
@@ -172,6 +178,6 @@ class _Tail:
         records = []
         for line in whole.splitlines():
             # After such a cut the file may have grown past this place again, to mid-line.
-            with suppress(ValueError):
-                records.append(json.loads(line))
+            with suppress(RecordError):
+                records.append(check_record(parse_json(line), {"event": str, "step": int}))
         return records

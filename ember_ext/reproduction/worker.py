@@ -20,6 +20,7 @@ import torch
 from ember_ext.analysis.results import RunResult, write_result
 from ember_ext.data import CorpusError, load_text
 from ember_ext.files import write_atomically
+from ember_ext.records import RecordError, read_json
 from ember_ext.reproduction.suites import RunSpec
 from ember_ext.training import (
     ConfigError,
@@ -27,7 +28,6 @@ from ember_ext.training import (
     RunError,
     RunFolder,
     StopRequested,
-    resolve_device,
     train,
 )
 
@@ -61,6 +61,10 @@ class GridFolder:
         """The message of a run that failed."""
         return self.path / "runs" / name / "error.txt"
 
+    def failure(self, name: str) -> str:
+        """What the message of a run that failed says."""
+        return self.error(name).read_text(encoding="utf-8", errors="replace").strip()
+
     def log(self, name: str) -> Path:
         """What a run printed."""
         return self.path / "runs" / name / "log.txt"
@@ -78,12 +82,15 @@ class GridFolder:
             RunError: plan.json is damaged.
         """
         path = self.path / "plan.json"
-        try:
-            return [str(name) for name in json.loads(path.read_text(encoding="utf-8"))]
-        except FileNotFoundError:
+        if not path.exists():
             return []
-        except (ValueError, TypeError):
-            raise RunError(f"{path} is not a list of the names of runs") from None
+        try:
+            names = read_json(path)
+            if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+                raise RecordError(f"expected a list of texts, got {names!r:.60}")
+        except RecordError as error:
+            raise RunError(f"{path} is not a list of the names of runs: {error}") from None
+        return names
 
     def planned_with(self, names: Iterable[str]) -> list[str]:
         """`planned`, and those of some runs that are not among them."""
@@ -97,7 +104,7 @@ class GridFolder:
     def failures(self) -> dict[str, str]:
         """The planned runs that failed when they were last tried, and why."""
         return {
-            name: self.error(name).read_text(encoding="utf-8").strip()
+            name: self.failure(name)
             for name in self.planned
             if self.error(name).exists() and not self.result(name).exists()
         }
@@ -123,7 +130,7 @@ def run_to_result(spec: RunSpec, path: str, threads: int) -> None:
     except StopRequested:
         raise
     except _EXPECTED as error:
-        write_atomically(grid.error(spec.name), f"{error}\n".encode())
+        write_atomically(grid.error(spec.name), f"{error}\n".encode("utf-8", "backslashreplace"))
         raise
     except Exception:
         write_atomically(grid.error(spec.name), traceback.format_exc().encode())
@@ -138,12 +145,11 @@ def _train(spec: RunSpec, folder: RunFolder) -> RunResult:
             f"this run's process came by the text {corpus.name}, which is not that of the grid: "
             "name one file for all with --data"
         )
-    # Only now: a scheduler's machine may have other devices than the one that submits.
-    config = dataclasses.replace(spec.config, device=resolve_device(spec.config.device))
-    summary = train(config, corpus, folder, resume=folder.exists())
+    summary = train(spec.config, corpus, folder, resume=folder.exists())
     evaluations = [r for r in folder.read_metrics() if r.pop("event") == "evaluation"]
     source = {"name": corpus.name, "sha256": corpus.sha256, "vocabulary": len(corpus.vocabulary)}
-    recorded = dataclasses.asdict(config)
+    # A scheduler's machine may have other devices than the one that submits.
+    recorded = {**dataclasses.asdict(spec.config), "device": summary["device"]}
     del recorded["data"]  # A path of this machine; `source` names the text.
     return RunResult(spec.variant, recorded, source, summary, evaluations)
 
@@ -156,7 +162,7 @@ def run_in_process(spec: RunSpec, path: str, threads: int) -> None:
     """
     log = GridFolder(Path(path)).log(spec.name)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.setpgrp()

@@ -6,7 +6,6 @@ Fields are command-line flags (`n_layer` is `--n-layer`) and the keys of a run's
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import tyro
 from ember_ext import _native
 from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
 from ember_ext.nn.lif_gate import PresetName
+from ember_ext.records import RecordError, parse_json
 
 Backbone = Literal["transformer", "cfc"]
 Condition = Literal["standard", "lif", "lif-fixed", "lif-refractory", "qwen-gate"]
@@ -110,7 +110,13 @@ class TrainConfig:
                 raise ConfigError(f"{field} must be {_in_words(hint)}, got {value!r}")
         for field in ("steps", "batch_size", "eval_interval", "eval_iters"):
             self._require(field, getattr(self, field) >= 1, "at least 1")
-        for field in ("warmup_steps", "sample_length", "weight_decay", "init_noise"):
+        for field, most in _LARGEST.items():
+            self._require(field, getattr(self, field) <= most, f"at most {most}")
+        for field in ("n_layer", "n_embd", "n_head", "cfc_units", "block_size"):
+            self._require(field, getattr(self, field) >= 1, "at least 1")
+        self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        at_least_zero = ("warmup_steps", "sample_length", "weight_decay", "init_noise")
+        for field in (*at_least_zero, "checkpoint_seconds"):
             self._require(field, getattr(self, field) >= 0, "at least 0")
         if self.val_tokens is not None:
             self._require("val_tokens", self.val_tokens >= 2, "at least 2")
@@ -131,6 +137,13 @@ class TrainConfig:
             return self.learning_rate
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(progress, 1.0)))
+
+
+_LARGEST = {
+    "n_layer": 10_000,
+    **dict.fromkeys(("n_embd", "n_head", "cfc_units", "block_size", "batch_size"), 2**31 - 1),
+}
+"""Beyond these a model would not be refused by torch, but be built without end."""
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -257,6 +270,10 @@ def build_model(config: TrainConfig, vocab_size: int) -> Ember | LiquidEmber:
         return LiquidEmber(LiquidEmberConfig(vocab_size=vocab_size, **fields))
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    except (RuntimeError, MemoryError) as error:
+        sizes = ", ".join(f"{name} {fields[name]}" for name in _LARGEST if name in fields)
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"a model of {sizes} must fit the memory, got: {reason}") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -266,13 +283,13 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, not a JSON object, or has unknown fields.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except RecordError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
+        raise ConfigError(f"{path} must hold a JSON object, got {fields!r:.60}")
     unknown = fields.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         raise ConfigError(f"{path} has unknown fields: {', '.join(sorted(unknown))}")

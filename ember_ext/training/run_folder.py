@@ -16,11 +16,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import safetensors
 import safetensors.torch
@@ -29,12 +30,23 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from ember_ext.data import Corpus, Vocabulary
-from ember_ext.files import write_atomically
+from ember_ext.files import remove_leftovers, write_atomically
+from ember_ext.records import RecordError, check_record, parse_json, read_json
 from ember_ext.training.config import ConfigError, TrainConfig, differing_fields, read_config
 from ember_ext.training.plot import plot_losses
 
 CLAIM_SECONDS = 20.0
 """How long to wait for a folder that is in use: a run that was asked to stop finishes its step."""
+
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+_CORPUS = {"name": str, "sha256": str, "characters": str}
+_METRICS = {
+    "step": {"loss": float, "grad_norm": float, "learning_rate": float},
+    "evaluation": {"val_loss": float, "val_loss_estimate": float, "train_loss_estimate": float},
+}
+"""What each line of metrics.jsonl has, by its event."""
+_ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class RunError(Exception):
@@ -90,6 +102,8 @@ class RunFolder:
     def claim(self) -> Iterator[None]:
         """Keep other processes from training here meanwhile.
 
+        What an earlier process left unfinished when it was killed is removed.
+
         Raises:
             RunError: one does already, or the folder cannot be written to.
         """
@@ -102,6 +116,7 @@ class RunFolder:
         except OSError as error:
             raise self._write_error(self.path, error) from error
         try:
+            remove_leftovers(self.path)
             yield
         finally:
             lock.release()
@@ -135,13 +150,13 @@ class RunFolder:
             RunError: it is another one; the message names the fields that differ.
         """
         differences = differing_fields(self.read_config(), config)
-        digest = self._read_json(self.corpus)["sha256"]
-        if digest != corpus.sha256:
-            differences["corpus"] = (self._read_json(self.corpus)["name"], corpus.name)
+        there = self._read_corpus()
+        if there["sha256"] != corpus.sha256:
+            differences["corpus"] = (there["name"], corpus.name)
         if differences:
             named = ", ".join(
-                f"{field} is {there!r} there and {here!r} here"
-                for field, (there, here) in differences.items()
+                f"{field} is {old!r} there and {new!r} here"
+                for field, (old, new) in differences.items()
             )
             raise RunError(f"{self.path} belongs to another configuration: {named}")
 
@@ -158,13 +173,36 @@ class RunFolder:
         if not self.exists():
             raise RunError(f"{self.path} holds no run (no {self.config.name})")
         try:
-            return TrainConfig(**read_config(self.config))
+            fields = read_config(self.config)
+            # A field that is gone would go on with its default, as another run.
+            missing = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in fields]
+            if missing:
+                raise RunError(
+                    f"{self.config} must have all fields of a run, got one without "
+                    f"{', '.join(missing)} (it is damaged, or another version of ember-ext wrote "
+                    "it)"
+                )
+            return TrainConfig(**fields)
         except ConfigError as error:
-            raise RunError(str(error)) from None
+            text = str(error)
+            raise RunError(text if str(self.config) in text else f"{self.config}: {text}") from None
 
     def read_vocabulary(self) -> Vocabulary:
-        """The characters that the run's model knows."""
-        return Vocabulary(self._read_json(self.corpus)["characters"])
+        """The characters that the run's model knows.
+
+        Raises:
+            RunError: corpus.json is missing or damaged.
+        """
+        with _reading(self.corpus):
+            return _vocabulary(self._read_corpus()["characters"])
+
+    def _read_corpus(self) -> dict[str, Any]:
+        with _reading(self.corpus):
+            corpus = check_record(read_json(self.corpus), _CORPUS)
+            if not _DIGEST.fullmatch(corpus["sha256"]):
+                raise RecordError(f"sha256 must be 64 hexadecimal digits, got {corpus['sha256']!r}")
+            _vocabulary(corpus["characters"])
+            return corpus
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Add lines to the metrics.
@@ -192,8 +230,17 @@ class RunFolder:
             os.truncate(self.metrics, size)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All records of the metrics."""
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        """All records of the metrics.
+
+        Raises:
+            RunError: they are missing or damaged; the message names the line.
+        """
+        with _reading(self.metrics):
+            try:
+                lines = self.metrics.read_bytes().splitlines()
+            except OSError as error:
+                raise RecordError(f"it cannot be read: {error.strerror}") from None
+            return [_metric(line, number) for number, line in enumerate(lines, 1)]
 
     def save_checkpoint(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
@@ -226,16 +273,14 @@ class RunFolder:
         if not self.last.exists():
             return Progress()
         tensors, header = self._read_tensors(self.last)
-        _restore(self.last, model, tensors)
-        parameters = dict(model.named_parameters())
-        for full_name, tensor in tensors.items():
-            kind, _, rest = full_name.partition(".")
-            if kind == "optimizer":
-                key, _, name = rest.partition(".")
-                # The step count stays on the CPU unless the optimiser is fused on another device.
-                device = parameters[name].device
-                optimizer.state[parameters[name]][key] = tensor.to(device)
-        return Progress(**json.loads(header["progress"]))
+        with _reading(self.last):
+            # All is checked before anything is changed.
+            progress = _progress(header)
+            _check_model(model, tensors)
+            states = _optimizer_states(model, optimizer, tensors, progress.step)
+        _restore(model, tensors)
+        optimizer.state.update(states)
+        return progress
 
     def save_best(self, model: nn.Module, step: int, val_loss: float) -> None:
         """Keep the present weights as the best ones."""
@@ -251,7 +296,10 @@ class RunFolder:
         """
         if not self.best.exists():
             raise RunError(f"{self.path} has no trained weights yet")
-        _restore(self.best, model, self._read_tensors(self.best)[0])
+        tensors, _ = self._read_tensors(self.best)
+        with _reading(self.best):
+            _check_model(model, tensors)
+        _restore(model, tensors)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the outcome."""
@@ -275,14 +323,10 @@ class RunFolder:
                 names = file.keys()
                 return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         except (OSError, safetensors.SafetensorError) as error:
-            raise RunError(f"{path} is damaged: {error}") from None
-
-    def _read_json(self, path: Path) -> dict[str, Any]:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} is damaged: {error}") from None
-        return dict(content)
+            raise RunError(
+                f"{path} is damaged: expected a safetensors file, got one that cannot be read: "
+                f"{error}"
+            ) from None
 
     def _write_json(self, path: Path, content: Mapping[str, Any]) -> None:
         self._write(path, (json.dumps(content, indent=2) + "\n").encode())
@@ -313,11 +357,90 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _restore(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    wanted = {f"model.{name}": tensor for name, tensor in _tensors(model).items()}
-    given = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    if {n: t.shape for n, t in wanted.items()} != {n: t.shape for n, t in given.items()}:
-        raise RunError(f"{path} holds the weights of another model")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what is wrong with a file's content into an error that names the file."""
+    try:
+        yield
+    except RecordError as error:
+        raise RunError(f"{path} is damaged: {error}") from None
+
+
+def _vocabulary(characters: str) -> Vocabulary:
+    try:
+        return Vocabulary(characters)
+    except ValueError:
+        raise RecordError(
+            "characters must be distinct and in code-point order, got others"
+        ) from None
+
+
+def _metric(line: bytes, number: int) -> dict[str, Any]:
+    what = f"line {number}"
+    try:
+        record = check_record(parse_json(line), {"event": str, "step": int}, what)
+        if record["event"] not in _METRICS:
+            known = " or ".join(map(repr, _METRICS))
+            raise RecordError(f"event must be {known}, got {record['event']!r}")
+        return check_record(record, _METRICS[record["event"]], what)
+    except RecordError as error:
+        text = str(error)
+        raise RecordError(text if text.startswith(what) else f"{what}: {text}") from None
+
+
+def _progress(header: Mapping[str, str]) -> Progress:
+    if "progress" not in header:
+        raise RecordError(f"the header must have progress, got {sorted(header)}")
+    types = get_type_hints(Progress)
+    return Progress(**check_record(parse_json(header["progress"]), types, "progress", exact=True))
+
+
+def _check_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make sure that the tensors of a file are those of a model."""
+    wanted = {f"model.{name}": _kind(tensor) for name, tensor in _tensors(model).items()}
+    given = {name: _kind(t) for name, t in tensors.items() if name.startswith("model.")}
+    _check_tensors("the weights of another model", wanted, given)
+
+
+def _optimizer_states(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    step: int,
+) -> dict[Tensor, dict[str, Tensor]]:
+    """The optimiser's state of each parameter, on the parameter's device."""
+    given = {name: t for name, t in tensors.items() if name.startswith("optimizer.")}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    wanted: dict[str, str] = {}
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    for name, parameter in parameters.items():
+        if step == 0 or id(parameter) not in trained:
+            continue
+        states[parameter] = {}
+        for key in _ADAM_STATE:
+            full_name = f"optimizer.{key}.{name}"
+            like = torch.zeros(()) if key == "step" else parameter
+            wanted[full_name] = _kind(like)
+            if full_name in given:
+                # The step count stays on the CPU unless the optimiser is fused on another device.
+                states[parameter][key] = given[full_name].to(parameter.device)
+    _check_tensors("another optimiser's state", wanted, {n: _kind(t) for n, t in given.items()})
+    return states
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _check_tensors(what: str, wanted: Mapping[str, str], given: Mapping[str, str]) -> None:
+    for name in sorted(wanted.keys() | given.keys()):
+        expected, got = wanted.get(name, "no such tensor"), given.get(name, "no such tensor")
+        if expected != got:
+            raise RecordError(f"it holds {what}: {name} must be {expected}, got {got}")
+
+
+def _restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(given[name])
+        for name, tensor in _tensors(model).items():
+            tensor.copy_(tensors[f"model.{name}"])
