@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from ember_ext.benchmarking import (
     Call,
     Case,
     open_device,
+    parse_options,
     peak_megabytes,
     plot_csv,
     relative_error,
@@ -38,6 +38,7 @@ from ember_ext.benchmarking import (
     with_earlier,
     write_csv,
 )
+from ember_ext.command_line import at_least, one_of
 from ember_ext.models import Ember, EmberConfig
 from ember_ext.reference.lif_attention import (
     attention_probabilities,
@@ -335,10 +336,10 @@ def memory_table(options: Options, path: Path, console: Console) -> None:
     console.print(table)
     kept: list[tuple[str, ...]] = []
     if options.append and path.exists():
-        with path.open(newline="") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             measured = {row[:2] for row in rows}
             kept = [row for row in map(tuple, csv.reader(file)) if row[:2] not in measured][1:]
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("config", "contender", "megabytes"), *kept, *rows])
 
 
@@ -365,4 +366,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    lengths = sorted({shape[2] for shape in SHAPES})
+    main(parse_options(Options, __doc__, seconds=at_least(0), tokens=one_of(*lengths)))

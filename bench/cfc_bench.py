@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import ncps.torch
 import torch
-import tyro
 from ncps.wirings import AutoNCP
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +36,7 @@ from ember_ext.benchmarking import (
     Clock,
     Row,
     open_device,
+    parse_options,
     peak_megabytes,
     plot_csv,
     relative_error,
@@ -45,6 +45,7 @@ from ember_ext.benchmarking import (
     with_earlier,
     write_csv,
 )
+from ember_ext.command_line import at_least
 from ember_ext.models import LiquidEmber, LiquidEmberConfig
 from ember_ext.nn.cfc import _weights
 
@@ -410,7 +411,7 @@ def memory_table(console: Console, path: Path) -> None:
     for line in lines:
         table.add_row(*line)
     console.print(table)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow((*columns[:3], "peak of all", *columns[4:5], "time of all"))
         writer.writerows(lines)
@@ -449,4 +450,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(parse_options(Options, __doc__, seconds=at_least(0)))

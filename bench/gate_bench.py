@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 import ember_ext
@@ -21,11 +20,13 @@ from ember_ext.benchmarking import (
     Call,
     Case,
     open_device,
+    parse_options,
     plot_csv,
     relative_error,
     run_cases,
     write_csv,
 )
+from ember_ext.command_line import at_least
 from ember_ext.testing import Sample, check_sample, gate_parameters
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -117,4 +118,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(parse_options(Options, __doc__, seconds=at_least(0)))

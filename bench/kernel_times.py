@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from ncps.wirings import AutoNCP
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +25,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import ember_ext
-from ember_ext.benchmarking import Call, clock_of, copy_call, open_device
+from ember_ext.benchmarking import Call, clock_of, copy_call, open_device, parse_options
+from ember_ext.command_line import at_least, within
 from ember_ext.machine import machine
 from ember_ext.testing import attention_tensors, gate_parameters, refractory_tensors
 
@@ -167,9 +167,9 @@ def main(options: Options) -> None:
             table.add_section()
     Console(width=160).print(table)
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "kernels.csv").open("w", newline="") as file:
+    with (options.out / "kernels.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(parse_options(Options, __doc__, scale=within(1, 64), shown=at_least(1)))

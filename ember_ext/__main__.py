@@ -12,6 +12,7 @@ import torch
 
 import ember_ext
 from ember_ext import _native, testing
+from ember_ext.command_line import prepare_output
 
 
 def environment() -> Iterator[tuple[str, str]]:
@@ -64,6 +65,7 @@ def main() -> int:
         "--selftest", action=argparse.BooleanOptionalAction, default=True,
         help="compare every operator with its reference (default: yes)",
     )  # fmt: skip
+    prepare_output()
     options = parser.parse_args()
     for what, value in environment():
         print(f"{what:16} {value}")

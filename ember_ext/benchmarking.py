@@ -19,18 +19,21 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from itertools import cycle
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import ember_ext
 from ember_ext import _native
+from ember_ext.command_line import Expectation, FlagError, prepare_output, refuse_empty, require
 from ember_ext.machine import machine, processor
 
 Call = Callable[[], object]
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,28 @@ class EventClock(Clock):
 def clock_of(device: torch.device) -> Clock:
     """The clock of a device."""
     return EventClock() if device.type == "cuda" else Clock()
+
+
+def parse_options(kind: type[Options], description: str | None, **expected: Expectation) -> Options:
+    """The options of a script from its command line.
+
+    Args:
+        kind: a dataclass.
+        description: what `--help` opens with.
+        expected: what some of its fields must be.
+
+    Raises:
+        SystemExit: a flag is unknown, or its value makes no sense.
+    """
+    prepare_output()
+    try:
+        refuse_empty(sys.argv[1:])
+        options = tyro.cli(kind, description=description)
+        for name, expectation in expected.items():
+            require(f"--{name.replace('_', '-')}", getattr(options, name), expectation)
+    except FlagError as error:
+        raise SystemExit(f"error: {error}") from None
+    return options
 
 
 def open_device(name: str) -> torch.device:
@@ -287,7 +312,7 @@ def _time_case(
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write rows, replacing the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -296,7 +321,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 def read_csv(path: Path) -> list[Row]:
     """The rows of a file that `write_csv` wrote."""
     types = get_type_hints(Row)
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         lines: list[dict[str, Any]] = list(csv.DictReader(file))
     return [Row(**{name: types[name](value) for name, value in line.items()}) for line in lines]
 
@@ -373,7 +398,7 @@ def plot_csv(path: Path, image: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.patches import Rectangle
 
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     rows = [row for row in rows if row["device"] == rows[-1]["device"]]
     modes = list(dict.fromkeys(row["mode"] for row in rows))

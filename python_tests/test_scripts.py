@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ember_ext.data import sources
+from ember_ext.reproduction.cli import reproduce_main
 from ember_ext.training.cli import sample_main, train_main
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +74,18 @@ def test_flags_come_before_the_file_and_the_file_before_the_preset(text: Path) -
         (["--config", "nowhere.json"], "cannot read nowhere.json"),
         (["--resume", "nowhere"], "nowhere holds no run"),
         (["--data", "text.txt", "--out", "text.txt"], "cannot write text.txt"),
+        *(
+            ([flag, ""], f"{flag} must not be empty, got ''")
+            for flag in (
+                *("--out", "--data", "--config", "--resume", "--device", "--steps", "--backbone"),
+            )
+        ),
+        (["--out="], "--out must not be empty, got ''"),
+        (["--n-embd", "99999999999"], "n_embd must be at most 2147483647, got 99999999999"),
+        (["--n-layer", "-1"], "n_layer must be at least 1, got -1"),
+        (["--n-embd", "2147483646"], "a model of .*n_embd 2147483646.* must fit the memory, got"),
+        (["--learning-rate", "nan"], "learning_rate must be a finite number, got nan"),
+        (["--checkpoint-seconds", "-1"], "checkpoint_seconds must be at least 0, got -1"),
     ],
 )
 def test_errors_are_one_clear_line(
@@ -108,6 +123,14 @@ def test_resuming_as_something_else_names_the_fields(
         assert f"the run's own configuration: leave {flag} away" in capsys.readouterr().err
 
 
+def test_too_little_memory_is_one_clear_line(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ember_ext.training.cli.train", lambda *_, **__: torch.empty(2**50))
+    assert train_main([*SIZES, "--data", "text.txt"]) == 1
+    assert re.match("error: out of memory: .*smaller --batch-size", capsys.readouterr().err)
+
+
 def test_no_text_anywhere(
     text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,8 +156,125 @@ def test_sample_errors(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert output.out == ""
     assert sample_main(["run", "--prompt", "the", "--length", "0"]) == 0
     assert capsys.readouterr().out == "the\n"
-    assert sample_main(["run", "--temperature", "-1"]) == 1
-    assert "temperature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["run", "--seed", "99999999999999999999"], r"--seed must be from -2\*\*63 to 2\*\*64 - 1"),
+        (["run", "--seed", str(-(2**63) - 1)], "--seed must be .*, got -9223372036854775809"),
+        (["run", "--length", "-1"], "--length must be finite and at least 0, got -1"),
+        (["run", "--temperature", "nan"], "--temperature must be finite and at least 0, got nan"),
+        (["run", "--temperature", "inf"], "--temperature must be finite and at least 0, got inf"),
+        (["run", "--top-k", "0"], "--top-k must be finite and at least 1, got 0"),
+        (["run", "--prompt", ""], "--prompt must not be empty"),
+        ([""], "an argument must not be empty"),
+    ],
+)
+def test_sample_looks_at_its_flags_first(
+    text: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert not Path("run").exists()
+    assert sample_main(flags) == 1
+    assert re.match(f"error: {message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_sample_takes_every_seed_of_torch(text: Path, seed: int) -> None:
+    assert train_main([*SIZES, *["--data", "text.txt", "--steps", "1", "--out", "run"]]) == 0
+    assert sample_main(["run", "--seed", str(seed), "--length", "3"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out", ""], "--out must not be empty"),
+        (["--data", ""], "--data must not be empty"),
+        (["--conditions", ""], "--conditions must not be empty"),
+        (["--jobs", "0"], "--jobs must be finite and at least 1, got 0"),
+        (["--seeds", "1", "2", "1"], "--seeds must be without repeats, got 1 more than once"),
+        (["--slurm", "a=1"], "slurm options need --executor slurm"),
+        (["--executor", "slurm", "--slurm", "=1"], "--slurm must be NAME=VALUE, got '=1'"),
+        (["--executor", "slurm", "--slurm", "a"], "--slurm must be NAME=VALUE, got 'a'"),
+        (["--conditions", "liff"], "variant must be one of"),
+    ],
+)
+def test_reproduce_looks_at_its_flags_first(
+    text: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert reproduce_main(flags) == 1
+    assert re.match(f"error: {message}", capsys.readouterr().err)
+    assert not Path("runs").exists()
+
+
+BENCHES = ("attention_bench", "cfc_bench", "gate_bench", "kernel_times")
+
+
+def run_script(
+    script: str, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("bench", "flags", "message"),
+    [
+        (
+            "attention_bench",
+            ["--seconds", "nan"],
+            "--seconds must be finite and at least 0, got na",
+        ),
+        ("attention_bench", ["--tokens", "128", "7"], "--tokens must be one of 128, .*, got 7"),
+        ("cfc_bench", ["--seconds", "-1"], "--seconds must be finite and at least 0, got -1"),
+        ("gate_bench", ["--seconds", "inf"], "--seconds must be finite and at least 0, got inf"),
+        ("gate_bench", ["--out", ""], "--out must not be empty, got ''"),
+        ("kernel_times", ["--scale", "0"], "--scale must be from 1 to 64, got 0"),
+        ("kernel_times", ["--shown", "-2"], "--shown must be finite and at least 1, got -2"),
+    ],
+)
+def test_benches_look_at_their_flags_first(
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    bench: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", [bench, *flags])
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        runpy.run_path(str(ROOT / "bench" / f"{bench}.py"), run_name="__main__")
+    assert not Path("bench").exists()
+
+
+def test_a_terminal_that_knows_ascii_only(text: Path) -> None:
+    """Training ends well, and what the terminal cannot show is escaped."""
+    terminal = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    text.write_text("Où êtes-vous, gardien?\n" * 60, encoding="utf-8")
+    flags = [*SIZES, "--data", "text.txt", "--steps", "2", "--out", "rün"]
+    result = run_script("scripts/train.py", *flags, **terminal)
+    assert result.returncode == 0, result.stderr
+    assert b"Traceback" not in result.stderr
+    assert b"\\" in result.stdout
+    assert json.loads(Path("rün/summary.json").read_text())["steps"] == 2
+    result = run_script("scripts/sample.py", "rün", "--prompt", "gardien", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.decode("ascii").startswith("gardien")
+
+
+def test_other_command_lines_on_an_ascii_terminal(text: Path) -> None:
+    """All of them prepare their output; a path stands for what they print."""
+    for script in ("scripts/reproduce.py", *(f"bench/{bench}.py" for bench in BENCHES)):
+        source = (ROOT / script).read_text(encoding="utf-8")
+        assert "reproduce_main" in source or "parse_options(" in source
+    result = run_script("scripts/reproduce.py", "--data", "dé.txt", PYTHONIOENCODING="ascii")
+    assert result.returncode == 1
+    assert rb"d\xe9.txt: No such file" in result.stderr
+    result = run_script("scripts/cuda_report.py", PATH="", PYTHONIOENCODING="ascii")
+    assert result.stderr == b"error: nvcc is not on the path\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error(text: Path) -> None:
@@ -173,17 +313,31 @@ def test_script_stopped_by_a_signal(text: Path, number: signal.Signals) -> None:
     assert Path("run/last.safetensors").exists()
 
 
-def test_two_processes_train_like_one(text: Path) -> None:
-    """Without dropout, halves of a batch in two processes give the whole batch's loss curve."""
-    flags = [*SIZES, *["--data", "text.txt", "--steps", "6", "--dropout", "0"]]
-    assert train_main([*flags, "--out", "one"]) == 0
+def run_two_processes(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*command, str(ROOT / "scripts" / "train.py"), *flags, "--out", "two"],
+    return subprocess.run(
+        [*command, str(ROOT / "scripts" / "train.py"), *flags],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
+
+
+def test_processes_that_cannot_have_the_folder_all_say_why(text: Path) -> None:
+    """The first of them alone tries, and the others do not end in a torn connection."""
+    flags = [*SIZES, *["--data", "text.txt", "--steps", "6", "--out", "run"]]
+    assert train_main([*SIZES, *["--data", "text.txt", "--steps", "1", "--out", "run"]]) == 0
+    result = run_two_processes(*flags)
+    assert result.returncode != 0
+    assert result.stderr.count("error: run holds a run already") == 2
+    assert "gloo" not in result.stderr
+
+
+def test_two_processes_train_like_one(text: Path) -> None:
+    """Without dropout, halves of a batch in two processes give the whole batch's loss curve."""
+    flags = [*SIZES, *["--data", "text.txt", "--steps", "6", "--dropout", "0"]]
+    assert train_main([*flags, "--out", "one"]) == 0
+    result = run_two_processes(*flags, "--out", "two")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("run folder two\n") == 1
     one, two = (

@@ -13,14 +13,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import safetensors
 import torch
+from safetensors.torch import save_file
 
 from ember_ext.data import Corpus, load_text
+from ember_ext.files import STALE_SECONDS, write_atomically
 from ember_ext.models import Ember, LiquidEmber
 from ember_ext.training import (
     ConfigError,
@@ -39,8 +43,8 @@ from ember_ext.training import (
 )
 from ember_ext.training import trainer as trainer_module
 from ember_ext.training.cli import sample_main
-from ember_ext.training.config import read_config
-from ember_ext.training.distributed import Processes, join
+from ember_ext.training.config import Backbone, Condition, read_config
+from ember_ext.training.distributed import join
 from ember_ext.training.trainer import SilentReporter
 
 TINY = TrainConfig(
@@ -349,6 +353,222 @@ def test_damaged_folder(corpus: Corpus, folder: RunFolder, name: str) -> None:
         train(tiny(steps=1), corpus, folder, resume=True)
 
 
+def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def change_tensors(path: Path, change: Callable[[dict[str, Any], dict[str, str]], object]) -> None:
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+        header = dict(file.metadata())
+    change(tensors, header)
+    save_file(tensors, path, header)
+
+
+def rename_progress(tensors: dict[str, Any], header: dict[str, str]) -> None:
+    progress = json.loads(header["progress"])
+    progress["steps"] = progress.pop("step")
+    header["progress"] = json.dumps(progress)
+
+
+def spoil_progress(tensors: dict[str, Any], header: dict[str, str]) -> None:
+    header["progress"] = json.dumps({**json.loads(header["progress"]), "step": "many"})
+
+
+def narrow_weights(tensors: dict[str, Any], header: dict[str, str]) -> None:
+    tensors["model.wte.weight"] = tensors["model.wte.weight"].half()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config", lambda c: c.pop("beta2"), "all fields of a run, got one without beta2"),
+        ("config", lambda c: c.update(momentum=1), "unknown fields: momentum"),
+        ("config", lambda c: c.update(steps="many"), "steps must be an integer, got 'many'"),
+        ("corpus", lambda c: c.pop("sha256"), "fields name, sha256, .* got one that lacks sha256"),
+        ("corpus", lambda c: c.update(sha256=3), "sha256 must be a text, got 3"),
+        ("corpus", lambda c: c.update(sha256="ab"), "64 hexadecimal digits, got 'ab'"),
+        ("corpus", lambda c: c.update(characters="ba"), "distinct and in code-point order"),
+        ("last", lambda t, h: h.pop("progress"), r"must have progress, got \[\]"),
+        (
+            "last",
+            rename_progress,
+            "progress must have .* that lacks step and has the unknown steps",
+        ),
+        ("last", spoil_progress, "step must be an integer, got 'many'"),
+        ("last", lambda t, h: h.update(progress="{"), "expected JSON"),
+        ("last", lambda t, h: h.update(progress="[]"), r"progress must be an object, got \[\]"),
+        ("last", narrow_weights, r"model.wte.weight must be float32 .*, got float16"),
+        (
+            "last",
+            lambda t, h: t.pop("optimizer.exp_avg.wte.weight"),
+            r"optimizer.exp_avg.wte.weight must be float32 \[.*\], got no such tensor",
+        ),
+        (
+            "last",
+            lambda t, h: t.update({"optimizer.exp_avg.other": torch.zeros(3)}),
+            r"optimizer.exp_avg.other must be no such tensor, got float32 \[3\]",
+        ),
+    ],
+)
+def test_a_file_that_lacks_something_is_named(
+    corpus: Corpus, folder: RunFolder, name: str, change: Any, message: str
+) -> None:
+    train(tiny(steps=1), corpus, folder)
+    path: Path = getattr(folder, name)
+    (change_tensors if name == "last" else change_json)(path, change)
+    before = {file.name: file.read_bytes() for file in folder.path.iterdir()}
+    with pytest.raises(RunError, match=rf"{path.name}.*{message}"):
+        train(tiny(steps=2), corpus, folder, resume=True)
+    assert {file.name: file.read_bytes() for file in folder.path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["config", "corpus"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", "[" * 100_000, "\xff"])
+def test_json_of_a_run_that_is_something_else(
+    corpus: Corpus, folder: RunFolder, name: str, content: str
+) -> None:
+    folder.create(TINY, corpus)
+    path: Path = getattr(folder, name)
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(RunError, match=path.name):
+        train(TINY, corpus, folder, resume=True)
+    with pytest.raises(RunError, match=path.name):
+        load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("7", "line 3 must be an object, got 7"),
+        ('{"event": "step"}', "line 3 must have the fields event, step"),
+        ('{"event": "pause", "step": 1}', "line 3: event must be 'step' or 'evaluation'"),
+        ('{"event": "step", "step": 1}', "line 3 must have the fields loss"),
+        ('{"event": "st', "line 3: expected JSON"),
+    ],
+)
+def test_metrics_that_are_damaged(
+    corpus: Corpus, folder: RunFolder, line: str, message: str
+) -> None:
+    train(tiny(steps=1), corpus, folder)
+    lines = folder.metrics.read_text().splitlines()
+    folder.metrics.write_text("\n".join([*lines[:2], line]) + "\n")
+    with pytest.raises(RunError, match=rf"metrics.jsonl is damaged: {message}"):
+        folder.read_metrics()
+    folder.metrics.unlink()
+    with pytest.raises(RunError, match=r"metrics.jsonl is damaged: it cannot be read"):
+        folder.read_metrics()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "condition"),
+    [(b, c) for b in get_args(Backbone) for c in get_args(Condition) if b != "cfc" or c == "lif"],
+)
+def test_every_model_goes_on_from_its_checkpoint(
+    corpus: Corpus, folder: RunFolder, backbone: Any, condition: Any
+) -> None:
+    config = tiny(backbone=backbone, condition=condition, sample_length=0)
+    for steps in (0, 1, 2):
+        folder_config = dataclasses.replace(config, steps=max(1, steps))
+        if steps == 0:
+            folder.create(folder_config, corpus)
+        train(folder_config, corpus, folder, resume=True)
+    assert len([r for r in folder.read_metrics() if r["event"] == "step"]) == 2
+
+
+def test_what_a_killed_writer_left_is_removed(corpus: Corpus, folder: RunFolder) -> None:
+    train(tiny(steps=1), corpus, folder)
+    left = folder.path / ".last.safetensors.0123456789abcdef.part"
+    left.write_bytes(b"half a checkpoint")
+    train(tiny(steps=2), corpus, folder, resume=True)
+    assert not list(folder.path.glob(".*.part"))
+
+
+def test_writing_removes_only_what_is_old_and_of_the_same_file(tmp_path: Path) -> None:
+    def part(name: str, age: float) -> Path:
+        path = tmp_path / name
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+        return path
+
+    path = tmp_path / "a[1].json"
+    old = part(".a[1].json.0123456789abcdef.part", 2 * STALE_SECONDS)
+    kept = [
+        part(".a[1].json.1123456789abcdef.part", 60),
+        part(".a1.json.0123456789abcdef.part", 2 * STALE_SECONDS),
+    ]
+    write_atomically(path, b"{}")
+    assert not old.exists()
+    assert all(other.exists() for other in kept)
+    assert path.read_bytes() == b"{}"
+
+
+def test_a_new_name_is_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the file's folder, and in that of each folder that was made for it."""
+    synced: list[str] = []
+    sync = os.fsync
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), sync(file))[1],
+    )
+    write_atomically(tmp_path / "a" / "b" / "file", b"content")
+    (part, *folders) = synced
+    assert part.endswith(".part")
+    assert sorted(folders) == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "cfc"])
+def test_a_run_that_diverges_is_diagnosed(corpus: Corpus, folder: RunFolder, backbone: Any) -> None:
+    """Also where it is an operator that notices, since no steepness is left."""
+    with pytest.raises(NonFiniteLossError, match=r"learning rate 1e\+09.*last good checkpoint is"):
+        train(tiny(backbone=backbone, learning_rate=1e9, checkpoint_seconds=0.0), corpus, folder)
+    with safetensors.safe_open(folder.last, framework="pt") as file:
+        assert json.loads(file.metadata()["progress"])["step"] == 0
+        assert all(bool(file.get_tensor(name).isfinite().all()) for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("threshold", "leak", "steepness") for value in (math.nan, math.inf)]
+    + [("steepness", -1e9)],
+)
+def test_spoilt_gates_are_diagnosed_and_not_saved(
+    corpus: Corpus, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, name: str, value: float
+) -> None:
+    class Spoiling(SilentReporter):
+        def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+            if step == 3:
+                with torch.no_grad():
+                    getattr(next(iter(models[0].gates().values())), name).fill_(value)
+
+    models: list[Any] = []
+    monkeypatch.setattr(
+        trainer_module,
+        "build_model",
+        lambda *arguments: models.append(build_model(*arguments)) or models[0],
+    )
+    config = tiny(checkpoint_seconds=0.0)
+    with pytest.raises(NonFiniteLossError, match=rf"{name}.* after 3 steps"):
+        train(config, corpus, folder, reporter=Spoiling())
+    monkeypatch.undo()
+    assert train(config, corpus, folder, resume=True)["steps"] == config.steps
+
+
+def test_an_error_of_good_weights_stays_what_it_is(
+    corpus: Corpus, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise ValueError("not of the weights")
+
+    monkeypatch.setattr(trainer_module, "evaluate", broken)
+    with pytest.raises(ValueError, match="not of the weights"):
+        train(TINY, corpus, folder)
+
+
 def test_checkpoint_of_another_model(corpus: Corpus, tmp_path: Path) -> None:
     small, large = RunFolder(tmp_path / "small"), RunFolder(tmp_path / "large")
     train(tiny(steps=1), corpus, small)
@@ -388,7 +608,12 @@ def test_auto_preset_suits_the_device() -> None:
     ("field", "value"),
     [
         *(("steps", 0), ("learning_rate", 0.0), ("beta2", 1.0), ("weight_decay", -1.0)),
-        ("val_tokens", 1),
+        *(("val_tokens", 1), ("checkpoint_seconds", -1.0), ("dropout", 1.0), ("n_layer", 10**9)),
+        *(
+            (size, value)
+            for size in ("n_layer", "n_embd", "n_head", "cfc_units", "block_size")
+            for value in (0, -3, 2**31)
+        ),
     ],
 )
 def test_config_out_of_range(field: str, value: float) -> None:
@@ -483,11 +708,16 @@ def test_processes_load_the_checkpoint_once_the_folder_is_theirs(
     train(tiny(steps=2), corpus, early)
     train(tiny(steps=4), corpus, late)
 
-    def finish_the_other_run(processes: Processes) -> None:
-        for name in ("last", "metrics"):
-            getattr(early, name).write_bytes(getattr(late, name).read_bytes())
+    claim = RunFolder.claim
 
-    monkeypatch.setattr(Processes, "wait", finish_the_other_run)
+    @contextmanager
+    def claim_late(folder: RunFolder) -> Iterator[None]:
+        with claim(folder):
+            for name in ("last", "metrics"):
+                getattr(early, name).write_bytes(getattr(late, name).read_bytes())
+            yield
+
+    monkeypatch.setattr(RunFolder, "claim", claim_late)
     assert train(tiny(steps=6), corpus, early, resume=True)["steps"] == 6
     steps = [r["step"] for r in early.read_metrics() if r["event"] == "step"]
     assert steps == list(range(6))

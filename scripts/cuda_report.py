@@ -12,11 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from ember_ext.command_line import prepare_output
 from ember_ext.testing import cuda_report
 
 
 def main() -> int:
     """Print both tables and return the exit code."""
+    prepare_output()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--arch",
@@ -27,7 +29,11 @@ def main() -> int:
     )
     architectures = parser.parse_args().arch or cuda_report.ARCHITECTURES
     sources = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
-    kernels = [k for s in sources for k in cuda_report.compile_kernels(s, architectures)]
+    try:
+        kernels = [k for s in sources for k in cuda_report.compile_kernels(s, architectures)]
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     typical = {w.kernel: w for w in cuda_report.WORKLOADS}
     failed = False
 

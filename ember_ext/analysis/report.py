@@ -87,9 +87,11 @@ def write_report(
     folder = Path(folder)
     write_figures(folder / "figures", drawings)
     write_atomically(folder / "numbers.json", _json(_numbers(findings, context)))
-    write_atomically(folder / "report.md", _markdown(content, drawings).encode())
+    write_atomically(
+        folder / "report.md", _markdown(content, drawings).encode("utf-8", "backslashreplace")
+    )
     page = folder / "report.html"
-    write_atomically(page, _html(content, drawings).encode())
+    write_atomically(page, _html(content, drawings).encode("utf-8", "backslashreplace"))
     return page
 
 

@@ -15,6 +15,14 @@ import tyro
 
 from ember_ext.analysis.report import ReportContext, write_report
 from ember_ext.analysis.results import ResultError, read_results
+from ember_ext.command_line import (
+    FlagError,
+    at_least,
+    prepare_output,
+    refuse_empty,
+    require,
+    require_distinct,
+)
 from ember_ext.data import CorpusError, load_text
 from ember_ext.reproduction.console import GridConsole
 from ember_ext.reproduction.executors import Executor, LocalExecutor, SubmititExecutor
@@ -62,7 +70,14 @@ class ReproduceArguments:
 def reproduce_main(argv: Sequence[str] | None = None) -> int:
     """Run `scripts/reproduce.py`; returns its exit code: 1 if a run failed."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    options = tyro.cli(ReproduceArguments, args=arguments, prog="reproduce.py")
+    prepare_output()
+    try:
+        refuse_empty(arguments)
+        options = tyro.cli(ReproduceArguments, args=arguments, prog="reproduce.py")
+        _check(options)
+    except (ConfigError, FlagError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     words = [word for word in arguments if word != "--report-only"]
     command = shlex.join(["python", "scripts/reproduce.py", *words])
     try:
@@ -73,6 +88,16 @@ def reproduce_main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, CorpusError, ResultError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _check(options: ReproduceArguments) -> None:
+    require("--jobs", options.jobs, at_least(1))
+    require_distinct("--seeds", options.seeds)
+    require_distinct("--conditions", options.conditions)
+    require_distinct("--backbones", options.backbones)
+    if options.slurm and options.executor != "slurm":
+        raise ConfigError("slurm options need --executor slurm")
+    _slurm_options(options.slurm)
 
 
 def _reproduce(options: ReproduceArguments, command: str) -> int:
@@ -122,8 +147,6 @@ def _reproduce(options: ReproduceArguments, command: str) -> int:
 def _executor(options: ReproduceArguments, folder: GridFolder, device: str, runs: int) -> Executor:
     if options.executor == "slurm":
         return SubmititExecutor(folder.path / "slurm", _slurm_options(options.slurm), runs)
-    if options.slurm:
-        raise ConfigError("slurm options need --executor slurm")
     return LocalExecutor(device, options.jobs, runs)
 
 
@@ -131,8 +154,8 @@ def _slurm_options(pairs: Sequence[str]) -> dict[str, Any]:
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"slurm must be NAME=VALUE, got {pair!r}")
+        if not equals or not name:
+            raise ConfigError(f"--slurm must be NAME=VALUE, got {pair!r}")
         try:
             options[name] = json.loads(value)
         except ValueError:

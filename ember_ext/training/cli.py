@@ -12,8 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import torch
 import tyro
 
+from ember_ext.command_line import (
+    A_SEED,
+    FlagError,
+    at_least,
+    prepare_output,
+    refuse_empty,
+    require,
+)
 from ember_ext.data import CorpusError, load_text
 from ember_ext.training.config import (
     Backbone,
@@ -31,7 +40,7 @@ from ember_ext.training.sampling import load_run, stream_text
 from ember_ext.training.signals import StopRequested
 from ember_ext.training.trainer import NonFiniteLossError, train
 
-_ERRORS = (ConfigError, CorpusError, NonFiniteLossError, RunError)
+_ERRORS = (ConfigError, CorpusError, FlagError, NonFiniteLossError, RunError)
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,9 @@ class SampleArguments:
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Run `scripts/train.py`; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    prepare_output()
     try:
+        refuse_empty(arguments)
         options = tyro.cli(
             TrainArguments,
             args=arguments,
@@ -83,8 +94,22 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     except _ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size, "
+            "--block-size or model",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # On a CPU torch has no type of its own for it.
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _train(options: TrainArguments) -> int:
@@ -141,8 +166,15 @@ def _new_folder(config: TrainConfig) -> Path:
 
 def sample_main(argv: Sequence[str] | None = None) -> int:
     """Run `scripts/sample.py`; returns its exit code."""
-    options = tyro.cli(SampleArguments, args=argv, prog="sample.py")
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    prepare_output()
     try:
+        refuse_empty(arguments)
+        options = tyro.cli(SampleArguments, args=arguments, prog="sample.py")
+        require("--length", options.length, at_least(0))
+        require("--temperature", options.temperature, at_least(0))
+        require("--top-k", options.top_k, at_least(1))
+        require("--seed", options.seed, A_SEED)
         model, vocabulary = load_run(RunFolder(options.run), resolve_device(options.device))
         prompt = vocabulary.opening if options.prompt is None else options.prompt
         pieces = stream_text(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +42,6 @@ class Processes:
         """The model as a module whose backward pass averages gradients over all processes."""
         return model if self.count == 1 else DistributedDataParallel(model)
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.count > 1:
-            dist.barrier()
-
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over all processes of one value each."""
         if self.count > 1:
@@ -60,6 +57,31 @@ class Processes:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared)
 
+    @contextmanager
+    def together(self, *kinds: type[Exception]) -> Iterator[None]:
+        """What goes wrong in one process does so in all, and none waits for one that is gone.
+
+        Every process must enter this, and none may talk to the others inside.
+
+        Args:
+            kinds: the exceptions that are passed on, made of a message alone.
+
+        Raises:
+            Exception: of these kinds: this process's own, else that of the first process with one.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except kinds as error:
+            failure = error
+        if self.count > 1:
+            failures: list[Exception | None] = [None] * self.count
+            own = None if failure is None else type(failure)(str(failure))
+            dist.all_gather_object(failures, own)
+            failure = failure or next((other for other in failures if other), None)
+        if failure is not None:
+            raise failure
+
     def from_leader(self, text: str) -> str:
         """The text that process 0 gave."""
         if self.count == 1:
@@ -67,6 +89,14 @@ class Processes:
         shared = [text]
         dist.broadcast_object_list(shared)
         return shared[0]
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an error of torch's says that another process is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        sign in text for sign in ("gloo", "Connection closed by peer", "Connection reset by peer")
+    )
 
 
 def join(device: str) -> tuple[Processes, str]:

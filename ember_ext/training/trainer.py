@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +17,9 @@ import ember_ext
 from ember_ext.data import Corpus, random_batch
 from ember_ext.machine import machine
 from ember_ext.training.config import ConfigError, TrainConfig, build_model, resolve_device
-from ember_ext.training.distributed import Processes
+from ember_ext.training.distributed import Processes, is_lost_connection
 from ember_ext.training.evaluation import evaluate
-from ember_ext.training.run_folder import Progress, RunFolder
+from ember_ext.training.run_folder import Progress, RunError, RunFolder
 from ember_ext.training.sampling import stream_text
 from ember_ext.training.signals import StopRequested, StopSignals
 from ember_ext.training.streams import generator, stream_seed
@@ -100,7 +100,7 @@ def train(
     Raises:
         ConfigError: the model does not accept the configuration, or the text is too short for it.
         RunError: the folder cannot be written, holds another run, or is in use.
-        NonFiniteLossError: the loss became NaN or infinite.
+        NonFiniteLossError: the loss became NaN or infinite, or the weights what no operator takes.
         StopRequested: SIGINT or SIGTERM; a checkpoint was written.
     """
     return _Training(config, corpus, folder, resume, reporter or SilentReporter()).run()
@@ -158,11 +158,22 @@ class _Training:
                 parameter.mul_(1 + self.config.init_noise * noise)
 
     def run(self) -> dict[str, Any]:
-        with self.folder.claim() if self.processes.leads else nullcontext():
-            # Who had the folder before may have written a checkpoint while this run waited for it.
-            self.processes.wait()
-            self._open_folder()
-            return self._train()
+        with ExitStack() as claimed:
+            with self.processes.together(RunError):
+                if self.processes.leads:
+                    claimed.enter_context(self.folder.claim())
+            # Only now: who had the folder before may have written a checkpoint meanwhile.
+            with self.processes.together(ConfigError, RunError):
+                self._open_folder()
+            try:
+                return self._train()
+            except RuntimeError as error:
+                if self.processes.count == 1 or not is_lost_connection(error):
+                    raise
+                raise RunError(
+                    f"process {self.processes.rank} of {self.processes.count} lost the others: one "
+                    "of them has ended, and its message says why"
+                ) from None
 
     def _open_folder(self) -> None:
         folder, config, corpus = self.folder, self.config, self.corpus
@@ -227,11 +238,12 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         torch.manual_seed(stream_seed(config.seed, f"dropout/{rank}", step))
-        _, loss, _ = self.averaging_model(
-            inputs[rank::count].to(self.device), targets[rank::count].to(self.device)
-        )
-        self.optimizer.zero_grad()
-        loss.backward()
+        with self._diagnosing():
+            _, loss, _ = self.averaging_model(
+                inputs[rank::count].to(self.device), targets[rank::count].to(self.device)
+            )
+            self.optimizer.zero_grad()
+            loss.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         record: dict[str, Any] = {
@@ -262,7 +274,10 @@ class _Training:
         started = time.perf_counter()
         # Among several processes one alone must not stop: the others would wait for it forever.
         check = self._stop_if_asked if self.processes.count == 1 else lambda: None
-        result = evaluate(self.model, self.corpus, self.config, check)
+        with self._diagnosing():
+            result = evaluate(self.model, self.corpus, self.config, check)
+        if not math.isfinite(result["val_loss"]):
+            raise NonFiniteLossError(self._advice(f"val loss {result['val_loss']}"))
         progress.seconds += time.perf_counter() - started
         record = {"event": "evaluation", "step": progress.step, **result}
         record["seconds"] = progress.seconds
@@ -280,6 +295,9 @@ class _Training:
     def _save(self) -> None:
         if not self.processes.leads:
             return
+        spoilt = self._spoilt()
+        if spoilt:
+            raise NonFiniteLossError(self._advice(spoilt))
         self.folder.save_checkpoint(self.model, self.optimizer, self.progress)
         self.saved = time.monotonic()
 
@@ -328,6 +346,43 @@ class _Training:
         tokens = self.progress.step * self.config.batch_size * self.config.block_size
         return tokens / self.progress.step_seconds
 
+    @contextmanager
+    def _diagnosing(self) -> Iterator[None]:
+        """What an operator says of weights that have diverged becomes the run's diagnosis."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            spoilt = self._spoilt()
+            if not spoilt:
+                raise
+            raise NonFiniteLossError(self._advice(spoilt)) from error
+
+    @torch.no_grad()
+    def _spoilt(self) -> str:
+        """What no further step can mend in the weights; empty if they are good."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                return f"{name} is not finite"
+        for name, gate in self.model.gates().items():
+            threshold, leak, steepness = gate.effective()
+            if not bool(threshold.isfinite().all() & leak.isfinite().all()):
+                return f"a threshold or leak of {name} is not finite"
+            if not bool((steepness.isfinite() & (steepness > 0)).all()):
+                return f"a steepness of {name} is {steepness.min():g} and must be above 0"
+        return ""
+
+    def _advice(self, what: str) -> str:
+        step = self.progress.step
+        return (
+            f"the run has diverged: {what} after {step} steps, learning rate "
+            f"{self.config.learning_rate_at(max(0, step - 1)):g}; {self._kept()}"
+            "try a smaller --learning-rate, or a smaller --grad-clip"
+        )
+
+    def _kept(self) -> str:
+        last = self.folder.last
+        return f"the last good checkpoint is {last}; " if last.exists() else ""
+
     def _diagnosis(self, record: Mapping[str, Any]) -> str:
         culprits = [
             name
@@ -335,11 +390,8 @@ class _Training:
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
         ]
         where = f"first non-finite gradient: {culprits[0]}; " if culprits else ""
-        kept = (
-            f"the last good checkpoint is {self.folder.last}; " if self.folder.last.exists() else ""
-        )
         return (
             f"loss {record['loss']} and gradient norm {record['grad_norm']} at step "
-            f"{record['step']}, learning rate {record['learning_rate']:g}; {where}{kept}"
+            f"{record['step']}, learning rate {record['learning_rate']:g}; {where}{self._kept()}"
             "try a smaller --learning-rate, or a smaller --grad-clip"
         )
