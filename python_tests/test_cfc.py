@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ncps.wirings import NCP, AutoNCP, FullyConnected, Random, Wiring
+from liquid_pairs import RowByRow, compute, draw_wiring, pair_of
+from ncps.wirings import AutoNCP, Random
 from torch import Tensor
 from torch.nn.utils import prune
 
@@ -25,62 +26,7 @@ ACTIVATIONS = ("lecun_tanh", "tanh", "relu", "silu", "gelu")
 
 def pair(input_size: int, units: Any, **options: Any) -> tuple[ncps.torch.CfC, nn.CfC]:
     """An ncps network and ours, with the same weights by the same seed."""
-    networks = []
-    for kind in (ncps.torch.CfC, nn.CfC):
-        torch.manual_seed(3)
-        # Building draws from the wiring's own generator.
-        networks.append(kind(input_size, copy.deepcopy(units), **options))
-    theirs, ours = networks
-    assert list(theirs.state_dict()) == list(ours.state_dict())
-    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
-        assert torch.equal(a, b)
-        assert a.requires_grad == b.requires_grad
-    # ncps starts the biases small and w_tau at 0, where |w_tau| has its kink.
-    for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
-        if p.requires_grad:
-            p.data += 0.1 * torch.randn_like(p)
-            q.data.copy_(p.data)
-    return theirs, ours
-
-
-class RowByRow(torch.nn.Module):
-    """An ncps network on one row at a time: time spans of several rows it gets silently wrong."""
-
-    def __init__(self, network: ncps.torch.CfC) -> None:
-        super().__init__()
-        self.network = network
-        self.use_mixed = network.use_mixed
-
-    def forward(self, x: Tensor, hx: Any, spans: Tensor | None) -> tuple[Tensor, Any]:
-        if spans is None or x.dim() == 2:
-            return self.network(x, hx, spans)  # type: ignore[no-any-return]
-        dim = 0 if self.network.batch_first else 1
-        outputs, states = [], []
-        for row in range(x.shape[dim]):
-            state = hx
-            if hx is not None:
-                state = tuple(h[row : row + 1] for h in hx) if self.use_mixed else hx[row : row + 1]
-            y, last = self.network(x.narrow(dim, row, 1), state, spans.narrow(dim, row, 1))
-            outputs.append(y)
-            states.append(last if self.use_mixed else (last,))
-        joined = tuple(torch.cat(parts) for parts in zip(*states, strict=True))
-        y = torch.cat(outputs, dim if self.network.return_sequences else 0)
-        return y, joined if self.use_mixed else joined[0]
-
-
-def compute(network: torch.nn.Module, x: Tensor, hx: Any, spans: Tensor | None) -> list[Tensor]:
-    """Output, final state and every gradient, ours and ncps' alike."""
-    x = x.clone().requires_grad_()
-    hx = None if hx is None else tuple(h.clone().requires_grad_() for h in hx)
-    spans = None if spans is None else spans.clone().requires_grad_()
-    initial = hx if hx is None or network.use_mixed else hx[0]
-    y, last = network(x, initial, spans)
-    outputs = [y, *(last if isinstance(last, tuple) else (last,))]
-    leaves = [p for p in network.parameters() if p.requires_grad] + [x]
-    leaves += ([] if spans is None else [spans]) + list(hx or ())
-    weights = [torch.linspace(-1, 1, out.numel()).view(out.shape).to(out) for out in outputs]
-    gradients = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
-    return [*outputs, *(g for g in gradients if g is not None)]
+    return pair_of("CfC", input_size, units, **options)
 
 
 @st.composite
@@ -93,26 +39,15 @@ def networks(draw: st.DrawFn) -> tuple[int, Any, dict[str, Any]]:
         "proj_size": draw(st.sampled_from([None, 3])),
         "mixed_memory": draw(st.booleans()),
     }
-    kind = draw(st.sampled_from(["dense", "auto", "ncp", "full", "random"]))
-    if kind == "dense":
-        options |= {
-            "activation": draw(st.sampled_from(ACTIVATIONS)),
-            "backbone_units": draw(st.sampled_from([None, 1, 17])),
-            "backbone_layers": draw(st.sampled_from([None, 0, 1, 3])),
-        }
-        return inputs, draw(st.integers(1, 20)), options
-    seed = draw(st.integers(0, 999))
-    if kind == "auto":
-        motor = draw(st.integers(1, 5))
-        units = draw(st.integers(motor + 3, 24))
-        wiring: Wiring = AutoNCP(units, motor, draw(st.sampled_from([0.1, 0.5, 0.8])), seed)
-    elif kind == "ncp":
-        wiring = NCP(5, 4, 2, 3, 2, 2, 2, seed)
-    elif kind == "full":
-        wiring = FullyConnected(draw(st.integers(1, 9)))
-    else:
-        wiring = Random(draw(st.integers(2, 9)), sparsity_level=0.5, random_seed=seed)
-    return inputs, wiring, options
+    wiring = draw_wiring(draw)
+    if wiring is not None:
+        return inputs, wiring, options
+    options |= {
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
+        "backbone_units": draw(st.sampled_from([None, 1, 17])),
+        "backbone_layers": draw(st.sampled_from([None, 0, 1, 3])),
+    }
+    return inputs, draw(st.integers(1, 20)), options
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -4,9 +4,11 @@ from ember_ext.nn.accelerate import Acceleration, Deceleration, accelerate, dece
 from ember_ext.nn.cfc import CfC
 from ember_ext.nn.lif_attention import AttentionCache, LIFSelfAttention, RefractoryParameters
 from ember_ext.nn.lif_gate import GATE_PRESETS, GatePreset, LIFGate, LIFParameters
+from ember_ext.nn.ltc import LTC
 
 __all__ = [
     "GATE_PRESETS",
+    "LTC",
     "Acceleration",
     "AttentionCache",
     "CfC",

@@ -32,6 +32,8 @@ class LiquidLayer(nn.Module):
 
     layer_name: ClassVar[str]
     """The class' name in `ember_ext.nn`, for messages."""
+    _positive_timespans: ClassVar[bool] = False
+    """Whether a time span of 0 is an error."""
 
     batch_first: bool
     return_sequences: bool
@@ -126,7 +128,7 @@ class LiquidLayer(nn.Module):
         else:
             y, h, c = self._step_through(x, h, c, spans, lengths)
         if not self.return_sequences:
-            readout = self._read_out(self._last_output(h))
+            readout = self._read_out(self._output_at_end(y, h, lengths))
         else:
             readout = self._read_out(y)
             if batched and not self.batch_first:
@@ -188,6 +190,18 @@ class LiquidLayer(nn.Module):
             return y, h
         return self._scan_cells(x, h, timespans, lengths)
 
+    def _output_at_end(self, y: Tensor, h: Tensor, lengths: Tensor | None) -> Tensor:
+        """The cells' output [B, M] at each row's last step, from all outputs and the final state.
+
+        A cell that was changed may return an output that its state does not tell.
+        """
+        if y.shape[1] == 0 or self._why_cells_differ() is None:
+            return self._last_output(h)
+        if lengths is None:
+            return y[:, -1]
+        last = y[torch.arange(len(y), device=y.device), (lengths - 1).clamp(min=0)]
+        return torch.where((lengths > 0)[:, None], last, self._last_output(h))
+
     def _packed_for(self, x: Tensor, h: Tensor) -> LaidOut | None:
         """The packed weights, if they can take x and h: another thread may pack anew meanwhile."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -234,8 +248,8 @@ class LiquidLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `_run`, step by step; with c, the LSTM comes before the cells and ties them."""
         layer = f"nn.{self.layer_name}"
-        check_timespans(layer, timespans, x)
         check_lengths(layer, lengths, x)
+        check_timespans(layer, timespans, x, positive=self._positive_timespans, lengths=lengths)
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
         if x.dtype != dtype and autocast_dtype(x.device.type) is None:
             expected = f"of the weights' dtype {dtype}"

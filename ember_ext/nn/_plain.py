@@ -56,8 +56,8 @@ def why_lstm_differs(lstm: Any) -> str | None:
         why_differs(lstm, ncps.torch.lstm.LSTMCell)
         or _why_linear_differs(lstm, "input_map")
         or _why_linear_differs(lstm, "recurrent_map", bias=False)
-        or _why_part_differs(lstm, "tanh", nn.Tanh)
-        or _why_part_differs(lstm, "sigmoid", nn.Sigmoid)
+        or why_part_differs(lstm, "tanh", nn.Tanh)
+        or why_part_differs(lstm, "sigmoid", nn.Sigmoid)
     )
     return reason and f"lstm{reason}"
 
@@ -75,14 +75,14 @@ def why_differs(part: nn.Module | None, kind: type[nn.Module]) -> str | None:
     return " has hooks" if _has_hooks(part) else None
 
 
-def _why_part_differs(owner: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
+def why_part_differs(owner: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
     # Past `nn.Module.__getattr__`, which would take most of the time.
     reason = why_differs(owner._modules.get(name), kind)
     return reason and f".{name}{reason}"
 
 
 def _why_linear_differs(owner: nn.Module, name: str, *, bias: bool = True) -> str | None:
-    if reason := _why_part_differs(owner, name, nn.Linear):
+    if reason := why_part_differs(owner, name, nn.Linear):
         return reason
     linear: Any = owner._modules[name]
     # A parametrised bias is no longer among the parameters, and is one nevertheless.
@@ -99,12 +99,12 @@ def _why_cell_differs(cell: Any) -> str | None:
             return reason
     if cell.mode != "pure":
         for name, kind in (("tanh", nn.Tanh), ("sigmoid", nn.Sigmoid)):
-            if reason := _why_part_differs(cell, name, kind):
+            if reason := why_part_differs(cell, name, kind):
                 return reason
     backbone: Any = cell._modules.get("backbone")
     if backbone is None and cell.backbone_layers == 0:
         return None
-    if reason := _why_part_differs(cell, "backbone", nn.Sequential):
+    if reason := why_part_differs(cell, "backbone", nn.Sequential):
         return reason
     if cell.backbone_layers == 0:
         return ".backbone is not in use"
@@ -122,7 +122,7 @@ def _why_backbone_differs(backbone: nn.Sequential) -> str | None:
             kind = next((kind for kind in _BACKBONE_PARTS if isinstance(part, kind)), None)
             if kind is None or not blocks:
                 return f".{index} is a {type(part).__name__}, which ncps does not put there"
-            reason = _why_part_differs(backbone, str(index), kind)
+            reason = why_part_differs(backbone, str(index), kind)
         if reason:
             return reason
         blocks[-1].append(part)
@@ -146,7 +146,7 @@ def _why_blocks_differ(blocks: Sequence[Sequence[Any]]) -> str | None:
         if isinstance(activation, nn.GELU) and activation.approximate != "none":
             return f" approximates GELU by {activation.approximate}"
         has_tanh = isinstance(activation, ncps.torch.cfc_cell.LeCun)
-        if has_tanh and (reason := _why_part_differs(activation, "tanh", nn.Tanh)):
+        if has_tanh and (reason := why_part_differs(activation, "tanh", nn.Tanh)):
             return f"'s activation{reason}"
     dropouts = [block[2] if len(block) == 3 else None for block in blocks]
     if dropouts[0] is not None:

@@ -1,0 +1,203 @@
+"""`LTC`: the drop-in for `ncps.torch.LTC` that runs the cell over a whole sequence at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import ncps.torch
+import torch
+from ncps.wirings import Wiring
+from torch import Tensor
+
+from ember_ext.nn import ltc_cell
+from ember_ext.nn._arguments import count, fail
+from ember_ext.nn._laid_out import LaidOut
+from ember_ext.nn._liquid import Advance, LiquidLayer
+from ember_ext.nn.ltc_cell import LTCCell, Ready
+
+
+class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
+    """A liquid time-constant network: `ncps.torch.LTC` 1.0.1, many times faster.
+
+    Constructor, initial values, state-dict keys and results are those of ncps, so checkpoints
+    go back and forth unchanged. What ncps does and one might not expect is kept: both
+    `synapse_count` and `sensory_synapse_count` count the synapses between units; the masks of the
+    wiring count as (frozen) parameters; without `implicit_param_constraints` negative weights are
+    used as they are, and a denominator may vanish.
+
+    Differences to ncps, where ncps fails:
+        - The cell computes with the parameters that the module has, see `LTCCell`, so that
+          parametrisations, pruning, `torch.func.functional_call` and
+          `load_state_dict(assign=True)` have an effect.
+        - `timespans` of shape [B, T] or [B, T, 1] belong to each row and step. ncps squeezes a
+          step's column to [B] and divides the *units* by it: an error, or a wrong result where B
+          equals the number of units. Numbers are accepted too.
+        - Synapses that do not exist have no influence, even if their weights are infinite or NaN.
+        - The default state has the input's dtype and not always float32.
+        - T = 0 returns the state unchanged.
+        - Arguments are checked, with messages that say what was expected. A time span must be above
+          0: the cell divides by it.
+
+    A cell that does more than apply its weights, because one of its functions was replaced, is
+    called step by step as in ncps, and a warning says once why. torch.compile, export,
+    `torch.func` and masks that require a gradient have all synapses computed, those that do not
+    exist with a weight of zero; else the cost is that of the synapses that exist.
+
+    Additions: `step` for streaming, `lengths` for padded batches, and `chunk_size`.
+
+    Args:
+        input_size: number of input features; None for a wiring that was built.
+        units: number of fully connected units, or an `ncps.wirings.Wiring`.
+        return_sequences: return the output at every step and not only at the last. Default: True.
+        batch_first: batched input is [B, T, C] and not [T, B, C]. Default: True.
+        mixed_memory: run an LSTM cell on the state before each step. That takes several operations
+            for every step, so it is slower than without. Default: False.
+        input_mapping: "affine" (the default) scales and shifts each feature, "linear" scales it,
+            anything else leaves it as it is.
+        output_mapping: the same for each motor neuron.
+        ode_unfolds: solver steps in one time step, at least 1. Default: 6.
+        epsilon: added to the solver's denominator, at least 0. Default: 1e-8.
+        implicit_param_constraints: keep conductances and capacitances positive by a softplus. If
+            not, `rnn_cell.apply_weight_constraints()` clips them. Default: True.
+        chunk_size: time steps for which the backward pass keeps the solver's states at once; see
+            `ember_ext.ltc_scan`. Of no effect with mixed memory.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument does not fit.
+    """
+
+    layer_name = "LTC"
+    _positive_timespans = True
+
+    def __init__(
+        self,
+        input_size: int | None,
+        units: Any,
+        return_sequences: bool = True,
+        batch_first: bool = True,
+        mixed_memory: bool = False,
+        input_mapping: str | None = "affine",
+        output_mapping: str | None = "affine",
+        ode_unfolds: int = 6,
+        epsilon: float = 1e-8,
+        implicit_param_constraints: bool = True,
+        *,
+        chunk_size: int | None = None,
+    ) -> None:
+        check_wiring("LTC", "input_size", input_size, units)
+        if not isinstance(units, Wiring):
+            units = count("LTC", "units", units)
+        if input_size is not None or not isinstance(units, Wiring):
+            input_size = count("LTC", "input_size", input_size)
+        ode_unfolds, epsilon = check_solver("LTC", ode_unfolds, epsilon)
+        if chunk_size is not None:
+            chunk_size = count("LTC", "chunk_size", chunk_size)
+        super().__init__(
+            input_size,
+            units,
+            return_sequences,
+            batch_first,
+            mixed_memory,
+            input_mapping,
+            output_mapping,
+            ode_unfolds,
+            epsilon,
+            implicit_param_constraints,
+        )
+        self.rnn_cell.__class__ = LTCCell
+        self.rnn_cell.__dict__.pop("_params", None)
+        self.chunk_size = chunk_size
+
+    @property
+    def _features(self) -> int:
+        return int(self.rnn_cell.sensory_size)
+
+    @property
+    def _output_width(self) -> int:
+        return ltc_cell.output_width(self.rnn_cell)
+
+    def _run(
+        self, x: Tensor, h: Tensor, timespans: Tensor | float, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `LiquidLayer._run`, in the wider dtype of input and weights, as ncps computes."""
+        return super()._run(x.to(self._dtype_for(x)), h, timespans, lengths)
+
+    def _dtype_for(self, x: Tensor) -> torch.dtype:
+        return torch.promote_types(x.dtype, self.rnn_cell.gleak.dtype)
+
+    def _scan_cells(
+        self, x: Tensor, h0: Tensor, timespans: Tensor | float, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        cell = self.rnn_cell
+        running = None
+        if lengths is not None:
+            running = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+            # What lies beyond a row's end must not come back as NaN in the mapping's gradient.
+            x = torch.where(running, x, 0)
+        u = ltc_cell.map_inputs(cell, x)
+        y, h = ltc_cell.scan(cell, Ready.of(cell), u, h0, timespans, lengths, self.chunk_size)
+        y = ltc_cell.map_outputs(cell, y)
+        return y if running is None else torch.where(running, y, 0), h
+
+    def _lay_out(self) -> LaidOut:
+        raise NotImplementedError
+
+    def _packed_for(self, x: Tensor, h: Tensor) -> LaidOut | None:
+        return None
+
+    def _why_cells_differ(self) -> str | None:
+        reason = ltc_cell.why_ltc_cell_differs(self.rnn_cell)
+        return reason and f"rnn_cell{reason}"
+
+    def _last_output(self, h: Tensor) -> Tensor:
+        return self.rnn_cell._map_outputs(h)  # type: ignore[no-any-return]
+
+    def _step_through(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        ltc_cell.compute_weight_hooks(self.rnn_cell)
+        return super()._step_through(*arguments)
+
+    def _plain_steps(
+        self,
+        x: Tensor,
+        inputs: Sequence[Tensor],
+        fixed: Tensor | float | None,
+        spans: Sequence[Any],
+    ) -> Advance:
+        cell, ready = self.rnn_cell, Ready.of(self.rnn_cell)
+        mapped = ltc_cell.map_inputs(cell, x).split(1, 1)
+
+        def advance(t: int, h: Tensor) -> tuple[Tensor, Tensor]:
+            y, h = ltc_cell.scan(cell, ready, mapped[t], h, spans[t])
+            return ltc_cell.map_outputs(cell, y.squeeze(1)), h
+
+        return advance
+
+
+def check_wiring(layer: str, argument: str, inputs: int | None, units: Any) -> None:
+    """Raise unless `units`, if it is a wiring, knows its inputs and outputs."""
+    if not isinstance(units, Wiring):
+        return
+    if inputs is None and not units.is_built():
+        fail(layer, "units", f"a wiring that was built, or {argument} given", "neither")
+    if units.is_built() and inputs not in (None, units.input_dim):
+        expected = f"{units.input_dim}, for which the wiring was built"
+        fail(layer, argument, expected, inputs)
+    if units.output_dim is None:
+        fail(layer, "units", "a wiring with an output_dim", None)
+
+
+def check_solver(layer: str, ode_unfolds: Any, epsilon: Any) -> tuple[int, float]:
+    """`ode_unfolds` and `epsilon`, or an error that says what they must be."""
+    ode_unfolds = count(layer, "ode_unfolds", ode_unfolds)
+    if ode_unfolds < 1:
+        fail(layer, "ode_unfolds", ">= 1", ode_unfolds)
+    if not isinstance(epsilon, Real):
+        fail(layer, "epsilon", "a real number", type(epsilon).__name__, TypeError)
+    epsilon = float(epsilon)
+    if not 0 <= epsilon < math.inf:
+        fail(layer, "epsilon", "finite and >= 0", epsilon)
+    return ode_unfolds, epsilon

@@ -1,0 +1,239 @@
+"""`LTCCell`: the cell of `LTC`, and its parameters as the operator takes them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import ncps.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from ember_ext import _native
+from ember_ext.nn._arguments import fail
+from ember_ext.nn._plain import why_differs, why_part_differs
+from ember_ext.ops import _checks
+from ember_ext.ops.ltc_scan import ltc_scan, ltc_synapses
+from ember_ext.reference.ltc_scan import LTCSynapses, LTCWeights
+
+_METHODS = {
+    name: getattr(ncps.torch.LTCCell, name)
+    for name in ("_sigmoid", "_ode_solver", "_map_inputs", "_map_outputs")
+}
+"""What ncps' cell computes with, as imported: someone may put another function there."""
+
+_POSITIVE = ("w", "sensory_w", "cm", "gleak")
+_VECTORS_AND_SYNAPSES = (
+    *LTCWeights._fields,
+    "sparsity_mask",
+    "sensory_sparsity_mask",
+)
+
+
+class LTCCell(ncps.torch.LTCCell):  # type: ignore[misc]
+    """One time step of a liquid time-constant network: `ncps.torch.LTCCell` 1.0.1.
+
+    ncps keeps its parameters twice: as the module's, and in a dict that its `forward` reads. What
+    replaces a parameter of the module is lost on that dict: `torch.func.functional_call`,
+    parametrisations, pruning, `load_state_dict(assign=True)`, a move to the meta device. This cell
+    computes with the parameters that the module has.
+    """
+
+    @property
+    def _params(self) -> dict[str, Tensor]:
+        names = [*_VECTORS_AND_SYNAPSES, *_mapping_names("input", self._input_mapping)]
+        names += _mapping_names("output", self._output_mapping)
+        return {name: getattr(self, name) for name in names}
+
+    @_params.setter
+    def _params(self, _: dict[str, Tensor]) -> None:
+        """The constructor of ncps' cell sets this to a dict of its own, which is not needed."""
+
+    def apply_weight_constraints(self) -> None:
+        """Set negative entries of `w`, `sensory_w`, `cm` and `gleak` to zero, in place.
+
+        Call it after each step of an optimiser. It does nothing to a cell with
+        `implicit_param_constraints`, whose `forward` makes them positive.
+
+        Raises:
+            RuntimeError: one of them is computed by hooks, such as by weight_norm's.
+        """
+        if self._implicit_param_constraints:
+            return
+        for name in _POSITIVE:
+            if parametrize.is_parametrized(self, name):
+                setattr(self, name, self._clip(getattr(self, name)).detach())
+                continue
+            own = name if name in self._parameters else f"{name}_orig"
+            parameter = self._parameters.get(own)
+            if parameter is None:
+                expected = "a parameter, pruned or parametrised or neither"
+                fail("LTCCell", name, expected, "no parameter", RuntimeError)
+            parameter.data = self._clip(parameter.data)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_listed"}
+
+
+class _Listed(NamedTuple):
+    """The synapses of two masks, and copies of these to compare with."""
+
+    masks: tuple[Tensor, Tensor]
+    synapses: LTCSynapses
+    binary: bool
+
+
+def _mapping_names(side: str, mapping: Any) -> list[str]:
+    weight, bias = f"{side}_w", f"{side}_b"
+    return [weight, bias] if mapping == "affine" else [weight] if mapping == "linear" else []
+
+
+def why_ltc_cell_differs(cell: Any) -> str | None:
+    """What in an LTC cell keeps its weights from saying what it computes; None if nothing."""
+    kind = LTCCell if isinstance(cell, LTCCell) else ncps.torch.LTCCell
+    if reason := why_differs(cell, kind):
+        return reason
+    for name, method in _METHODS.items():
+        if name in cell.__dict__ or getattr(type(cell), name) is not method:
+            return f" has a {name} of its own"
+    positive = nn.Softplus if isinstance(cell.make_positive_fn, nn.Softplus) else nn.Identity
+    return why_part_differs(cell, "make_positive_fn", positive)
+
+
+def compute_weight_hooks(cell: nn.Module) -> None:
+    """Run what computes a cell's weights before each call, as ncps' layers never call the cell.
+
+    That is pruning, and weight and spectral norm of the old kind.
+    """
+    for hook in cell._forward_pre_hooks.values():
+        if isinstance(hook, _WEIGHT_HOOKS):
+            hook(cell, ())
+
+
+_WEIGHT_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
+
+
+class Ready(NamedTuple):
+    """An LTC cell's parameters as the operator takes them."""
+
+    weights: LTCWeights
+    synapses: LTCSynapses | None
+
+    @classmethod
+    def of(cls, cell: Any) -> Ready:
+        """The parameters that the module has now, differentiable, and the synapses of its masks."""
+        masks = _masks(cell)
+        listed = _list(cell, masks)
+        values = {}
+        for name in LTCWeights._fields:
+            value = getattr(cell, name)
+            # Rounding what is derived from a weight would add to the error of half dtypes.
+            value = value.to(_checks.compute_dtype(value.dtype))
+            values[name] = cell.make_positive_fn(value) if name in _POSITIVE else value
+        if listed is None or not listed.binary:
+            values["w"] = values["w"] * masks[0]
+            values["sensory_w"] = values["sensory_w"] * masks[1]
+        return cls(LTCWeights(**values), None if listed is None else listed.synapses)
+
+
+def _masks(cell: Any) -> tuple[Tensor, Tensor]:
+    masks = cell.sparsity_mask, cell.sensory_sparsity_mask
+    for name, mask, weight in zip(
+        ("sparsity_mask", "sensory_sparsity_mask"), masks, (cell.w, cell.sensory_w), strict=True
+    ):
+        if mask.shape != weight.shape:
+            fail("LTCCell", name, f"shaped as its weights, {list(weight.shape)}", list(mask.shape))
+    return masks
+
+
+def _list(cell: Any, masks: tuple[Tensor, Tensor]) -> _Listed | None:
+    """The synapses that the masks do not rule out, or None where all have to be computed.
+
+    Users change masks, also past autograd, so they are compared with what was listed. A trace
+    cannot look at them, and a mask's own gradient needs the synapses that do not exist.
+    """
+    for mask in masks:
+        if type(mask) not in (Tensor, nn.Parameter) or mask.device.type not in ("cpu", "cuda"):
+            return None
+        if mask.requires_grad and torch.is_grad_enabled():
+            return None
+        if mask.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or _native.transforms_active()
+    ):
+        return None
+    known: _Listed | None = cell.__dict__.get("_listed")
+    if known is not None and all(
+        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+        for a, b in zip(known.masks, masks, strict=True)
+    ):
+        return known
+    with torch.no_grad():
+        exist = tuple(mask != 0 for mask in masks)
+        # Synapses that a mask weighs are multiplied by it; to multiply by 1 is to do nothing.
+        binary = all(bool((mask == e).all()) for mask, e in zip(masks, exist, strict=True))
+        copies = masks[0].detach().clone(), masks[1].detach().clone()
+        listed = _Listed(copies, ltc_synapses(*exist), binary)
+    if isinstance(cell, LTCCell):
+        cell.__dict__["_listed"] = listed
+    return listed
+
+
+def map_inputs(cell: Any, x: Tensor) -> Tensor:
+    """A cell's input mapping of x, [..., I]."""
+    return _mapped(x, *(getattr(cell, n) for n in _mapping_names("input", cell._input_mapping)))
+
+
+def map_outputs(cell: Any, y: Tensor) -> Tensor:
+    """A cell's output mapping of the states of its motor neurons, [..., M]."""
+    return _mapped(y, *(getattr(cell, n) for n in _mapping_names("output", cell._output_mapping)))
+
+
+def _mapped(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    if weight is not None:
+        x = x * weight
+    return x if bias is None else x + bias
+
+
+def output_width(cell: Any) -> int:
+    """Width of a cell's output, M."""
+    return min(int(cell.motor_size), int(cell.state_size))
+
+
+def scan(
+    cell: Any,
+    ready: Ready,
+    u: Tensor,
+    h0: Tensor,
+    timespans: Tensor | float,
+    lengths: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A cell over a sequence: the states of its motor neurons [B, T, M] and the final state [B, S].
+
+    Args:
+        cell: an LTC cell of ncps or ours.
+        ready: its parameters.
+        u: mapped input, [B, T, I].
+        h0: initial state, [B, S].
+        timespans: as `ltc_scan` takes them.
+        lengths: as `ltc_scan` takes them.
+        chunk_size: as `ltc_scan` takes it.
+    """
+    return ltc_scan(
+        u,
+        ready.weights,
+        h0,
+        synapses=ready.synapses,
+        timespans=timespans,
+        lengths=lengths,
+        ode_unfolds=int(cell._ode_unfolds),
+        eps=float(cell._epsilon),
+        outputs=output_width(cell),
+        chunk_size=chunk_size,
+    )
