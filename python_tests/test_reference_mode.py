@@ -151,7 +151,7 @@ def test_decelerate_undoes_accelerate(kind: type[nn.Module], mixed: bool, wired:
     report = decelerate(model)
     assert report.replaced == ("rnn",)
     assert report.left == {}
-    assert str(report) == "rnn: back to ncps"
+    assert str(report) == f"rnn ({kind.__name__}): back to ncps"
     assert model["rnn"] is rnn
     assert type(rnn) is kind
     assert vars(rnn).keys() == vars(original["rnn"]).keys()

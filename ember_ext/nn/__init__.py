@@ -5,6 +5,7 @@ from ember_ext.nn.cfc import CfC
 from ember_ext.nn.lif_attention import AttentionCache, LIFSelfAttention, RefractoryParameters
 from ember_ext.nn.lif_gate import GATE_PRESETS, GatePreset, LIFGate, LIFParameters
 from ember_ext.nn.ltc import LTC
+from ember_ext.nn.ltc_cell import LTCCell
 
 __all__ = [
     "GATE_PRESETS",
@@ -17,6 +18,7 @@ __all__ = [
     "LIFGate",
     "LIFParameters",
     "LIFSelfAttention",
+    "LTCCell",
     "RefractoryParameters",
     "accelerate",
     "decelerate",

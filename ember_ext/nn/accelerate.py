@@ -11,8 +11,12 @@ from torch import nn
 from ember_ext.nn._liquid import LiquidLayer
 from ember_ext.nn._plain import why_lstm_differs
 from ember_ext.nn.cfc import CfC
+from ember_ext.nn.ltc import LTC
 
-ACCELERATED: dict[type[nn.Module], type[LiquidLayer]] = {ncps.torch.CfC: CfC}
+ACCELERATED: dict[type[nn.Module], type[LiquidLayer]] = {
+    ncps.torch.CfC: CfC,
+    ncps.torch.LTC: LTC,
+}
 """The classes of ncps that `accelerate` knows, and what takes their place.
 
 A `LiquidLayer` adds no state to the class that it derives from, so an object can change class.
@@ -30,13 +34,18 @@ class _Exchange:
     """The modules whose class is another now."""
     left: dict[str, str]
     """The modules that stay as they were, and why."""
+    kinds: dict[str, str]
+    """The name of each module's class, such as "CfC"."""
 
     _verb: ClassVar[str]
     _kinds: ClassVar[str]
 
     def __str__(self) -> str:
-        lines = [f"{name or '(the model)'}: {self._verb}" for name in self.replaced]
-        lines += [f"{name or '(the model)'}: left, {why}" for name, why in self.left.items()]
+        ends = dict.fromkeys(self.replaced, self._verb)
+        ends |= {name: f"left, {why}" for name, why in self.left.items()}
+        lines = [
+            f"{name or '(the model)'} ({self.kinds[name]}): {end}" for name, end in ends.items()
+        ]
         return "\n".join(lines) or f"no {self._kinds} found"
 
 
@@ -48,6 +57,7 @@ class Acceleration(_Exchange):
         replaced: the names in the model of the modules that are of `ember_ext.nn` now, as
             `named_modules` has them; the model itself is "".
         left: the modules of ncps that stay as they were, and why.
+        kinds: the name of each of these modules' class, such as "LTC".
     """
 
     _verb = "accelerated"
@@ -62,6 +72,7 @@ class Deceleration(_Exchange):
         replaced: the names in the model of the modules that are of ncps again, as `named_modules`
             has them; the model itself is "".
         left: the modules of `ember_ext.nn` that stay as they were, and why.
+        kinds: the name of each of these modules' class, such as "LTC".
     """
 
     _verb = "back to ncps"
@@ -69,63 +80,73 @@ class Deceleration(_Exchange):
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Turn every `ncps.torch.CfC` in `model` into an `ember_ext.nn.CfC`, in place.
+    """Turn every `ncps.torch.CfC` and `LTC` in `model` into that of `ember_ext.nn`, in place.
 
     The modules stay the same objects, with their parameters, hooks, mode and state-dict keys, so
     optimisers and checkpoints that refer to them go on working. Calling it again changes nothing,
     and `decelerate` undoes it.
 
     Args:
-        model: any module; it may itself be an `ncps.torch.CfC`.
+        model: any module; it may itself be one of them.
 
     Returns:
         Which modules were replaced, and which were left and why: subclasses, and those whose cells
         do more than apply their own weights, such as by hooks, adapters or quantised layers. What
-        is done to a cell afterwards is followed, too: then `CfC` calls it step by step.
+        is done to a cell afterwards is followed, too: then its layer calls it step by step.
     """
     replaced: list[str] = []
     left: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for name, module in model.named_modules():
         kind = next((kind for kind in ACCELERATED if isinstance(module, kind)), None)
         if kind is None or isinstance(module, LiquidLayer):
             continue
+        kinds[name] = kind.__name__
         reason = _reason_to_leave(module, kind)
         if reason is None:
             module.__class__ = ACCELERATED[kind]
+            module._adopt_cells()
             replaced.append(name)
         else:
             left[name] = reason
-    return Acceleration(tuple(replaced), left)
+    return Acceleration(tuple(replaced), left, kinds)
 
 
 def decelerate(model: nn.Module) -> Deceleration:
-    """Turn every `ember_ext.nn.CfC` in `model` into an `ncps.torch.CfC`, in place.
+    """Turn every `ember_ext.nn.CfC` and `LTC` in `model` into that of ncps, in place.
 
-    That undoes `accelerate`, and works as well for layers that were built as an `ember_ext.nn.CfC`.
+    That undoes `accelerate`, and works as well for layers that were built as ours.
     The modules stay the same objects, with their parameters, hooks and state-dict keys; the model
-    then needs `ncps` and no `ember_ext`, also where it is unpickled. What `ember_ext.nn.CfC` adds,
-    such as `step`, is gone. `use_reference` keeps it, and runs the definitions for a while.
+    then needs `ncps` and no `ember_ext`, also where it is unpickled. What our classes add, such as
+    `step`, is gone. `use_reference` keeps it, and runs the definitions for a while.
 
     Args:
-        model: any module; it may itself be an `ember_ext.nn.CfC`.
+        model: any module; it may itself be one of them.
 
     Returns:
-        Which modules were replaced, and which were left and why: subclasses.
+        Which modules were replaced, and which were left and why: subclasses, and an LTC whose cell
+        has parametrised or pruned weights, which ncps' would not follow.
     """
     replaced: list[str] = []
     left: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     originals = {ours: kind for kind, ours in ACCELERATED.items()}
     for name, module in model.named_modules():
         if not isinstance(module, LiquidLayer):
             continue
+        kinds[name] = type(module).layer_name
         original = originals.get(type(module))
         if original is None:
             left[name] = f"{type(module).__name__} is a subclass that may compute something else"
             continue
+        if reason := module._why_cells_stay():
+            left[name] = reason
+            continue
+        module._release_cells()
         vars(module).pop("_packed", None)  # a copy of the weights
         module.__class__ = original  # type: ignore[assignment]
         replaced.append(name)
-    return Deceleration(tuple(replaced), left)
+    return Deceleration(tuple(replaced), left, kinds)
 
 
 def _reason_to_leave(module: Any, kind: type[nn.Module]) -> str | None:

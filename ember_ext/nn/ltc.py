@@ -16,7 +16,7 @@ from ember_ext.nn import ltc_cell
 from ember_ext.nn._arguments import count, fail
 from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._liquid import Advance, LiquidLayer
-from ember_ext.nn.ltc_cell import LTCCell, Ready
+from ember_ext.nn.ltc_cell import Ready
 
 
 class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
@@ -108,8 +108,7 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
             epsilon,
             implicit_param_constraints,
         )
-        self.rnn_cell.__class__ = LTCCell
-        self.rnn_cell.__dict__.pop("_params", None)
+        self._adopt_cells()
         self.chunk_size = chunk_size
 
     @property
@@ -151,6 +150,16 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
 
     def _why_cells_differ(self) -> str | None:
         reason = ltc_cell.why_ltc_cell_differs(self.rnn_cell)
+        return reason and f"rnn_cell{reason}"
+
+    def _adopt_cells(self) -> None:
+        ltc_cell.adopt(self.rnn_cell)
+
+    def _release_cells(self) -> None:
+        ltc_cell.release(self.rnn_cell)
+
+    def _why_cells_stay(self) -> str | None:
+        reason = ltc_cell.why_not_ncps(self.rnn_cell)
         return reason and f"rnn_cell{reason}"
 
     def _last_output(self, h: Tensor) -> Tensor:

@@ -95,11 +95,43 @@ def why_ltc_cell_differs(cell: Any) -> str | None:
     kind = LTCCell if isinstance(cell, LTCCell) else ncps.torch.LTCCell
     if reason := why_differs(cell, kind):
         return reason
+    if not isinstance(cell, LTCCell):
+        for name, value in cell._params.items():
+            if cell._parameters.get(name) is not value:
+                return f".{name} is another one than its forward computes with"
     for name, method in _METHODS.items():
         if name in cell.__dict__ or getattr(type(cell), name) is not method:
             return f" has a {name} of its own"
     positive = nn.Softplus if isinstance(cell.make_positive_fn, nn.Softplus) else nn.Identity
     return why_part_differs(cell, "make_positive_fn", positive)
+
+
+def adopt(cell: Any) -> None:
+    """Make an ncps cell one of ours; a subclass stays as it is."""
+    if type(cell) is ncps.torch.LTCCell:
+        cell.__class__ = LTCCell
+        cell.__dict__.pop("_params", None)
+
+
+def release(cell: Any) -> None:
+    """Make one of our cells an ncps cell again; a subclass stays as it is."""
+    if type(cell) is LTCCell:
+        parameters = cell._params
+        cell.__dict__.pop("_listed", None)
+        cell.__class__ = ncps.torch.LTCCell
+        cell._params = parameters
+
+
+def why_not_ncps(cell: Any) -> str | None:
+    """What keeps ncps' cell from computing what one of ours does; None if nothing."""
+    if not isinstance(cell, LTCCell):
+        return None
+    if type(cell) is not LTCCell:
+        return f" is a {type(cell).__name__}, which follows its parameters"
+    for name in cell._params:
+        if name not in cell._parameters:
+            return f".{name} is computed, which ncps would not follow"
+    return None
 
 
 def compute_weight_hooks(cell: nn.Module) -> None:
