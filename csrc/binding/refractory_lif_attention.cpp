@@ -113,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> refractory_lif_attent
   Tensor probabilities = torch::stable::new_empty(gates, {p.batch, p.heads, p.keys});
   Tensor weights = torch::stable::new_empty(gates, {p.batch, p.keys});
   Tensor row_stats = torch::stable::new_empty(gates, {3, p.batch, p.heads, p.queries});
-  Tensor block_loads = torch::stable::new_empty(gates, {p.batch, p.heads, blocks, p.keys});
+  // Flat: a dimension that may be 1, as `blocks`, would bind an exported graph to its value.
+  Tensor block_loads = torch::stable::new_empty(gates, {p.batch * p.heads * blocks * p.keys});
   if (p.batch * p.heads * p.queries == 0) {
     for (Tensor* t : {&out, &next_load, &probabilities, &weights, &row_stats, &block_loads}) {
       torch::stable::zero_(*t);
@@ -193,7 +194,7 @@ refractory_lif_attention_backward(const Tensor& grad_out_, const MaybeTensor& gr
   }
   check_like(grad_out, inputs.query, {p.batch, p.heads, p.queries, p.size});
   check_like(row_stats, inputs.query, {3, p.batch, p.heads, p.queries});
-  check_like(block_loads, inputs.query, {p.batch, p.heads, blocks, p.keys});
+  check_like(block_loads, inputs.query, {p.batch * p.heads * blocks * p.keys});
   check(grad_out.scalar_type() == inputs.query.scalar_type() &&
         row_stats.scalar_type() == gates.scalar_type() &&
         block_loads.scalar_type() == gates.scalar_type());

@@ -10,6 +10,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ember_ext.ops import _checks
 
@@ -116,4 +117,7 @@ def chunk_to_keep(chunk_size: int | None, steps: int) -> int:
     """Steps whose activations are kept at once for the backward pass; 0 for all of them."""
     if chunk_size is not None:
         return chunk_size
+    if torch.compiler.is_exporting():
+        # A comparison would bind what is exported to one side of it.
+        return 0 if statically_known_true(steps <= MAX_UNCHUNKED) else DEFAULT_CHUNK
     return 0 if steps <= MAX_UNCHUNKED else DEFAULT_CHUNK

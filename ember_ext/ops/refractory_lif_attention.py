@@ -186,7 +186,7 @@ def _register() -> None:
             threshold.new_empty(batch, heads, keys),
             threshold.new_empty(batch, keys),
             threshold.new_empty(3, batch, heads, queries),
-            threshold.new_empty(batch, heads, blocks, keys),
+            threshold.new_empty(batch * heads * blocks * keys),
         )
 
     @torch.library.register_fake("ember_ext::refractory_lif_attention_backward")

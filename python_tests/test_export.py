@@ -1,0 +1,56 @@
+"""`torch.export` of modules: any batch and length, saved and loaded, unflattened, compiled, trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ncps.wirings import AutoNCP
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.testing import assert_close
+
+from ember_ext.nn import CfC, LIFGate, LIFSelfAttention
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "gate": lambda: LIFGate(4),
+    "attention": lambda: LIFSelfAttention(4, 2),
+    "causal refractory": lambda: LIFSelfAttention(4, 2, refractory="causal"),
+    "paper refractory": lambda: LIFSelfAttention(4, 2, refractory="paper"),
+    "dense cfc": lambda: CfC(4, 6, backbone_units=8),
+    "wired cfc": lambda: CfC(4, AutoNCP(9, 2)),
+    "chunked cfc": lambda: CfC(4, 6, backbone_units=8, chunk_size=16),
+}
+every_module = pytest.mark.parametrize("build", MODULES.values(), ids=MODULES)
+
+
+def any_length(maximum: int | None = 4096) -> tuple[dict[int, Any]]:
+    """Of one input [B, T, C]: B and T are free."""
+    return ({0: Dim("B"), 1: Dim("T", max=maximum)},)
+
+
+def outputs(value: Any) -> list[Tensor]:
+    """The tensors that a module returned."""
+    return [v for v in (value if isinstance(value, tuple) else (value,)) if v is not None]
+
+
+@every_module
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("wants_grad", [False, True], ids=["inference", "training"])
+def test_takes_any_batch_and_length(
+    build: Callable[[], nn.Module], strict: bool, wants_grad: bool
+) -> None:
+    module = build()
+    with torch.set_grad_enabled(wants_grad):
+        program = torch.export.export(
+            module, (torch.randn(3, 5, 4),), dynamic_shapes=any_length(), strict=strict
+        )
+        exported = program.module()
+        for batch, steps in ((1, 1), (2, 2), (1, 49), (5, 130), (1, 1025)):
+            x = torch.randn(batch, steps, 4)
+            assert_close(outputs(exported(x)), outputs(module(x)))
+    assert {str(r.upper) for r in program.range_constraints.values()} >= {"4096"}
