@@ -11,8 +11,13 @@
 #include "binding/device.h"
 
 // Every operator that this library has kernels for: X(<stem>).
-#define EMBER_FOR_EACH_OPERATOR(X) \
+#define EMBER_FOR_EACH_CUDA_OPERATOR(X) \
   X(lif_gate) X(lif_attention) X(refractory_lif_attention) X(cfc_scan)
+#ifdef EMBER_CUDA
+#define EMBER_FOR_EACH_OPERATOR(X) EMBER_FOR_EACH_CUDA_OPERATOR(X)
+#else
+#define EMBER_FOR_EACH_OPERATOR(X) EMBER_FOR_EACH_CUDA_OPERATOR(X) X(ltc_scan)
+#endif
 
 namespace {
 
@@ -61,6 +66,17 @@ constexpr const char* schemas[] = {
     "Tensor[] weights, Tensor? timespans, Tensor? lengths, Tensor? dropout_scale, Tensor? decay, "
     "int mode, int activation, int chunk, bool input_gradient, bool weight_gradients) "
     "-> (Tensor, Tensor, Tensor[], Tensor, Tensor)",
+    "ltc_scan(Tensor x, Tensor h0, Tensor unit_weights, Tensor sensory_weights, "
+    "Tensor recurrent_weights, Tensor sensory, Tensor recurrent, Tensor timespans, "
+    "Tensor? lengths, int unfolds, int outputs, float eps, int chunk) -> (Tensor, Tensor, Tensor)",
+    "ltc_scan_forward(Tensor x, Tensor h0, Tensor unit_weights, Tensor sensory_weights, "
+    "Tensor recurrent_weights, Tensor sensory, Tensor recurrent, Tensor timespans, "
+    "Tensor? lengths, int unfolds, int outputs, float eps, int chunk) -> (Tensor, Tensor, Tensor)",
+    "ltc_scan_backward(Tensor grad_y, Tensor grad_h_last, Tensor saved, Tensor x, "
+    "Tensor unit_weights, Tensor sensory_weights, Tensor recurrent_weights, Tensor sensory, "
+    "Tensor recurrent, Tensor timespans, Tensor? lengths, int unfolds, float eps, int chunk, "
+    "bool input_gradient, bool weight_gradients) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     // Inference by stacked cells from weights packed once; CPU only.
     "cfc_scan_pack(Tensor[] weights, int[] plan) -> Tensor",
     "cfc_scan_packed(Tensor x, Tensor h, Tensor? timespans, Tensor? lengths, Tensor packed, "

@@ -3,8 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
-#include "../common/macros.h"
+#include "../common/elementwise_math.h"
 
 namespace ember {
 inline namespace EMBER_ISA {
@@ -25,11 +26,16 @@ constexpr int lanes = vector_bytes / int(sizeof(C));
 
 template <typename C>
 struct VectorTypes {
+  using Integer = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
+  typedef Integer Bits __attribute__((vector_size(vector_bytes)));
   typedef C Register __attribute__((vector_size(vector_bytes)));
   typedef C Unaligned __attribute__((vector_size(vector_bytes), aligned(sizeof(C)), may_alias));
 };
 template <typename C>
 using Vector = typename VectorTypes<C>::Register;
+
+template <typename C>
+using VectorBits = typename VectorTypes<C>::Bits;
 
 template <typename C>
 EMBER_HD Vector<C> load_vector(const C* from) {
@@ -42,6 +48,14 @@ EMBER_HD void store_vector(V value, C* to) {
 template <typename C>
 EMBER_HD void copy_vector(const C* from, C* to) {
   store_vector(load_vector(from), to);
+}
+
+// e^x, with x clamped to at most `most`.
+EMBER_HD Vector<float> exponential(Vector<float> x, float most) {
+  return exponential_of_floats<VectorBits<float>>(x, most);
+}
+EMBER_HD Vector<double> exponential(Vector<double> x, double most) {
+  return exponential_of_doubles<VectorBits<double>>(x, most);
 }
 
 }  // namespace EMBER_ISA

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ember_ext import reference
+from ember_ext import _native, reference
 from ember_ext.ops import _checks, _sequence
 from ember_ext.ops._autocast import without_autocast
-from ember_ext.reference.ltc_scan import LTCSynapses, LTCWeights, list_synapses
+from ember_ext.reference.ltc_scan import LTCSynapses, LTCWeights, all_synapses, list_synapses
 
 _OP = "ltc_scan"
+MAX_KEPT = 1 << 27
+"""The most numbers, of all states after solver steps, that are kept by default."""
+DEFAULT_CHUNK = 64
 
 
 def ltc_synapses(mask: Tensor, sensory_mask: Tensor) -> LTCSynapses:
@@ -112,17 +115,80 @@ def ltc_scan(
     _sequence.check_lengths(_OP, lengths, x)
     _sequence.check_timespans(_OP, timespans, x, positive=True, lengths=lengths)
     with without_autocast(x.device.type):
-        return reference.ltc_scan(
-            x,
-            weights,
-            h0,
-            synapses=synapses,
-            timespans=timespans,
-            lengths=lengths,
-            ode_unfolds=ode_unfolds,
-            eps=eps,
-            outputs=outputs,
+        if not _native.runs(x.device.type, _OP):
+            return reference.ltc_scan(
+                x,
+                weights,
+                h0,
+                synapses=synapses,
+                timespans=timespans,
+                lengths=lengths,
+                ode_unfolds=ode_unfolds,
+                eps=eps,
+                outputs=outputs,
+            )
+        return _native_scan(
+            chunk_size, x, weights, h0, synapses, timespans, lengths, ode_unfolds, eps, outputs
         )
+
+
+def raw_arguments(
+    x: Tensor,
+    weights: LTCWeights,
+    h0: Tensor | None,
+    synapses: LTCSynapses | None,
+    timespans: Tensor | float,
+    lengths: Tensor | None,
+    ode_unfolds: int,
+    eps: float,
+    outputs: int | None,
+) -> tuple[Any, ...]:
+    """What the raw operators take, without `chunk`, for checked arguments of `ltc_scan`."""
+    dtype = _checks.compute_dtype(x.dtype)
+    batch, steps, inputs = x.shape
+    units = weights.cm.shape[0]
+    if synapses is None:
+        synapses = LTCSynapses(
+            all_synapses(units, units, x.device), all_synapses(inputs, units, x.device)
+        )
+    if not isinstance(timespans, Tensor):
+        spans = x.new_full((batch, steps), timespans, dtype=dtype)
+    elif timespans.dim():
+        spans = timespans.to(dtype).reshape(batch, steps)
+    else:
+        spans = timespans.to(dtype).expand(batch, steps)
+    return (
+        x,
+        x.new_zeros(batch, units, dtype=dtype) if h0 is None else h0.to(dtype),
+        torch.stack([weights.cm, weights.gleak, weights.vleak]).to(dtype),
+        _listed(weights[7:], synapses.sensory, dtype),
+        _listed(weights[3:7], synapses.recurrent, dtype),
+        synapses.sensory,
+        synapses.recurrent,
+        spans,
+        None if lengths is None else lengths.to(torch.int64),
+        ode_unfolds,
+        units if outputs is None else outputs,
+        eps,
+    )
+
+
+def _listed(matrices: tuple[Tensor, ...], index: Tensor, dtype: torch.dtype) -> Tensor:
+    """The entries of matrices [from, to] for listed synapses, [matrices, E]."""
+    entries = index[0] * matrices[0].shape[1] + index[1]
+    return torch.stack(matrices).to(dtype).flatten(1).index_select(1, entries)
+
+
+def _native_scan(chunk_size: int | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    x, h0, units, sensory, recurrent, *_, spans, _, unfolds, _, _ = raw = raw_arguments(*arguments)
+    differentiable = (x, h0, units, sensory, recurrent, spans)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
+        if chunk_size is None:
+            chunk_size = 0 if x.shape[1] * unfolds * h0.numel() <= MAX_KEPT else DEFAULT_CHUNK
+        y, h_last, _ = torch.ops.ember_ext.ltc_scan(*raw, chunk_size)
+    else:
+        y, h_last, _ = torch.ops.ember_ext.ltc_scan_forward(*raw, -1)
+    return y, h_last.to(x.dtype)
 
 
 def _check(
@@ -186,3 +252,85 @@ def _check_synapses(synapses: Any, x: Tensor) -> None:
         if value.dim() != 2 or value.shape[0] != 3:
             _checks.fail(_OP, argument, "[3, E]", list(value.shape))
         _checks.check_device(_OP, argument, value, x, "x")
+
+
+def _register() -> None:
+    """Give the operators their fake kernels and gradients."""
+
+    @torch.library.register_fake("ember_ext::ltc_scan")
+    @torch.library.register_fake("ember_ext::ltc_scan_forward")
+    def _(x: Tensor, h0: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *_, unfolds, outputs, _, chunk = rest
+        batch, steps, _ = x.shape
+        slots = steps * unfolds + 1
+        if chunk < 0:
+            slots = 0
+        elif chunk > 0:
+            slots = (steps + chunk - 1) // chunk
+        return (
+            x.new_empty(batch, steps, outputs),
+            h0.new_empty(h0.shape),
+            h0.new_empty(slots * h0.numel()),
+        )
+
+    @torch.library.register_fake("ember_ext::ltc_scan_backward")
+    def _(
+        grad_y: Tensor,
+        grad_h_last: Tensor,
+        saved: Tensor,
+        x: Tensor,
+        units: Tensor,
+        sensory: Tensor,
+        recurrent: Tensor,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
+        *_, input_gradient, weight_gradients = rest
+        batch, steps, inputs = x.shape
+        return (
+            x.new_empty(batch if input_gradient else 0, steps, inputs),
+            grad_h_last.new_empty(grad_h_last.shape),
+            *(
+                w.new_empty(w.shape[0] if weight_gradients else 0, w.shape[1])
+                for w in (units, sensory, recurrent)
+            ),
+            grad_h_last.new_empty(batch, steps),
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, _, *tensors, ctx.unfolds, _, ctx.eps, ctx.chunk = inputs
+        y, h_last, saved = output
+        ctx.set_materialize_grads(False)
+        ctx.shapes = y.shape, h_last.shape
+        ctx.save_for_backward(saved, x, *tensors)
+
+    def backward(ctx: Any, grad_y: Tensor | None, grad_h_last: Tensor | None, _: Any) -> Any:
+        saved, x, *tensors = ctx.saved_tensors
+        if grad_y is None:
+            grad_y = x.new_zeros(ctx.shapes[0])
+        if grad_h_last is None:
+            grad_h_last = saved.new_zeros(ctx.shapes[1])
+        wanted = ctx.needs_input_grad
+        grad_x, grad_h0, *weights, grad_spans = torch.ops.ember_ext.ltc_scan_backward(
+            grad_y,
+            grad_h_last,
+            saved,
+            x,
+            *tensors,
+            ctx.unfolds,
+            ctx.eps,
+            ctx.chunk,
+            wanted[0],
+            any(wanted[2:5]),
+        )
+        gradients = (grad_x, grad_h0, *weights, None, None, grad_spans)
+        return (
+            *(g if wants else None for g, wants in zip(gradients, wanted, strict=False)),
+            *[None] * 5,
+        )
+
+    torch.library.register_autograd("ember_ext::ltc_scan", backward, setup_context=setup_context)
+    _checks.forbid_double_backward("ember_ext::ltc_scan_backward", _OP)
+
+
+if _native.has("cpu"):
+    _register()
