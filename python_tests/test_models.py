@@ -32,8 +32,14 @@ def liquid(condition: str = "lif", **changes: Any) -> LiquidEmber:
     return LiquidEmber(LiquidEmberConfig(**sizes))
 
 
+def liquid_ltc(condition: str = "lif", **changes: Any) -> LiquidEmber:
+    return liquid(condition, cell="ltc", **changes)
+
+
 MODELS = [pytest.param(ember, c, id=f"ember-{c}") for c in EMBER_CONDITIONS] + [
-    pytest.param(liquid, c, id=f"liquid-{c}") for c in LIQUID_CONDITIONS
+    pytest.param(build, c, id=f"{build.__name__}-{c}")
+    for build in (liquid, liquid_ltc)
+    for c in LIQUID_CONDITIONS
 ]
 every_model = pytest.mark.parametrize(("build", "condition"), MODELS)
 
@@ -369,7 +375,9 @@ def test_every_parameter_gets_a_gradient(build: Any, condition: str, gate_preset
 
 @every_model
 def test_overfits_one_batch(build: Any, condition: str) -> None:
-    model = build(condition, n_layer=1, n_embd=32, **({"cfc_units": 48} if build is liquid else {}))
+    model = build(
+        condition, n_layer=1, n_embd=32, **({"cfc_units": 48} if build is not ember else {})
+    )
     optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=1e-2)
     idx = tokens(2, BLOCK)
     for _ in range(50):

@@ -54,6 +54,27 @@ def test_train_resume_and_sample(text: Path, capsys: pytest.CaptureFixture[str])
     assert Path("runs/transformer-lif-quick-seed0-2/summary.json").exists()
 
 
+def test_a_liquid_time_constant_model_trains_resumes_and_samples(
+    text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [*SIZES, "--backbone", "cfc", "--cell", "ltc", "--cfc-units", "20"]
+    assert train_main([*sizes, "--data", "text.txt", "--steps", "1", "--out", "run"]) == 0
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["cell"] == "ltc"
+    capsys.readouterr()
+    assert sample_main(["run", "--prompt", "Keeper:", "--length", "5"]) == 0
+    assert capsys.readouterr().out.startswith("Keeper:")
+    assert train_main(["--resume", "run", "--steps", "2", "--cell", "cfc"]) == 1
+    assert "cell is 'ltc' there and 'cfc' here" in capsys.readouterr().err
+    assert train_main(["--resume", "run"]) == 0
+    # A run of a version that knew no other cell.
+    assert train_main([*SIZES, "--data", "text.txt", "--steps", "1", "--out", "old"]) == 0
+    config = json.loads(Path("old/config.json").read_text())
+    del config["cell"]
+    Path("old/config.json").write_text(json.dumps(config))
+    assert train_main(["--resume", "old"]) == 0
+
+
 def test_flags_come_before_the_file_and_the_file_before_the_preset(text: Path) -> None:
     Path("mine.json").write_text('{"steps": 1, "seed": 3, "learning_rate": 0.5}')
     flags = ["--data", "text.txt", "--config", "mine.json", "--seed", "4", "--out", "r"]

@@ -50,6 +50,9 @@ _NUMBERS = (
 )
 _NAMES = ("gate_preset", "lr_schedule")
 
+_LATER_FIELDS = {"cell": "cfc"}
+"""What configurations of earlier versions lack, and what it was."""
+
 # What may differ between runs that are compared: what is under study, and what moves no loss.
 _FREE_FIELDS = {
     "condition",
@@ -202,7 +205,9 @@ def _check_alike(runs: Sequence[RunResult]) -> None:
     presets: dict[str, RunResult] = {}
     for run in runs:
         for field in (first.config.keys() | run.config.keys()) - _FREE_FIELDS:
-            expected, got = first.config.get(field), run.config.get(field)
+            expected, got = (
+                each.config.get(field, _LATER_FIELDS.get(field)) for each in (first, run)
+            )
             if expected != got:
                 raise ResultError(
                     f"{run.name}: {field} must be {expected!r} as in {first.name}, got {got!r}"

@@ -9,11 +9,12 @@ from ncps.wirings import AutoNCP
 from torch import Tensor, nn
 
 from ember_ext.models._base import MLP, LanguageModel, ModelConfig
-from ember_ext.nn import CfC, LIFGate
+from ember_ext.nn import LTC, CfC, LIFGate
 from ember_ext.nn._lean import Dropout
 from ember_ext.ops._checks import check_shape
 
 LiquidEmberCondition = Literal["standard", "lif"]
+LiquidCell = Literal["cfc", "ltc"]
 
 WIRING_SEED = 22222
 """Every layer of every run has the same wiring, the one that ncps draws by default."""
@@ -29,12 +30,14 @@ class LiquidEmberConfig(ModelConfig):
     `block_size` is the training window only: the model reads sequences of any length.
 
     Attributes:
-        cfc_units: neurons of each CfC (inter, command and motor), at least n_embd + 3.
+        cell: "cfc", the paper's, or "ltc": liquid time-constant networks in place of the CfCs.
+        cfc_units: neurons of each CfC or LTC (inter, command and motor), at least n_embd + 3.
         condition: "standard", or "lif" for a LIF gate on each CfC's output.
     """
 
     n_layer: int = 4
     n_embd: int = 256
+    cell: LiquidCell = "cfc"
     cfc_units: int = 384
     dropout: float = 0.1
     bias: bool = True
@@ -43,6 +46,7 @@ class LiquidEmberConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("condition", get_args(LiquidEmberCondition))
+        self._check_choice("cell", get_args(LiquidCell))
         self._check_positive("cfc_units")
         if self.cfc_units < self.n_embd + 3:
             expected = f"at least n_embd + 3 = {self.n_embd + 3}"
@@ -63,8 +67,9 @@ class LiquidEmber(LanguageModel[LiquidEmberState]):
     """The paper's CfC language model (section 2.3).
 
     Pre-norm blocks of CfC, optional LIF gate and MLP, tied embeddings and no positions: time is the
-    CfC's own. The CfC of block i is `blocks.{i}.cfc`, and `blocks.{i}.gate` takes its output under
-    every condition (without LIF it is an identity), so that hooks see the same tensor in both.
+    CfC's own. The CfC of block i, or with `cell="ltc"` the LTC, is `blocks.{i}.cfc`, and
+    `blocks.{i}.gate` takes its output under every condition (without LIF it is an identity), so
+    that hooks see the same tensor in both.
 
     Args:
         config: sizes and variant. Models of one random seed have equal weights under both
@@ -116,7 +121,11 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         wiring = AutoNCP(config.cfc_units, config.n_embd, seed=WIRING_SEED)
-        self.cfc = CfC(config.n_embd, wiring, chunk_size=CHUNK_SIZE)
+        self.cfc: CfC | LTC = (
+            CfC(config.n_embd, wiring, chunk_size=CHUNK_SIZE)
+            if config.cell == "cfc"
+            else LTC(config.n_embd, wiring)
+        )
         self.gate: nn.Module = nn.Identity()
         if config.condition == "lif":
             self.gate = LIFGate(config.n_embd, preset=config.gate_preset)

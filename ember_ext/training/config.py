@@ -16,6 +16,7 @@ import tyro
 
 from ember_ext import _native
 from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
+from ember_ext.models.liquid_ember import LiquidCell
 from ember_ext.nn.lif_gate import PresetName
 from ember_ext.records import RecordError, parse_json
 
@@ -55,8 +56,10 @@ class TrainConfig:
     """Width of the residual stream."""
     n_head: int = 4
     """Attention heads (Transformer)."""
+    cell: LiquidCell = "cfc"
+    """The cells of the CfC language model: closed-form, or liquid time-constant ones (CfC)."""
     cfc_units: int = 192
-    """Neurons of each CfC (CfC)."""
+    """Neurons of each CfC or LTC (CfC)."""
     dropout: float = 0.0
     """Dropout probability."""
     bias: bool = False
@@ -274,6 +277,10 @@ def build_model(config: TrainConfig, vocab_size: int) -> Ember | LiquidEmber:
         sizes = ", ".join(f"{name} {fields[name]}" for name in _LARGEST if name in fields)
         reason = str(error).splitlines()[0]
         raise ConfigError(f"a model of {sizes} must fit the memory, got: {reason}") from None
+
+
+LATER_FIELDS = ("cell",)
+"""What the configurations of earlier versions lack, whose runs had its default."""
 
 
 def read_config(path: Path) -> dict[str, Any]:

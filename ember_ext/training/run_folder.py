@@ -32,7 +32,13 @@ from torch import Tensor, nn
 from ember_ext.data import Corpus, Vocabulary
 from ember_ext.files import remove_leftovers, write_atomically
 from ember_ext.records import RecordError, check_record, parse_json, read_json
-from ember_ext.training.config import ConfigError, TrainConfig, differing_fields, read_config
+from ember_ext.training.config import (
+    LATER_FIELDS,
+    ConfigError,
+    TrainConfig,
+    differing_fields,
+    read_config,
+)
 from ember_ext.training.plot import plot_losses
 
 CLAIM_SECONDS = 20.0
@@ -175,7 +181,8 @@ class RunFolder:
         try:
             fields = read_config(self.config)
             # A field that is gone would go on with its default, as another run.
-            missing = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in fields]
+            known = fields.keys() | set(LATER_FIELDS)
+            missing = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in known]
             if missing:
                 raise RunError(
                     f"{self.config} must have all fields of a run, got one without "
