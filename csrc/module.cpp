@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -14,6 +15,9 @@ void* symbol(void* library, const char* name) {
   return address;
 }
 
+// Of the loaded CPU library, csrc/binding/watch.cpp.
+void (*forget_watch)(int64_t watch) = nullptr;
+
 // Opens the library at `path` and registers its operators; RuntimeError says what went wrong.
 // Returns the name of the instruction set that its CPU kernels use, or "" for a CUDA library.
 std::string load(const std::string& path) {
@@ -24,7 +28,12 @@ std::string load(const std::string& path) {
   char error[1024] = "";
   if (register_operators(error, sizeof(error))) throw std::runtime_error(error);
   auto* isa = reinterpret_cast<const char* (*)()>(dlsym(library, "ember_ext_isa"));
+  if (isa) forget_watch = reinterpret_cast<void (*)(int64_t)>(symbol(library, "ember_ext_unwatch"));
   return isa ? isa() : "";
+}
+
+void unwatch(int64_t watch) {
+  if (forget_watch) forget_watch(watch);
 }
 
 pybind11::dict build_info() {
@@ -44,4 +53,5 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.def("load", &load);
   m.def("build_info", &build_info);
+  m.def("unwatch", &unwatch);
 }

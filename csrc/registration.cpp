@@ -16,7 +16,7 @@
 #ifdef EMBER_CUDA
 #define EMBER_FOR_EACH_OPERATOR(X) EMBER_FOR_EACH_CUDA_OPERATOR(X)
 #else
-#define EMBER_FOR_EACH_OPERATOR(X) EMBER_FOR_EACH_CUDA_OPERATOR(X) X(ltc_scan)
+#define EMBER_FOR_EACH_OPERATOR(X) EMBER_FOR_EACH_CUDA_OPERATOR(X) X(ltc_scan) X(watch)
 #endif
 
 namespace {
@@ -77,10 +77,13 @@ constexpr const char* schemas[] = {
     "Tensor recurrent, Tensor timespans, Tensor? lengths, int unfolds, float eps, int chunk, "
     "bool input_gradient, bool weight_gradients) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    // A number that changes with what the tensors hold; CPU only.
+    "fingerprint(Tensor[] tensors) -> int",
+    "watch(Tensor[] tensors) -> int",
     // Inference by stacked cells from weights packed once; CPU only.
     "cfc_scan_pack(Tensor[] weights, int[] plan) -> Tensor",
     "cfc_scan_packed(Tensor x, Tensor h, Tensor? timespans, Tensor? lengths, Tensor packed, "
-    "int[] plan) -> (Tensor, Tensor)",
+    "int[] plan, int watch) -> (Tensor, Tensor)",
 };
 
 }  // namespace

@@ -574,7 +574,7 @@ def test_packed_cells(mode: str, steps: int | None, spans: bool) -> None:
         dt = torch.full(x.shape[:-1], 0.5)
     operators, plan = torch.ops.ember_ext, list(packed._plan)
     torch.library.opcheck(
-        operators.cfc_scan_packed.default, (x, h, dt, lengths, packed._packed, plan)
+        operators.cfc_scan_packed.default, (x, h, dt, lengths, packed._packed, plan, 0)
     )
     for bad in ((x[:2], h), (x[..., :3], h), (x, h[:, :4])):
         with pytest.raises(RuntimeError, match="invalid arguments"):

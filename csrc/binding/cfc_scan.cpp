@@ -11,6 +11,9 @@
 
 #include "../common/chunks.h"
 #include "arguments.h"
+#ifndef EMBER_CUDA
+#include "watch.h"
+#endif
 
 EMBER_KERNEL(cfc_scan_forward, CfcScanParams)
 EMBER_KERNEL(cfc_scan_backward, CfcScanParams)
@@ -257,11 +260,16 @@ Tensor cfc_scan_pack(Tensors weights, std::vector<int64_t> plan) {
 
 // Runs the whole stack, each cell over the states of the one before, without a gradient. x is
 // [batch, steps, inputs], or [batch, inputs] for a single step; timespans is shaped likewise.
-// Returns the last cell's states, shaped as x, and the final states [batch, all hidden].
+// Returns the last cell's states, shaped as x, and the final states [batch, all hidden]; or two
+// empty tensors [0] if what the weights were packed from, under `watch`, holds something else now.
 std::tuple<Tensor, Tensor> cfc_scan_packed(const Tensor& x_, const Tensor& h_,
                                            MaybeTensor timespans, MaybeTensor lengths,
-                                           const Tensor& packed, std::vector<int64_t> plan) {
+                                           const Tensor& packed, std::vector<int64_t> plan,
+                                           int64_t watch) {
   const ScalarType compute = compute_type(x_);
+  if (!unchanged(watch)) {
+    return {torch::stable::new_empty(x_, {0}), torch::stable::new_empty(h_, {0})};
+  }
   const Tensor x = dense(x_), h = dense(h_);
   const bool single = x.dim() == 2;
   CfcArguments a(x);

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.nn.utils import parametrizations, parametrize
+
+from ember_ext.ops._watch import Watch, can_watch
 
 
 class Runner(Protocol):
@@ -19,69 +22,92 @@ class Runner(Protocol):
         h: Tensor,
         timespans: Tensor | None = None,
         lengths: Tensor | None = None,
+        *,
+        checked: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Output and final state; `timespans` exactly if none was fixed when laying out."""
+        """Output and final state; `timespans` exactly if none was fixed when laying out.
+
+        Raises:
+            WeightsChangedError: if `checked`, and the weights are no longer those laid out.
+        """
         ...
-
-
-class _OptimizerSteps:
-    """Counts the steps of all optimisers: fused ones change weights without a new version."""
-
-    count = 0
-
-    @classmethod
-    def add(cls, *_: Any) -> None:
-        cls.count += 1
-
-
-register_optimizer_step_post_hook(_OptimizerSteps.add)
 
 
 class LaidOut:
     """A network's weights laid out: for one fixed time span, and for varying ones once needed.
 
+    What a step computes is decided by the modules, by which tensors they have, and by what these
+    hold. `is_current` looks at the first two, and each run at the third.
+
     Args:
-        network: the module whose weights they are.
+        owner: the module that has `network` as its child of that name.
+        name: the child whose weights they are.
+        parts: the modules that compute, each with all of its descendants.
+        weights: what is laid out.
         inputs: width of its input, I.
         state: width of its state, S.
         dtype: of its weights.
     """
 
-    def __init__(self, network: nn.Module, inputs: int, state: int, dtype: torch.dtype) -> None:
-        modules = list(network.modules())
+    def __init__(
+        self,
+        owner: nn.Module,
+        name: str,
+        parts: Iterable[nn.Module],
+        weights: Iterable[Tensor],
+        *,
+        inputs: int,
+        state: int,
+        dtype: torch.dtype,
+    ) -> None:
+        network = owner._modules[name]
+        modules = list(dict.fromkeys(module for part in parts for module in part.modules()))
+        self._modules, self._kinds = modules, [*map(type, modules)]
         self._sources = [
-            (owned, name, value, value._version)
+            (owned, name, value)
             for module in modules
             for owned in (module._parameters, module._buffers)
             for name, value in owned.items()
             if value is not None
         ]
-        self._children = [(m._modules, dict(m._modules)) for m in modules if m._modules]
+        self._tensor_names = [m._parameters for m in modules] + [m._buffers for m in modules]
+        self._tensor_counts = [*map(len, self._tensor_names)]
+        self._own_names = [module.__dict__ for module in modules]
+        self._children = [(owner._modules, {**owner._modules, name: network})]
+        self._children += [(m._modules, dict(m._modules)) for m in modules if m._modules]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._optimizer_steps = _OptimizerSteps.count
         self._fixed: tuple[float, Runner] | None = None
         self._varying: Runner | None = None
         self.inputs, self.state, self.dtype = inputs, state, dtype
         self.dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
+        tensors = {id(value): value for _, _, value in self._sources}
+        self.watch: Watch | None = None
+        """Of all that the network has; None if the weights cannot be laid out."""
+        if all(map(can_watch, tensors.values())) and _follow_from_parameters(modules, weights):
+            self.watch = Watch(list(tensors.values()))
 
     def lay_out(self, timespan: float | None) -> Runner:
-        """The weights laid out for one time span, or for any with None."""
+        """The weights laid out for one time span, or for any with None; with `watch`."""
         raise NotImplementedError
 
     def is_current(self) -> bool:
-        """Whether the cells have these parts still, without hooks, and the parts these weights.
+        """Whether the network has the same parts and tensors still, and no hooks.
 
-        Every tensor must be the same object, unchanged since as far as autograd can tell. Where its
-        memory lies would take as long to ask as all the rest.
+        What the tensors hold is for the runs to see.
         """
-        if self._optimizer_steps != _OptimizerSteps.count or any(self._hooks):
+        if any(self._hooks) or [*map(type, self._modules)] != self._kinds:
             return False
+        if [*map(len, self._tensor_names)] != self._tensor_counts:
+            return False
+        for names in self._own_names:
+            if "forward" in names:
+                return False
         for children, known in self._children:
             if children != known:
                 return False
         try:
-            for owned, name, value, version in self._sources:
-                if owned[name] is not value or value._version != version:
+            for owned, name, value in self._sources:
+                if owned[name] is not value:
                     return False
         except KeyError:  # pruned or parametrised: the weight goes by another name
             return False
@@ -89,6 +115,8 @@ class LaidOut:
 
     def takes(self, x: Tensor, h: Tensor) -> bool:
         """Whether x, [B, T, I] or [B, I], and the state h, [B, S], are fit for the kernel."""
+        if self.watch is None:
+            return False
         if self.dropouts and any(dropout.training for dropout in self.dropouts):
             return False
         if torch.is_autocast_enabled("cpu"):
@@ -98,7 +126,13 @@ class LaidOut:
         return x.shape[-1] == self.inputs and h.shape == (x.shape[0], self.state)
 
     def run(
-        self, x: Tensor, h: Tensor, timespans: Tensor | float, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        h: Tensor,
+        timespans: Tensor | float,
+        lengths: Tensor | None = None,
+        *,
+        checked: bool = True,
     ) -> tuple[Tensor, Tensor] | None:
         """As `Runner.run`, or None if a time span or a length is not a good one."""
         if lengths is not None:
@@ -120,10 +154,27 @@ class LaidOut:
             if self._fixed is None and 0 <= timespans < math.inf:
                 self._fixed = timespans, self.lay_out(timespans)
             if self._fixed is not None and self._fixed[0] == timespans:
-                return self._fixed[1].run(x, h, None, lengths)
+                return self._fixed[1].run(x, h, None, lengths, checked=checked)
             if not 0 <= timespans < math.inf:
                 return None
             timespans = h.new_full(x.shape[:-1], timespans)
         if self._varying is None:
             self._varying = self.lay_out(None)
-        return self._varying.run(x, h, timespans, lengths)
+        return self._varying.run(x, h, timespans, lengths, checked=checked)
+
+
+_KNOWN_PARAMETRIZATIONS = tuple(
+    getattr(parametrizations, name) for name in ("_WeightNorm", "_Orthogonal", "_SpectralNorm")
+)
+
+
+def _follow_from_parameters(modules: Sequence[nn.Module], weights: Iterable[Tensor]) -> bool:
+    """Whether `weights` are parameters and buffers of these modules, or computed from nothing else.
+
+    A parametrisation of the user's may draw random numbers, or depend on anything.
+    """
+    lists = [m for m in modules if isinstance(m, parametrize.ParametrizationList)]
+    if any(not isinstance(part, _KNOWN_PARAMETRIZATIONS) for parts in lists for part in parts):
+        return False
+    own = {id(t) for m in modules for t in (*m._parameters.values(), *m._buffers.values())}
+    return bool(lists) or all(id(weight) in own for weight in weights)

@@ -6,6 +6,7 @@ changed cells. A layer says what its cells are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._mixed_memory import memory_step
 from ember_ext.ops._autocast import autocast_dtype
 from ember_ext.ops._sequence import check_lengths, check_timespans
+from ember_ext.ops._watch import WeightsChangedError, swaps_parameters
 
 Advance = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """Takes step t of the cells from a state [B, S] to their output [B, M] and the next state."""
@@ -153,10 +155,9 @@ class LiquidLayer(nn.Module):
     ) -> tuple[Tensor, Hidden]:
         """One time step, for streaming: `forward` on a sequence of length 1, without its dimension.
 
-        Without gradients the weights are laid out once for many steps, and again after an optimiser
-        or any operation has changed them, or a layer was replaced or hooked. Only what leaves no
-        trace goes unnoticed until the next call of `forward` without gradients: a write past
-        autograd, through NumPy or `.data`, another `.data`, or a layer whose `forward` is replaced.
+        Without gradients the weights are laid out once for many steps. Each step compares what they
+        hold with what was laid out, so that it follows every change of them at once, whoever makes
+        it: an optimiser, a soft update through `.data`, or another process.
 
         Args:
             input: [B, C], or [C] for a single sequence.
@@ -174,8 +175,7 @@ class LiquidLayer(nn.Module):
         if type(span) is not float:
             span = _arguments.step_timespan(self.layer_name, timespan, input)
         if batched and isinstance(hx, Tensor) and not (self.use_mixed or torch.is_grad_enabled()):
-            packed = self._packed_for(input, hx)
-            result = None if packed is None else packed.run(input, hx, span)
+            result = self._run_packed(input, hx, span)
             if result is not None:
                 return self._read_out(result[0]), result[1]
         time_dim = 1 if batched and self.batch_first else 0
@@ -189,10 +189,8 @@ class LiquidLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Cells' output [B, T, M] and final state [B, S], by the fastest way that there is."""
         if not torch.is_grad_enabled():
-            self._forget_packed()
-            packed = self._packed_for(x, h)
             # Arguments that are not good are left to the operator, which complains.
-            result = None if packed is None else packed.run(x, h, timespans, lengths)
+            result = self._run_packed(x, h, timespans, lengths)
             if result is not None:
                 return result
         if self._calls_cells():
@@ -212,6 +210,20 @@ class LiquidLayer(nn.Module):
         last = y[torch.arange(len(y), device=y.device), (lengths - 1).clamp(min=0)]
         return torch.where((lengths > 0)[:, None], last, self._last_output(h))
 
+    def _run_packed(
+        self, x: Tensor, h: Tensor, timespans: Tensor | float, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `_run`, from weights that are laid out; None where that cannot be."""
+        for _ in range(2):
+            packed = self._packed_for(x, h)
+            if packed is None:
+                return None
+            try:
+                return packed.run(x, h, timespans, lengths)
+            except WeightsChangedError:
+                self._packed = None
+        return None  # they change all the time
+
     def _packed_for(self, x: Tensor, h: Tensor) -> LaidOut | None:
         """The packed weights, if they can take x and h: another thread may pack anew meanwhile."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -220,21 +232,18 @@ class LiquidLayer(nn.Module):
             return None
         packed = self._packed
         if packed is None or not packed.is_current():
-            inference = any(tensor.is_inference() for tensor in self.rnn_cell.parameters())
-            # An inference tensor does not say when it changes.
-            if inference or not _native.has("cpu") or self._calls_cells():
+            if not _native.has("cpu") or swaps_parameters() or self._calls_cells():
                 return None
             packed = self._packed = self._lay_out()
         return packed if packed.takes(x, h) else None
 
-    def _forget_packed(self) -> None:
-        """Have the weights laid out anew: not every change of theirs leaves a trace."""
-        if not torch.compiler.is_compiling():
-            self._packed = None
-
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._packed = None  # other tensors may come to sit in the same parameters
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed = None  # a watched tensor cannot be swapped for another
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
@@ -303,12 +312,13 @@ class LiquidLayer(nn.Module):
             spans: the time span of each step: a number, a tensor of no dimension, or [B, 1].
         """
         if not torch.is_grad_enabled() and inputs:
-            self._forget_packed()
             zeros = x.new_zeros(x.shape[0], int(self.state_size))
-            packed = self._packed_for(inputs[0], zeros)
-            # Nothing changes between the steps, so that the answer holds for all of them.
-            if packed is not None and packed.run(inputs[0], zeros, spans[0]) is not None:
-                return lambda t, h: packed.run(inputs[t], h, spans[t])  # type: ignore[return-value]
+            if self._run_packed(inputs[0], zeros, spans[0]) is not None:
+                # What was checked at the first step holds for all of them.
+                packed = self._packed_for(inputs[0], zeros)
+                if packed is not None:
+                    run = functools.partial(packed.run, checked=False)
+                    return lambda t, h: run(inputs[t], h, spans[t])  # type: ignore[return-value]
         if self._calls_cells():
             return lambda t, h: self.rnn_cell.forward(inputs[t], h, spans[t])
         return self._plain_steps(x, inputs, fixed, spans)

@@ -27,6 +27,7 @@ from ember_ext.ops.cfc_scan import (
     PackedCells,
     cfc_scan,
     joined_maps,
+    tensors_of,
 )
 from ember_ext.reference.cfc_scan import Affine, CfCWeights, activate
 
@@ -220,20 +221,50 @@ class _LaidOutCells(LaidOut):
     """The cells of a `CfC`, laid out."""
 
     def __init__(self, network: CfC) -> None:
-        self._cells = network._cells
+        self._cells = list(network._cells)
+        tensors = []
+        for cell in self._cells:
+            weights, _ = _weights(cell)
+            if cell.mode == "pure":  # not as views
+                weights = weights._replace(w_tau=cell.w_tau, amplitude=cell.A)
+            tensors += tensors_of(weights)
         super().__init__(
-            network.rnn_cell,
-            network._features,
-            int(network.state_size),
-            self._cells[0].ff1.weight.dtype,
+            network,
+            "rnn_cell",
+            [network.rnn_cell, *self._cells],
+            tensors,
+            inputs=network._features,
+            state=int(network.state_size),
+            dtype=self._cells[0].ff1.weight.dtype,
         )
+        # What of a cell counts, and is neither a tensor nor a module.
+        self._settings = [
+            (cell.__dict__, cell.mode, cell.backbone_layers, cell.__dict__.get("sparsity_mask"))
+            for cell in self._cells
+        ]
+        self._layers = network.rnn_cell.__dict__.get("_layers", self._cells)
+
+    def is_current(self) -> bool:
+        """As `LaidOut.is_current`."""
+        if self._layers != self._cells:
+            return False
+        for own, mode, layers, mask in self._settings:
+            if own["mode"] != mode or own["backbone_layers"] != layers:
+                return False
+            if own.get("sparsity_mask") is not mask:
+                return False
+        return super().is_current()
 
     def lay_out(self, timespan: float | None) -> PackedCells:
         """As `LaidOut.lay_out`."""
         with torch.no_grad():
             cells, activations = zip(*map(_weights, self._cells), strict=True)
             return PackedCells(
-                cells, mode=self._cells[0].mode, activation=activations[0], timespan=timespan
+                cells,
+                mode=self._cells[0].mode,
+                activation=activations[0],
+                timespan=timespan,
+                watch=self.watch,
             )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ember_ext import _native, reference
 from ember_ext.ops import _checks, _sequence
 from ember_ext.ops._autocast import autocast_dtype, without_autocast
+from ember_ext.ops._watch import Watch, WeightsChangedError
 from ember_ext.reference.cfc_scan import Affine, CfCWeights
 
 Mode = Literal["default", "pure", "no_gate"]
@@ -157,13 +158,16 @@ def _native_scan(chunk_size: int | None, *arguments: Any) -> tuple[Tensor, Tenso
 class PackedCells:
     """Cells stacked on each other, with their weights laid out once for many calls.
 
-    A copy: it does not follow later changes of the weights. CPU only, and not differentiable.
+    A copy: it does not follow later changes of the weights, but with a `watch` it says that there
+    were some. CPU only, and not differentiable.
 
     Args:
         cells: each cell's weights; a cell's input is the state of the one before.
         mode: of all cells, see `cfc_scan`.
         activation: of all backbones.
         timespan: the Δt of every step, or None if it is given with each call. Default: 1.
+        watch: of all that the weights come from; begun before they are handed over here. Default:
+            none.
     """
 
     def __init__(
@@ -173,7 +177,9 @@ class PackedCells:
         mode: Mode = "default",
         activation: Activation = "lecun_tanh",
         timespan: float | None = 1.0,
+        watch: Watch | None = None,
     ) -> None:
+        self._watch, self._watch_number = watch, 0 if watch is None else watch.number
         self.dtype = _checks.compute_dtype(cells[0].ff1.weight.dtype)
         self._timespan = timespan if mode == "pure" else None
         plan, tensors = [ACTIVATIONS.index(activation), MODES.index(mode)], []
@@ -198,6 +204,8 @@ class PackedCells:
         h: Tensor,
         timespans: Tensor | None = None,
         lengths: Tensor | None = None,
+        *,
+        checked: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """The last cell's states in x's dtype, shaped as x, and all cells' final states in h's.
 
@@ -206,16 +214,30 @@ class PackedCells:
             h: states of all cells side by side, [B, S].
             timespans: [B, T], or [B] for a single step; exactly if the time span was not fixed.
             lengths: [B], int64, see `cfc_scan`.
+            checked: whether to look at what the watched tensors hold. Default: True.
+
+        Raises:
+            WeightsChangedError: they do not hold any more what they held when the watch began.
         """
         if timespans is None:
             if self._timespan is not None:
                 timespans = h.new_full(x.shape[:-1], self._timespan, dtype=self.dtype)
         elif timespans.dtype != self.dtype:
             timespans = timespans.to(self.dtype)
-        if h.dtype == self.dtype:
-            return self._run(x, h, timespans, lengths, self._packed, self._plan)
-        y, last = self.run(x, h.to(self.dtype), timespans, lengths)
-        return y, last.to(h.dtype)
+        if h.dtype != self.dtype:
+            y, last = self.run(x, h.to(self.dtype), timespans, lengths, checked=checked)
+            return y, last.to(h.dtype)
+        watch = self._watch_number if checked else 0
+        result = self._run(x, h, timespans, lengths, self._packed, self._plan, watch)
+        if result[1].dim() == 1:
+            raise WeightsChangedError("ember_ext.cfc_scan: the weights have changed")
+        return result
+
+
+def tensors_of(weights: CfCWeights) -> list[Tensor]:
+    """All tensors of a cell."""
+    leaves = torch.utils._pytree.tree_leaves(weights)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _decay(weights: CfCWeights, dtype: torch.dtype) -> Tensor:
@@ -432,6 +454,7 @@ def _register() -> None:
         lengths: Tensor | None,
         packed: Tensor,
         plan: list[int],
+        watch: int,
     ) -> tuple[Tensor, Tensor]:
         *_, (_, hidden, _, _) = _planned_cells(plan)
         return x.new_empty(*x.shape[:-1], hidden), h.new_empty(h.shape)
