@@ -17,6 +17,7 @@ void* symbol(void* library, const char* name) {
 
 // Of the loaded CPU library, csrc/binding/watch.cpp.
 void (*forget_watch)(int64_t watch) = nullptr;
+int (*compare_watch)(int64_t watch) = nullptr;
 
 // Opens the library at `path` and registers its operators; RuntimeError says what went wrong.
 // Returns the name of the instruction set that its CPU kernels use, or "" for a CUDA library.
@@ -28,12 +29,19 @@ std::string load(const std::string& path) {
   char error[1024] = "";
   if (register_operators(error, sizeof(error))) throw std::runtime_error(error);
   auto* isa = reinterpret_cast<const char* (*)()>(dlsym(library, "ember_ext_isa"));
-  if (isa) forget_watch = reinterpret_cast<void (*)(int64_t)>(symbol(library, "ember_ext_unwatch"));
+  if (isa) {
+    forget_watch = reinterpret_cast<void (*)(int64_t)>(symbol(library, "ember_ext_unwatch"));
+    compare_watch = reinterpret_cast<int (*)(int64_t)>(symbol(library, "ember_ext_unchanged"));
+  }
   return isa ? isa() : "";
 }
 
 void unwatch(int64_t watch) {
   if (forget_watch) forget_watch(watch);
+}
+
+bool unchanged(int64_t watch) {
+  return compare_watch && compare_watch(watch);
 }
 
 pybind11::dict build_info() {
@@ -54,4 +62,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("load", &load);
   m.def("build_info", &build_info);
   m.def("unwatch", &unwatch);
+  m.def("unchanged", &unchanged);
 }

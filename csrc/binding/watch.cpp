@@ -113,3 +113,12 @@ extern "C" __attribute__((visibility("default"))) void ember_ext_unwatch(int64_t
   watched = std::move(found->second);
   all.by_number.erase(found);
 }
+
+// Whether the tensors of a watch hold what they held; false if there is no such watch.
+extern "C" __attribute__((visibility("default"))) int ember_ext_unchanged(int64_t watch) {
+  try {
+    return ember::binding::unchanged(watch);
+  } catch (...) {
+    return 0;
+  }
+}

@@ -40,7 +40,7 @@ class LaidOut:
     hold. `is_current` looks at the first two, and each run at the third.
 
     Args:
-        owner: the module that has `network` as its child of that name.
+        owner: the module that has the network as its child, or None for a network of its own.
         name: the child whose weights they are.
         parts: the modules that compute, each with all of its descendants.
         weights: what is laid out.
@@ -51,7 +51,7 @@ class LaidOut:
 
     def __init__(
         self,
-        owner: nn.Module,
+        owner: nn.Module | None,
         name: str,
         parts: Iterable[nn.Module],
         weights: Iterable[Tensor],
@@ -60,7 +60,6 @@ class LaidOut:
         state: int,
         dtype: torch.dtype,
     ) -> None:
-        network = owner._modules[name]
         modules = list(dict.fromkeys(module for part in parts for module in part.modules()))
         self._modules, self._kinds = modules, [*map(type, modules)]
         self._sources = [
@@ -73,7 +72,7 @@ class LaidOut:
         self._tensor_names = [m._parameters for m in modules] + [m._buffers for m in modules]
         self._tensor_counts = [*map(len, self._tensor_names)]
         self._own_names = [module.__dict__ for module in modules]
-        self._children = [(owner._modules, {**owner._modules, name: network})]
+        self._children = [] if owner is None else [(owner._modules, dict(owner._modules))]
         self._children += [(m._modules, dict(m._modules)) for m in modules if m._modules]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._fixed: tuple[float, Runner] | None = None

@@ -11,22 +11,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ember_ext import _native
 from ember_ext.nn import _arguments
 from ember_ext.nn._arguments import Hidden
-from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._mixed_memory import memory_step
+from ember_ext.nn._packing import Packing
 from ember_ext.ops._autocast import autocast_dtype
 from ember_ext.ops._sequence import check_lengths, check_timespans
-from ember_ext.ops._watch import WeightsChangedError, swaps_parameters
 
 Advance = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """Takes step t of the cells from a state [B, S] to their output [B, M] and the next state."""
 
 
-class LiquidLayer(nn.Module):
+class LiquidLayer(Packing):
     """A recurrent layer with ncps' calling convention, to be mixed into a module of ncps.
 
     It adds no state to that module, so that an instance of it can change class.
@@ -44,7 +43,6 @@ class LiquidLayer(nn.Module):
     rnn_cell: Any
     lstm: Any
     chunk_size: int | None = None
-    _packed: LaidOut | None = None
 
     @property
     def _features(self) -> int:
@@ -60,10 +58,6 @@ class LiquidLayer(nn.Module):
         self, x: Tensor, h0: Tensor, timespans: Tensor | float, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The cells over the whole sequence, by the operator: output [B, T, M] and final state."""
-        raise NotImplementedError
-
-    def _lay_out(self) -> LaidOut:
-        """The cells' weights, laid out for inference."""
         raise NotImplementedError
 
     def _plain_steps(
@@ -209,44 +203,6 @@ class LiquidLayer(nn.Module):
             return y[:, -1]
         last = y[torch.arange(len(y), device=y.device), (lengths - 1).clamp(min=0)]
         return torch.where((lengths > 0)[:, None], last, self._last_output(h))
-
-    def _run_packed(
-        self, x: Tensor, h: Tensor, timespans: Tensor | float, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        """As `_run`, from weights that are laid out; None where that cannot be."""
-        for _ in range(2):
-            packed = self._packed_for(x, h)
-            if packed is None:
-                return None
-            try:
-                return packed.run(x, h, timespans, lengths)
-            except WeightsChangedError:
-                self._packed = None
-        return None  # they change all the time
-
-    def _packed_for(self, x: Tensor, h: Tensor) -> LaidOut | None:
-        """The packed weights, if they can take x and h: another thread may pack anew meanwhile."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return None
-        if _native.wants_definition() or _native.transforms_active():
-            return None
-        packed = self._packed
-        if packed is None or not packed.is_current():
-            if not _native.has("cpu") or swaps_parameters() or self._calls_cells():
-                return None
-            packed = self._packed = self._lay_out()
-        return packed if packed.takes(x, h) else None
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._packed = None  # other tensors may come to sit in the same parameters
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = None  # a watched tensor cannot be swapped for another
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
     def _calls_cells(self) -> bool:
         """Whether the cells must be called at each step: they do more than apply their weights."""

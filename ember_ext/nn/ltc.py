@@ -15,6 +15,7 @@ from torch import Tensor
 from ember_ext.nn import ltc_cell
 from ember_ext.nn._arguments import count, fail
 from ember_ext.nn._laid_out import LaidOut
+from ember_ext.nn._laid_out_ltc import LaidOutLTC
 from ember_ext.nn._liquid import Advance, LiquidLayer
 from ember_ext.nn.ltc_cell import Ready
 from ember_ext.ops._sequence import check_lengths
@@ -145,10 +146,7 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         return y if running is None else torch.where(running, y, 0), h
 
     def _lay_out(self) -> LaidOut:
-        raise NotImplementedError
-
-    def _packed_for(self, x: Tensor, h: Tensor) -> LaidOut | None:
-        return None
+        return LaidOutLTC(self.rnn_cell, self)
 
     def _why_cells_differ(self) -> str | None:
         reason = ltc_cell.why_ltc_cell_differs(self.rnn_cell)

@@ -99,9 +99,8 @@ def why_ltc_cell_differs(cell: Any) -> str | None:
         for name, value in cell._params.items():
             if cell._parameters.get(name) is not value:
                 return f".{name} is another one than its forward computes with"
-    for name, method in _METHODS.items():
-        if name in cell.__dict__ or getattr(type(cell), name) is not method:
-            return f" has a {name} of its own"
+    if name := has_own_methods(cell):
+        return f" has a {name} of its own"
     positive = nn.Softplus if isinstance(cell.make_positive_fn, nn.Softplus) else nn.Identity
     return why_part_differs(cell, "make_positive_fn", positive)
 
@@ -131,6 +130,15 @@ def why_not_ncps(cell: Any) -> str | None:
     for name in cell._params:
         if name not in cell._parameters:
             return f".{name} is computed, which ncps would not follow"
+    return None
+
+
+def has_own_methods(cell: Any) -> str | None:
+    """Which of the functions that a cell computes with is not that of ncps; None if all are."""
+    own, kind = cell.__dict__, type(cell)
+    for name, method in _METHODS.items():
+        if name in own or getattr(kind, name) is not method:
+            return name
     return None
 
 
@@ -218,18 +226,30 @@ def _list(cell: Any, masks: tuple[Tensor, Tensor]) -> _Listed | None:
 
 def map_inputs(cell: Any, x: Tensor) -> Tensor:
     """A cell's input mapping of x, [..., I]."""
-    return _mapped(x, *(getattr(cell, n) for n in _mapping_names("input", cell._input_mapping)))
+    return mapped(x, *mapping(cell, "input"))
 
 
 def map_outputs(cell: Any, y: Tensor) -> Tensor:
     """A cell's output mapping of the states of its motor neurons, [..., M]."""
-    return _mapped(y, *(getattr(cell, n) for n in _mapping_names("output", cell._output_mapping)))
+    return mapped(y, *mapping(cell, "output"))
 
 
-def _mapped(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    if weight is not None:
-        x = x * weight
-    return x if bias is None else x + bias
+def mapping(cell: Any, side: str) -> list[Tensor]:
+    """The weight and the bias of a cell's input or output mapping, or the first of them, or none.
+
+    Args:
+        cell: an LTC cell.
+        side: "input" or "output".
+    """
+    names = _mapping_names(side, getattr(cell, f"_{side}_mapping"))
+    return [getattr(cell, name) for name in names]
+
+
+def mapped(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x times the weight, plus the bias, where there are such."""
+    if bias is not None:
+        return torch.addcmul(bias, x, weight)  # type: ignore[arg-type]
+    return x if weight is None else x * weight
 
 
 def output_width(cell: Any) -> int:

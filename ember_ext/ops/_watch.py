@@ -28,8 +28,13 @@ class Watch:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.number: int = torch.ops.ember_ext.watch(list(tensors))
-        unwatch = importlib.import_module("ember_ext._C").unwatch
-        weakref.finalize(self, unwatch, self.number).atexit = False
+        library = importlib.import_module("ember_ext._C")
+        weakref.finalize(self, library.unwatch, self.number).atexit = False
+        self._unchanged = library.unchanged
+
+    def unchanged(self) -> bool:
+        """Whether the tensors hold what they held. Packed operators that take a watch ask it."""
+        return bool(self._unchanged(self.number))
 
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
