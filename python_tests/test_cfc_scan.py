@@ -392,15 +392,6 @@ def test_gates_saturate_over_long_time_spans(span: float, by_step: bool) -> None
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
-@needs_kernels
-def test_double_backward_is_refused() -> None:
-    tensors = example()
-    y, _ = scan(**tensors)
-    (gradient,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"ember_ext\.cfc_scan: double backward"):
-        gradient.sum().backward()
-
-
 def test_only_what_is_asked_for_is_differentiated() -> None:
     tensors = {name: value.detach() for name, value in example().items()}
     for name in tensors:

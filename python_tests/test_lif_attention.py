@@ -103,17 +103,6 @@ def test_gradcheck(causal: bool) -> None:
     assert torch.autograd.gradcheck(call, tuple(leaves.values()))
 
 
-def test_double_backward_is_refused() -> None:
-    if not _native.has("cpu"):
-        pytest.skip("the reference can do it")
-    leaves = {name: value.requires_grad_() for name, value in tensors().items()}
-    (gradient, *_) = torch.autograd.grad(
-        lif_attention(**leaves).sum(), list(leaves.values()), create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="double backward is not implemented"):
-        gradient.sum().backward()
-
-
 @needs_kernels
 @pytest.mark.parametrize("extras", [True, False])
 def test_opcheck(extras: bool) -> None:

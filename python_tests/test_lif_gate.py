@@ -226,21 +226,6 @@ def test_parameters_of_any_dtype_get_their_gradient() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in gate)
 
 
-@needs_kernels
-@pytest.mark.parametrize("compiled", [False, True])
-def test_double_backward_is_refused(compiled: bool) -> None:
-    x = torch.randn(3, 8, requires_grad=True)
-    # The dispatcher's own operator is what compiled code runs.
-    y = (
-        torch.ops.ember_ext.lif_gate(x, *parameters(8), 0, -1, 1e-8)
-        if compiled
-        else ember_ext.lif_gate(x, *parameters(8))
-    )
-    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"ember_ext\.lif_gate: double backward"):
-        gradient.sum().backward()
-
-
 def arguments(**changes: object) -> dict[str, object]:
     theta, lam, k = parameters(3)
     return {"x": torch.randn(2, 3), "threshold": theta, "leak": lam, "steepness": k} | changes

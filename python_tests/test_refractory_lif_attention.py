@@ -137,17 +137,6 @@ def test_gradients_of_one_result_alone(mode: str, result: int) -> None:
         )
 
 
-def test_double_backward_is_refused() -> None:
-    if not _native.has("cpu"):
-        pytest.skip("the reference can do it")
-    leaves = {name: value.requires_grad_() for name, value in tensors().items()}
-    (gradient, *_) = torch.autograd.grad(
-        refractory_lif_attention(**leaves)[0].sum(), leaves["query"], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="double backward is not implemented"):
-        gradient.sum().backward()
-
-
 @needs_kernels
 @both_modes
 @pytest.mark.parametrize(("extras", "expanded"), [(False, False), (True, False), (True, True)])

@@ -92,9 +92,10 @@ def check_attention(
     _checks.check_shape(op, "value", value, "[B, G, Tk, D]", shape)
     if not 0 <= dropout_p < 1:
         _checks.fail(op, "dropout_p", "within [0, 1)", dropout_p)
-    if scale is not None and (scale == 0 or not math.isfinite(scale)):
+    # `math.isfinite` takes no symbolic number, as which `torch.compile` may see a float.
+    if scale is not None and not (-math.inf < scale < 0 or 0 < scale < math.inf):
         _checks.fail(op, "scale", "finite and not 0", scale)
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:
         _checks.fail(op, "eps", "finite and >= 0", eps)
     if seed is not None:
         if not isinstance(seed, Tensor) or seed.dtype != torch.int64:

@@ -62,6 +62,8 @@ def check_gate_parameters(op: str, threshold: Tensor, leak: Tensor, steepness: T
     λ may reach 0 and 1 because a sigmoid does so in floating point. Reads the values, so a CUDA
     tensor costs a synchronisation: call it where that is acceptable, or to explain a failure.
     """
+    # What autograd would save here, a hook on saved tensors would get to see.
+    threshold, leak, steepness = threshold.detach(), leak.detach(), steepness.detach()
     for argument, expected, value, good in (
         ("threshold", "finite", threshold, threshold.isfinite()),
         ("leak", "within [0, 1]", leak, (leak >= 0) & (leak <= 1)),
@@ -77,8 +79,8 @@ def forbid_double_backward(operator: str, op: str) -> None:
 
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(
-            f"ember_ext.{op}: double backward is not implemented; "
-            f"ember_ext.reference.{op} can be differentiated any number of times"
+            f"ember_ext.{op}: double backward is not implemented for the raw operators; "
+            f"ember_ext.ops.{op} can be differentiated any number of times"
         )
 
     torch.library.register_autograd(operator, backward)

@@ -65,7 +65,8 @@ def check_timespans(
     batch, steps, _ = x.shape
     expected = "finite and > 0, as the cell divides by it" if positive else "finite and >= 0"
     if not isinstance(timespans, Tensor):
-        if not (math.isfinite(timespans) and (timespans > 0 if positive else timespans >= 0)):
+        # `math.isfinite` takes no symbolic number, as which `torch.compile` may see a float.
+        if not (0 < timespans < math.inf if positive else 0 <= timespans < math.inf):
             _checks.fail(op, "timespans", expected, timespans)
         return
     _checks.check_tensor(op, "timespans", timespans)
@@ -74,6 +75,7 @@ def check_timespans(
         shapes = f"a scalar, [B, T] or [B, T, 1] with [B, T] = {[batch, steps]}"
         _checks.fail(op, "timespans", shapes, list(timespans.shape))
     if _checks.is_readable(timespans):
+        timespans = timespans.detach()
         good = (timespans > 0 if positive else timespans >= 0) & timespans.isfinite()
         if bool(good.all()):
             return

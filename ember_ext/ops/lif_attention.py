@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ember_ext import _native, reference
-from ember_ext.ops import _attention, _checks
+from ember_ext.ops import _attention, _checks, _gradients
 from ember_ext.ops._autocast import without_autocast
 from ember_ext.reference.lif_attention import (
     AttentionSummary,
@@ -78,7 +80,7 @@ def lif_attention(
 
     p = softmax(query keyᵀ scale); w = p (f + λ (1 - f)) with f = σ(k (p - θ)); the rows of w are
     divided by their sum plus eps; the result is dropout(w) value. A query that sees no key gets
-    zeros. Memory grows with Tq + Tk, not with their product. Differentiable once in query, key,
+    zeros. Memory grows with Tq + Tk, not with their product. Differentiable in query, key,
     value, θ, λ and k. Computed in fp32 (fp64 for fp64 input), rounded once, at the end; the same
     bits come out for any number of threads. On a GPU 16-bit types use its matrix units, for which
     weights and gradients of scores are rounded to query's dtype; fp32 does so, rounding its factors
@@ -194,6 +196,23 @@ def _allows_tf32() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
+def _defined(masks: Sequence[Tensor | None], options: Sequence[Any], *tensors: Tensor) -> Tensor:
+    """The definition with the raw operators' arguments: mask and seed, then from dropout_p on."""
+    attn_mask, seed = masks
+    dropout_p, is_causal, scale, eps, _ = options
+    out = reference.lif_attention(
+        *tensors,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        eps=eps,
+        seed=seed,
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
 def _register() -> None:
     """Give the operators their fake kernels and gradients."""
 
@@ -226,8 +245,14 @@ def _register() -> None:
         ctx.save_for_backward(*tensors, output[1], mask, seed)
 
     def backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        if _gradients.are_differentiated():
+            definition = functools.partial(_defined, saved[7:], ctx.options)
+            tensors, wanted = saved[:6], ctx.needs_input_grad[:6]
+            gradients = _gradients.of_definition(_OP, definition, tensors, wanted, (grad_out,))
+            return *gradients, *(None,) * 8
         grad_query, grad_key, grad_value, grad_gates = torch.ops.ember_ext.lif_attention_backward(
-            grad_out, *ctx.saved_tensors, *ctx.options
+            grad_out, *saved, *ctx.options
         )
         return grad_query, grad_key, grad_value, *grad_gates.unbind(0), *(None,) * 8
 
@@ -235,6 +260,7 @@ def _register() -> None:
         "ember_ext::lif_attention", backward, setup_context=setup_context
     )
     _checks.forbid_double_backward("ember_ext::lif_attention_backward", _OP)
+    _gradients.batch_in_a_loop("ember_ext::lif_attention_backward")
 
 
 if _native.has("cpu"):

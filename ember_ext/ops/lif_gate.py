@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ember_ext import _native, reference
-from ember_ext.ops import _checks
+from ember_ext.ops import _checks, _gradients
 
 Norm = Literal["l1", "l2"]
 
@@ -33,7 +34,7 @@ def lif_gate(
     y = x (f + λ (1 - f)) with the fire mask f = σ(k (|x| - θ)): an element above the threshold
     passes in full, one below it is attenuated to the leak λ (section 2.1 of the paper). With
     `norm`, each row y (along the last dimension) is scaled by ‖x‖ / (‖y‖ + eps), which keeps the
-    row's norm; a row of zeros stays zero and gets zero gradient. Differentiable once in all four
+    row's norm; a row of zeros stays zero and gets zero gradient. Differentiable in all four
     tensors. The sum over a row is computed in fp32 (fp64 for fp64 input), without overflow or
     underflow in the squares.
 
@@ -56,50 +57,57 @@ def lif_gate(
         ValueError: a shape, device, value or option does not fit. The values of θ, λ and k are
             checked on CPU tensors only: on a GPU the check would wait for the device.
     """
-    if torch.compiler.is_compiling():
-        _check(x, threshold, leak, steepness, norm, unit_dim)
-        return _run(x, threshold, leak, steepness, norm, unit_dim, eps)
     try:
-        return _run(x, threshold, leak, steepness, norm, unit_dim, eps)
-    except Exception:
-        # The kernel refuses what is wrong at no cost; only here is the error put into words.
-        _check(x, threshold, leak, steepness, norm, unit_dim)
-        if not isinstance(eps, (int, float)):
-            _checks.fail(_OP, "eps", "a number", repr(eps), TypeError)
-        _checks.check_gate_parameters(_OP, threshold, leak, steepness)
+        if not 0 <= eps < math.inf:
+            _checks.fail(_OP, "eps", "finite and >= 0", eps)
+        norm_code = _NORM_CODES[norm]
+        has_kernels = _native.runs(x.device.type, _OP)
+        dtype = _checks.compute_dtype(x.dtype)
+        fit = threshold.dtype == leak.dtype == steepness.dtype == dtype
+    except (AttributeError, KeyError, TypeError):
+        _check(x, threshold, leak, steepness, norm, unit_dim, eps)
         raise
-
-
-def _run(
-    x: Tensor,
-    threshold: Tensor,
-    leak: Tensor,
-    steepness: Tensor,
-    norm: Norm | None,
-    unit_dim: int,
-    eps: float,
-) -> Tensor:
-    if not 0 <= eps < math.inf:
-        _checks.fail(_OP, "eps", "finite and >= 0", eps)
-    if not _native.runs(x.device.type, _OP):
-        _check(x, threshold, leak, steepness, norm, unit_dim)
+    # What else can be wrong the kernel refuses at no cost.
+    if not (fit and has_kernels) or torch.compiler.is_compiling():
+        _check(x, threshold, leak, steepness, norm, unit_dim, eps)
+    if not has_kernels:
         if _checks.is_readable(x):
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)
         y = reference.lif_gate(x, threshold, leak, steepness, norm=norm, unit_dim=unit_dim, eps=eps)
         return y.contiguous()
-    dtype = _checks.compute_dtype(x.dtype)
-    if threshold.dtype != dtype or leak.dtype != dtype or steepness.dtype != dtype:
-        _check(x, threshold, leak, steepness, norm, unit_dim)
+    if not fit:
         threshold, leak, steepness = threshold.to(dtype), leak.to(dtype), steepness.to(dtype)
-    arguments = (x, threshold, leak, steepness, _NORM_CODES[norm], unit_dim, eps)
+    arguments = (x, threshold, leak, steepness, norm_code, unit_dim, eps)
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or threshold.requires_grad or leak.requires_grad or steepness.requires_grad
     )
     if not needs_grad:
-        return torch.ops.ember_ext.lif_gate_forward.default(*arguments)  # type: ignore[no-any-return]
+        return _forward(*arguments)
     if torch.compiler.is_compiling():
         return torch.ops.ember_ext.lif_gate.default(*arguments)  # type: ignore[no-any-return]
     return _LIFGate.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _forward(
+    x: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    steepness: Tensor,
+    norm: int,
+    unit_dim: int,
+    eps: float,
+) -> Tensor:
+    # Nothing but the kernel may run in here: what a hook or a mode raises is not for us to explain.
+    try:
+        return torch.ops.ember_ext.lif_gate_forward.default(  # type: ignore[no-any-return]
+            x, threshold, leak, steepness, norm, unit_dim, eps
+        )
+    except RuntimeError:
+        # The kernel looks at the values for free, but only Python words errors well.
+        if not torch.compiler.is_compiling():
+            _check(x, threshold, leak, steepness, _NORMS[norm], unit_dim, eps)
+            _checks.check_gate_parameters(_OP, threshold, leak, steepness)
+        raise
 
 
 def _check(
@@ -109,6 +117,7 @@ def _check(
     steepness: Tensor,
     norm: str | None,
     unit_dim: int,
+    eps: float,
 ) -> None:
     _checks.check_tensor(_OP, "x", x)
     check_norm(_OP, norm)
@@ -125,6 +134,8 @@ def _check(
         if parameter.dim() != 1 or parameter.shape[0] != units:
             _checks.fail(_OP, name, f"[x.shape[{unit_dim}]] = [{units}]", list(parameter.shape))
         _checks.check_device(_OP, name, parameter, x, "x")
+    if not isinstance(eps, (int, float)):
+        _checks.fail(_OP, "eps", "a number", repr(eps), TypeError)
 
 
 def check_norm(op: str, norm: object) -> None:
@@ -139,9 +150,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    if _gradients.are_differentiated():
+        options = {"norm": _NORMS[ctx.norm], "unit_dim": ctx.unit_dim, "eps": ctx.eps}
+        definition = functools.partial(reference.lif_gate, **options)
+        wanted = ctx.needs_input_grad[:4]
+        return *_gradients.of_definition(_OP, definition, tensors, wanted, (grad_y,)), *(None,) * 3
     parameter_gradients = any(ctx.needs_input_grad[1:4])
     grad_x, grad_parameters = torch.ops.ember_ext.lif_gate_backward.default(
-        grad_y, *ctx.saved_tensors, ctx.norm, ctx.unit_dim, ctx.eps, parameter_gradients
+        grad_y, *tensors, ctx.norm, ctx.unit_dim, ctx.eps, parameter_gradients
     )
     gradients = grad_parameters.unbind(0) if parameter_gradients else (None, None, None)
     return grad_x, *gradients, None, None, None
@@ -152,7 +169,7 @@ class _LIFGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y: Tensor = torch.ops.ember_ext.lif_gate_forward.default(*inputs)
+        y = _forward(*inputs)
         _setup_context(ctx, inputs, y)
         return y
 
@@ -176,3 +193,4 @@ if _native.has("cpu"):
 
     torch.library.register_autograd("ember_ext::lif_gate", _backward, setup_context=_setup_context)
     _checks.forbid_double_backward("ember_ext::lif_gate_backward", _OP)
+    _gradients.batch_in_a_loop("ember_ext::lif_gate_backward")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ember_ext import _native, reference
-from ember_ext.ops import _checks, _sequence
+from ember_ext.ops import _checks, _gradients, _sequence
 from ember_ext.ops._autocast import without_autocast
 from ember_ext.reference.ltc_scan import LTCSynapses, LTCWeights, all_synapses, list_synapses
 
@@ -76,7 +77,7 @@ def ltc_scan(
     inputs x_t, and c = cm / (Δt / ode_unfolds):
     v_j ← (c_j v_j + gleak_j vleak_j + Σ_i a_ij erev_ij + Σ_i A_ij sensory_erev_ij)
     / (c_j + gleak_j + Σ_i a_ij + Σ_i A_ij + eps). Then h_t = v.
-    Differentiable once in `x`, `h0`, time spans and weights, and through both results. The weights
+    Differentiable in `x`, `h0`, time spans and weights, and through both results. The weights
     of a synapse that is not listed have no influence, and a gradient of exactly 0. Everything is
     computed in fp32 (fp64 for fp64 input), under autocast, too, and the results rounded once. A
     denominator may vanish where weights are negative; results are infinite or NaN then.
@@ -323,6 +324,47 @@ def _check_synapses(synapses: Any, x: Tensor) -> None:
         _checks.check_device(_OP, argument, value, x, "x")
 
 
+def _defined(
+    indices: tuple[Tensor, Tensor],
+    lengths: Tensor | None,
+    unfolds: int,
+    outputs: int,
+    eps: float,
+    x: Tensor,
+    h0: Tensor,
+    units: Tensor,
+    sensory: Tensor,
+    recurrent: Tensor,
+    spans: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The definition with the raw operators' arguments; the final state stays in h0's dtype."""
+    size = units.shape[1]
+
+    def matrices(listed: Tensor, index: Tensor, sources: int) -> Iterable[Tensor]:
+        entries = index[0] * size + index[1]
+        dense = listed.new_zeros(len(listed), sources * size).index_copy(1, entries, listed)
+        return dense.view(-1, sources, size).unbind(0)
+
+    sensory_index, recurrent_index = indices
+    weights = LTCWeights(
+        *units.unbind(0),
+        *matrices(recurrent, recurrent_index, size),
+        *matrices(sensory, sensory_index, x.shape[2]),
+    )
+    y, h_last = reference.ltc_scan(
+        x.to(h0.dtype),
+        weights,
+        h0,
+        synapses=LTCSynapses(recurrent_index, sensory_index),
+        timespans=spans,
+        lengths=lengths,
+        ode_unfolds=unfolds,
+        eps=eps,
+        outputs=outputs,
+    )
+    return y.to(x.dtype), h_last
+
+
 def _register() -> None:
     """Give the operators their fake kernels and gradients."""
 
@@ -366,31 +408,47 @@ def _register() -> None:
         )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, _, *tensors, ctx.unfolds, _, ctx.eps, ctx.chunk = inputs
-        y, h_last, saved = output
+        x, h0, *tensors, ctx.unfolds, ctx.outputs, ctx.eps, ctx.chunk = inputs
         ctx.set_materialize_grads(False)
-        ctx.shapes = y.shape, h_last.shape
-        ctx.save_for_backward(saved, x, *tensors)
+        ctx.save_for_backward(output[2], x, h0, *tensors)
 
     def backward(ctx: Any, grad_y: Tensor | None, grad_h_last: Tensor | None, _: Any) -> Any:
-        saved, x, *tensors = ctx.saved_tensors
-        if grad_y is None:
-            grad_y = x.new_zeros(ctx.shapes[0])
-        if grad_h_last is None:
-            grad_h_last = saved.new_zeros(ctx.shapes[1])
+        saved, x, h0, *tensors = ctx.saved_tensors
+        units, sensory, recurrent, sensory_index, recurrent_index, spans, lengths = tensors
         wanted = ctx.needs_input_grad
-        grad_x, grad_h0, *weights, grad_spans = torch.ops.ember_ext.ltc_scan_backward(
-            grad_y,
-            grad_h_last,
-            saved,
-            x,
-            *tensors,
-            ctx.unfolds,
-            ctx.eps,
-            ctx.chunk,
-            wanted[0],
-            any(wanted[2:5]),
-        )
+        if _gradients.are_differentiated():
+            definition = functools.partial(
+                _defined,
+                (sensory_index, recurrent_index),
+                lengths,
+                ctx.unfolds,
+                ctx.outputs,
+                ctx.eps,
+            )
+            grad_x, grad_h0, *weights, grad_spans = _gradients.of_definition(
+                _OP,
+                definition,
+                (x, h0, units, sensory, recurrent, spans),
+                (*wanted[:5], wanted[7]),
+                (grad_y, grad_h_last),
+            )
+        else:
+            if grad_y is None:
+                grad_y = x.new_zeros((*x.shape[:2], ctx.outputs))
+            if grad_h_last is None:
+                grad_h_last = torch.zeros_like(h0)
+            grad_x, grad_h0, *weights, grad_spans = torch.ops.ember_ext.ltc_scan_backward(
+                grad_y,
+                grad_h_last,
+                saved,
+                x,
+                *tensors,
+                ctx.unfolds,
+                ctx.eps,
+                ctx.chunk,
+                wanted[0],
+                any(wanted[2:5]),
+            )
         gradients = (grad_x, grad_h0, *weights, None, None, grad_spans)
         return (
             *(g if wants else None for g, wants in zip(gradients, wanted, strict=False)),
@@ -399,6 +457,7 @@ def _register() -> None:
 
     torch.library.register_autograd("ember_ext::ltc_scan", backward, setup_context=setup_context)
     _checks.forbid_double_backward("ember_ext::ltc_scan_backward", _OP)
+    _gradients.batch_in_a_loop("ember_ext::ltc_scan_backward")
 
 
 if _native.has("cpu"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ember_ext import _native, reference
-from ember_ext.ops import _attention, _checks
+from ember_ext.ops import _attention, _checks, _gradients
 from ember_ext.ops._autocast import without_autocast
 from ember_ext.reference.refractory_lif_attention import RefractoryMode, RefractoryState
 
@@ -44,7 +46,7 @@ def refractory_lif_attention(
     which lets the future leak into the past. The loads are differentiated. Gates with these
     thresholds, this is `lif_attention` with `is_causal`.
 
-    Differentiable once in all tensors but the seed, `past` included, and in all results. Mode
+    Differentiable in all tensors but the seed, `past` included, and in all results. Mode
     "causal" keeps one strip of queries at a time, and in memory the loads and the sums over queries
     at every 48th (on a GPU every 64th); mode "paper" keeps one head's matrix, in backward two, for
     each thread. Computed in fp32 (fp64 for fp64 input), rounded once, at the end; the same bits
@@ -169,6 +171,28 @@ def _check_loads(
             _checks.check_device(_OP, name, value, query, "query")
 
 
+def _defined(
+    seed: Tensor | None, options: Sequence[Any], *tensors: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The definition with the raw operators' arguments, `options` from dropout_p on."""
+    *per_token_and_head, previous_load, probabilities, weights = tensors
+    dropout_p, look_ahead, scale, eps, _ = options
+    past = None
+    if probabilities is not None and weights is not None:
+        past = RefractoryState(probabilities, weights)
+    out, load, state = reference.refractory_lif_attention(
+        *per_token_and_head,  # type: ignore[arg-type]
+        mode="paper" if look_ahead else "causal",
+        previous_load=previous_load,
+        past=past,
+        dropout_p=dropout_p,
+        scale=scale,
+        eps=eps,
+        seed=seed,
+    )
+    return out, load, *state
+
+
 def _register() -> None:
     """Give the operators their fake kernels and gradients."""
 
@@ -207,20 +231,36 @@ def _register() -> None:
         )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, previous_load, seed, ctx.options = inputs[:8], inputs[8], inputs[11], inputs[12:]
-        ctx.save_for_backward(*tensors, *output[4:], previous_load, seed)
+        ctx.options = inputs[12:]
+        ctx.save_for_backward(*inputs[:12], *output[4:])
         # The last layer's load and the sums mostly go nowhere.
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, grad_out: Tensor | None, *grads: Any) -> tuple[Tensor | None, ...]:
-        query = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors
+        if _gradients.are_differentiated():
+            definition = functools.partial(_defined, saved[11], ctx.options)
+            tensors, wanted = saved[:11], ctx.needs_input_grad[:11]
+            return *_gradients.of_definition(
+                _OP, definition, tensors, wanted, (grad_out, *grads[:3])
+            ), *(None,) * 6
+        *tensors, previous_load, _, _, seed, row_stats, block_loads = saved
         if grad_out is None:
-            grad_out = torch.zeros_like(query)
+            grad_out = torch.zeros_like(tensors[0])
         wants_previous = ctx.needs_input_grad[8]
         wants_past = ctx.needs_input_grad[9] or ctx.needs_input_grad[10]
         grad_query, grad_key, grad_value, grad_gates, *grad_loads = (
             torch.ops.ember_ext.refractory_lif_attention_backward(
-                grad_out, *grads[:3], *ctx.saved_tensors, *ctx.options, wants_previous, wants_past
+                grad_out,
+                *grads[:3],
+                *tensors,
+                row_stats,
+                block_loads,
+                previous_load,
+                seed,
+                *ctx.options,
+                wants_previous,
+                wants_past,
             )
         )
         wanted = (wants_previous, wants_past, wants_past)
@@ -231,6 +271,7 @@ def _register() -> None:
         "ember_ext::refractory_lif_attention", backward, setup_context=setup_context
     )
     _checks.forbid_double_backward("ember_ext::refractory_lif_attention_backward", _OP)
+    _gradients.batch_in_a_loop("ember_ext::refractory_lif_attention_backward")
 
 
 if _native.has("cpu"):

@@ -89,10 +89,12 @@ def ltc_cell(
 
     def sums(v: Tensor, index: Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:
         source, target, _ = index
+        entries = source * h.shape[1] + target
         w, mu, sigma, erev = (
-            getattr(weights, prefix + name)[source, target] for name in ("w", "mu", "sigma", "erev")
+            getattr(weights, prefix + name).flatten().index_select(0, entries)
+            for name in ("w", "mu", "sigma", "erev")
         )
-        a = w * torch.sigmoid(sigma * (v[:, source] - mu))
+        a = w * torch.sigmoid(sigma * (v.index_select(1, source) - mu))
         zeros = torch.zeros_like(h)
         return zeros.index_add(1, target, a * erev), zeros.index_add(1, target, a)
 
