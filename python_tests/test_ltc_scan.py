@@ -385,15 +385,6 @@ def test_no_steps_keep_the_state() -> None:
     assert (named["w"] == 0).all()
 
 
-@needs_kernels
-def test_double_backward_is_refused() -> None:
-    tensors, options = example()
-    y, _ = scan(**tensors, **options)
-    (gradient,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"ember_ext\.ltc_scan: double backward"):
-        gradient.sum().backward()
-
-
 def test_only_what_is_asked_for_is_differentiated() -> None:
     tensors, options = example()
     whole = dict(zip(tensors, results(tensors, **options)[2:], strict=True))
