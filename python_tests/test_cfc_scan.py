@@ -20,7 +20,7 @@ from ember_ext import _native, reference
 from ember_ext.ops import Affine, CfCWeights
 from ember_ext.ops.cfc_scan import PackedCells
 from ember_ext.testing import DTYPES, Sample, check_sample
-from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, flat
+from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, check_padding, flat
 
 needs_kernels = pytest.mark.skipif(not _native.has("cpu"), reason="no compiled kernels")
 
@@ -56,6 +56,34 @@ def results(
 def test_matches_reference(dtype: torch.dtype, chunk_size: int | None) -> None:
     for sample in cfc_samples(dtype):
         check_sample(functools.partial(scan, chunk_size=chunk_size), definition, sample)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mode", ["default", "pure", "no_gate"])
+@pytest.mark.parametrize("backbone", [(), (6,), (6, 6)], ids=str)
+def test_padding_does_not_matter(mode: str, backbone: tuple[int, ...], value: float) -> None:
+    for operator in (
+        definition,
+        functools.partial(scan, chunk_size=0),
+        functools.partial(scan, chunk_size=2),
+    ):
+        check_padding(operator, value, mode, backbone)
+
+
+def test_lengths_of_any_integer_type() -> None:
+    tensors = example()
+    expected = scan(**tensors, lengths=torch.tensor([3, 0, 8]))
+    dtypes = (torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16)
+    for lengths in (
+        [3, 0, 8],
+        (np.int32(3), 0, 8),
+        np.array([3, 0, 8], dtype=np.uint16),
+        *(torch.tensor([3, 0, 8]).to(dtype) for dtype in dtypes),
+    ):
+        for actual, value in zip(scan(**tensors, lengths=lengths), expected, strict=True):
+            assert torch.equal(actual, value)
+    empty = {name: t[:0] if name in ("x", "h0") else t for name, t in tensors.items()}
+    assert scan(**empty, lengths=[])[0].shape == (0, 8, 5)
 
 
 @pytest.mark.cuda
@@ -457,8 +485,14 @@ def with_weights(**changes: object) -> dict[str, object]:
         ({"timespans": torch.ones(8, 3)}, ValueError, r"= \[3, 8\], got \[8, 3\]"),
         ({"timespans": torch.ones(3, 8, 5)}, ValueError, r"got \[3, 8, 5\]"),
         ({"timespans": -torch.ones(3, 8)}, ValueError, r">= 0, got -1.0 at \[0, 0\]"),
-        ({"lengths": [3, 4, 5]}, TypeError, "lengths must be a torch.Tensor, got list"),
-        ({"lengths": torch.ones(3)}, TypeError, "lengths must be int64 or int32, got torch.float"),
+        ({"lengths": [3.0, 4, 5]}, TypeError, "lengths must be of an integer dtype, got torch.fl"),
+        ({"lengths": "345"}, TypeError, "lengths must be a tensor, an array or a list of integers"),
+        (
+            {"lengths": torch.ones(3)},
+            TypeError,
+            "lengths must be of an integer dtype, got torch.fl",
+        ),
+        ({"lengths": torch.ones(3).bool()}, TypeError, "of an integer dtype, got torch.bool"),
         ({"lengths": torch.ones(2).long()}, ValueError, r"lengths must be \[B\] = \[3\]"),
         ({"lengths": torch.tensor([1, 9, 2])}, ValueError, r"\[0, 8\], got 9 at index 1"),
         ({"lengths": torch.tensor([1, -1, 2])}, ValueError, "got -1 at index 1"),

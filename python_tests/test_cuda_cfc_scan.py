@@ -15,7 +15,7 @@ import ember_ext
 from ember_ext import reference
 from ember_ext.ops.cfc_scan import MAX_CUDA_LAYERS
 from ember_ext.testing import DTYPES, Sample, check_sample
-from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, flat
+from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, check_padding, flat
 from ember_ext.testing.cuda_report import LIMITS, WORKLOADS, short_name
 
 on_shim = flat(cuda_shim.cfc_scan.cfc_scan)
@@ -54,6 +54,15 @@ def results(operator: Any, one: Sample, **options: Any) -> list[Tensor]:
 def test_matches_reference(operator: Any, dtype: torch.dtype, chunk_size: int) -> None:
     for one in cfc_samples(dtype):
         check_sample(functools.partial(operator, chunk_size=chunk_size), definition, one)
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mode", ["default", "pure", "no_gate"])
+@pytest.mark.parametrize("backbone", [(), (6, 6)], ids=str)
+def test_padding_does_not_matter(mode: str, backbone: tuple[int, ...], value: float) -> None:
+    for chunk_size in (0, 2):
+        check_padding(on_shim, value, mode, backbone, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize(

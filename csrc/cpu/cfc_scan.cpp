@@ -311,6 +311,10 @@ class Scan {
     if (!p_.packed) pack_forward();
     for_row_blocks(pool, [&](int32_t begin, int32_t end, const auto& run) {
       place_state(static_cast<const C*>(p_.h0), p_.h_stride, begin, end);
+      for (int64_t b = begin; b < end; ++b) {
+        // The state of a row without steps is handed on and takes no part in anything else.
+        for (int64_t j = 0; j < p_.hidden && !runs(b, 0); ++j) state(0, b)[j] = 0;
+      }
       for (int64_t first = 0; first < p_.steps; first += slots_) {
         const int64_t steps = p_.steps - first < slots_ ? p_.steps - first : slots_;
         if (p_.saved && p_.chunk) store_border(first, begin, end);
@@ -320,7 +324,8 @@ class Scan {
       const int64_t last = p_.steps ? (p_.steps - 1) % slots_ + 1 : 0;
       C* h_last = static_cast<C*>(p_.h_last);
       for (int64_t b = begin; b < end; ++b) {
-        copy(state(last, b), p_.hidden, h_last + b * p_.h_stride);
+        const C* h = runs(b, 0) ? state(last, b) : static_cast<const C*>(p_.h0) + b * p_.h_stride;
+        copy(h, p_.hidden, h_last + b * p_.h_stride);
       }
     });
   }
@@ -528,7 +533,11 @@ class Scan {
       for (int64_t slot = from; slot < to; ++slot) {
         C* row = input(0, slot, b);
         row[0] = C(1);
-        convert(x + (b * p_.steps + all.first + slot) * p_.inputs, p_.inputs, row + 1);
+        if (runs(b, all.first + slot)) {
+          convert(x + (b * p_.steps + all.first + slot) * p_.inputs, p_.inputs, row + 1);
+        } else {  // not even NaN there reaches a gradient
+          for (int64_t j = 1; j <= p_.inputs; ++j) row[j] = 0;
+        }
       }
     }
   }
@@ -654,7 +663,10 @@ class Scan {
       }
       for (int r = 0; r < count; ++r) {
         const int64_t b = step.begin + first + r;
-        if (const C* scale = dropout_scale(job.layer, b, step.t)) {
+        if (!runs(b, step.t)) {
+          for (int64_t j = 0; j < lanes<C>; ++j)
+            value[r * lanes<C> + j] = slope[r * lanes<C> + j] = 0;
+        } else if (const C* scale = dropout_scale(job.layer, b, step.t)) {
           for (int64_t j = 0; j < lanes<C> && unit + j < layer.units; ++j) {
             value[r * lanes<C> + j] *= scale[unit + j];
             slope[r * lanes<C> + j] *= scale[unit + j];

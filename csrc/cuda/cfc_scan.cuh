@@ -324,8 +324,10 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
     if (block.exists(row)) {
       const int64_t b = block.first_row + row;
       h = static_cast<const C*>(plan.from)[b * plan.from_stride + unit];
-      if (plan.keep) block.state(0, row)[unit] = h;
       if (plan.border) static_cast<C*>(plan.border)[b * p.hidden + unit] = h;
+      // The state of a row without steps is handed on and takes no part in anything else.
+      if (!block.runs(row, 0)) h = 0;
+      if (plan.keep) block.state(0, row)[unit] = h;
     }
     values(state_after(0))[i] = h;
   });
@@ -373,9 +375,10 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
       multiply<1>(layer.map, block.shared, input_of(l), initial_of(layer, l == 0),
                   [&](int unit, int row, const C(&u)[1]) {
                     Activated<C> v = activate(p.activation, u[0]);
-                    if (!block.exists(row)) v = Activated<C>{0, 0};
+                    const bool runs = block.runs(row, t);
+                    if (!runs) v = Activated<C>{0, 0};
                     if (block.exists(row)) {
-                      if (const C* scale = block.dropout_scale(l, row, t)) {
+                      if (const C* scale = runs ? block.dropout_scale(l, row, t) : nullptr) {
                         v.value *= scale[unit];
                         v.slope *= scale[unit];
                       }
@@ -429,7 +432,10 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
   const C* state = values(state_after(plan.steps));
   block.for_states([&](int unit, int row, int64_t i) {
     if (!block.exists(row)) return;
-    static_cast<C*>(plan.to)[(block.first_row + row) * plan.to_stride + unit] = state[i];
+    const int64_t b = block.first_row + row;
+    static_cast<C*>(plan.to)[b * plan.to_stride + unit] =
+        block.runs(row, 0) ? state[i]
+                           : static_cast<const C*>(plan.from)[b * plan.from_stride + unit];
   });
 }
 

@@ -133,19 +133,16 @@ class LaidOut:
         *,
         checked: bool = True,
     ) -> tuple[Tensor, Tensor] | None:
-        """As `Runner.run`, or None if a time span or a length is not a good one."""
-        if lengths is not None:
-            if not isinstance(lengths, Tensor) or lengths.shape != x.shape[:1]:
-                return None
-            if lengths.dtype not in (torch.int32, torch.int64) or lengths.device != x.device:
-                return None
-            if not bool(((lengths >= 0) & (lengths <= x.shape[1])).all()):
-                return None
-            lengths = lengths.to(torch.int64)
+        """As `Runner.run`, or None if a time span is not a good one."""
         if isinstance(timespans, Tensor):
             shape = x.shape[:-1]
-            if not bool(((timespans >= 0) & timespans.isfinite()).all()):
-                return None
+            good = (timespans >= 0) & timespans.isfinite()
+            if not bool(good.all()):
+                if lengths is None or timespans.numel() == 1:
+                    return None
+                beyond = torch.arange(x.shape[1]) >= lengths[:, None]
+                if not bool((good.reshape(shape) | beyond).all()):
+                    return None
             timespans = timespans.detach().reshape(() if timespans.numel() == 1 else shape)
             timespans = timespans.expand(shape)
         else:

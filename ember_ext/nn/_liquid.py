@@ -19,7 +19,7 @@ from ember_ext.nn._arguments import Hidden
 from ember_ext.nn._mixed_memory import memory_step
 from ember_ext.nn._packing import Packing
 from ember_ext.ops._autocast import autocast_dtype
-from ember_ext.ops._sequence import check_lengths, check_timespans
+from ember_ext.ops._sequence import as_lengths, check_timespans
 
 Advance = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """Takes step t of the cells from a state [B, S] to their output [B, M] and the next state."""
@@ -98,7 +98,7 @@ class LiquidLayer(Packing):
         hx: Hidden | None = None,
         timespans: Tensor | float | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor, Hidden]:
         """Run the network over a sequence.
 
@@ -108,8 +108,9 @@ class LiquidLayer(Packing):
                 such. Default: zeros.
             timespans: time since the previous step, ≥ 0: a number, or a tensor shaped as the input
                 without C, or with C = 1. Default: 1.
-            lengths: [B], integers: row b ends after `lengths[b]` steps. Its state is frozen from
-                there on and its outputs are zero before the output layer. Default: all T.
+            lengths: [B], integers of any kind: row b ends after `lengths[b]` steps. Its state is
+                frozen from there on and its outputs are zero before the output layer. What the
+                input and the time spans hold there does not matter. Default: all T.
 
         Returns:
             The output, shaped as the input with C the number of motor neurons (or units, or
@@ -128,7 +129,9 @@ class LiquidLayer(Packing):
             layer, timespans, x, batched=batched, batch_first=self.batch_first
         )
         if lengths is not None and not batched:
-            _arguments.fail(layer, "lengths", "None for an unbatched sequence", "a tensor")
+            got = type(lengths).__name__
+            _arguments.fail(layer, "lengths", "None for an unbatched sequence", got)
+        lengths = as_lengths(f"nn.{layer}", lengths, x)
         if c is None:
             y, h = self._run(x, h, spans, lengths)
         else:
@@ -223,13 +226,18 @@ class LiquidLayer(Packing):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `_run`, step by step; with c, the LSTM comes before the cells and ties them."""
         layer = f"nn.{self.layer_name}"
-        check_lengths(layer, lengths, x)
         check_timespans(layer, timespans, x, positive=self._positive_timespans, lengths=lengths)
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
         if x.dtype != dtype and autocast_dtype(x.device.type) is None:
             expected = f"of the weights' dtype {dtype}"
             _arguments.fail(self.layer_name, "input", expected, x.dtype, TypeError)
         h, c = h.to(x.dtype), None if c is None else c.to(x.dtype)
+        if lengths is not None:
+            # What lies beyond a row's end must not come back as NaN in a gradient.
+            beyond = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+            x = x.masked_fill(beyond[..., None], 0)
+            if isinstance(timespans, Tensor) and timespans.dim() > 0:
+                timespans = timespans.masked_fill(beyond[..., None], 1)
         # Taken apart at once: the gradient of one step's slice is as large as the whole.
         inputs = x.unbind(1)
         if isinstance(timespans, Tensor):
@@ -240,10 +248,14 @@ class LiquidLayer(Packing):
         remember = None if c is None else memory_step(self.layer_name, self.lstm, x, inputs)
         outputs = []
         for t in range(len(inputs)):
-            mixed, new_c = (h, c) if remember is None else remember(t, h, c)  # type: ignore[arg-type]
+            running = None if lengths is None else (t < lengths)[:, None]
+            seen, seen_c = h, c
+            if running is not None:  # A row without steps may have any state.
+                seen = torch.where(running, h, 0)
+                seen_c = None if c is None else torch.where(running, c, 0)
+            mixed, new_c = (seen, seen_c) if remember is None else remember(t, seen, seen_c)  # type: ignore[arg-type]
             value, new_h = advance(t, mixed)
-            if lengths is not None:
-                running = (t < lengths)[:, None]
+            if running is not None:
                 new_h = torch.where(running, new_h, h)
                 new_c = None if c is None else torch.where(running, new_c, c)  # type: ignore[arg-type]
                 value = torch.where(running, value, 0)

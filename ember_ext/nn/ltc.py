@@ -18,7 +18,6 @@ from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._laid_out_ltc import LaidOutLTC
 from ember_ext.nn._liquid import Advance, LiquidLayer
 from ember_ext.nn.ltc_cell import Ready
-from ember_ext.ops._sequence import check_lengths
 
 
 class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
@@ -136,7 +135,6 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         cell = self.rnn_cell
         running = None
         if lengths is not None:
-            check_lengths("nn.LTC", lengths, x)
             running = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
             # What lies beyond a row's end must not come back as NaN in the mapping's gradient.
             x = torch.where(running, x, 0)

@@ -90,23 +90,42 @@ def check_timespans(
         _checks.fail(op, "timespans", expected, got)
 
 
-def check_lengths(op: str, lengths: Tensor | None, x: Tensor) -> None:
-    """Raise unless `lengths` is None, or [B] integers within [0, T] for `x`, [B, T, I]."""
+def as_lengths(op: str, lengths: object, x: Tensor) -> Tensor | None:
+    """Lengths of the rows of x, [B, T, I], as int64 [B], or None.
+
+    Args:
+        op: for the error.
+        lengths: integers within [0, T] of any dtype: a tensor, an array, or a sequence; or None.
+        x: input.
+
+    Raises:
+        TypeError: they are not integers.
+        ValueError: there are not B of them, on x's device and within [0, T].
+    """
     if lengths is None:
-        return
+        return None
     batch, steps, _ = x.shape
     if not isinstance(lengths, Tensor):
-        _checks.fail(op, "lengths", "a torch.Tensor", type(lengths).__name__, TypeError)
-    if lengths.dtype not in (torch.int64, torch.int32):
-        _checks.fail(op, "lengths", "int64 or int32", lengths.dtype, TypeError)
+        try:
+            lengths = torch.as_tensor(lengths, device=x.device)
+        except (TypeError, ValueError, RuntimeError):
+            got = type(lengths).__name__
+            _checks.fail(op, "lengths", "a tensor, an array or a list of integers", got, TypeError)
+        if lengths.numel() == 0:
+            lengths = lengths.to(torch.int64)  # an empty list has no integers to tell its dtype
+    dtype = lengths.dtype
+    if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
+        _checks.fail(op, "lengths", "of an integer dtype", dtype, TypeError)
     _checks.check_shape(op, "lengths", lengths, "[B]", (batch,))
     _checks.check_device(op, "lengths", lengths, x, "x")
+    lengths = lengths.to(torch.int64)
     if _checks.is_readable(lengths):
         good = (lengths >= 0) & (lengths <= steps)
         if not bool(good.all()):
             index = int((~good).nonzero()[0])
             got = f"{lengths[index].item()} at index {index}"
             _checks.fail(op, "lengths", f"within [0, T] = [0, {steps}]", got)
+    return lengths
 
 
 def check_chunk_size(op: str, chunk_size: int | None) -> None:

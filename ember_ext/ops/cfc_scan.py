@@ -57,8 +57,9 @@ def cfc_scan(
         timespans: Δt ≥ 0 and finite, in the unit of time that the weights were trained with: a
             number, or a tensor of a floating or integer dtype: of no dimension, [B, T] or
             [B, T, 1]. Default: 1.
-        lengths: [B], int64 or int32, within [0, T]: row b ends after `lengths[b]` steps. Its state
-            is frozen from there on, its outputs are zero, and no gradient passes. Default: all T.
+        lengths: [B], integers within [0, T]: row b ends after `lengths[b]` steps. Its state
+            is frozen from there on, its outputs are zero, and no gradient passes. What the other
+            arguments hold there, NaN for instance, has no influence. Default: all T.
         mode: "default", "pure" or "no_gate".
         activation: of the backbone: "lecun_tanh", "tanh", "relu", "silu" or "gelu".
         dropout_scale: [B, T, layers - 1, U], multiplied onto the outputs of the backbone's second
@@ -80,8 +81,8 @@ def cfc_scan(
     """
     _check(x, weights, h0, mode, activation, dropout_scale, chunk_size)
     timespans = _sequence.as_timespans(_OP, "timespans", timespans, x.dtype)
-    _sequence.check_timespans(_OP, timespans, x)
-    _sequence.check_lengths(_OP, lengths, x)
+    lengths = _sequence.as_lengths(_OP, lengths, x)
+    _sequence.check_timespans(_OP, timespans, x, lengths=lengths)
     low = autocast_dtype(x.device.type)
     if low is not None and x.dtype != torch.float64:
         x, weights = x.to(low), _round_matrices(weights, low)
@@ -137,7 +138,7 @@ def raw_arguments(
         state,
         maps,
         spans,
-        None if lengths is None else lengths.to(torch.int64),
+        lengths,
         None if dropout_scale is None else dropout_scale.to(dtype),
         decay,
         MODES.index(mode),

@@ -91,7 +91,7 @@ def ltc_scan(
         timespans: Δt > 0 and finite, in the unit of time that the weights were trained with: a
             number, or a tensor of a floating or integer dtype: of no dimension, [B, T] or
             [B, T, 1]. Default: 1.
-        lengths: [B], int64 or int32, within [0, T]: row b ends after `lengths[b]` steps. Its state
+        lengths: [B], integers within [0, T]: row b ends after `lengths[b]` steps. Its state
             is frozen from there on, its outputs are zero, and no gradient passes. What input and
             time spans hold there, NaN for instance, has no influence. Default: all T.
         ode_unfolds: solver steps per time step, at least 1. Default: 6.
@@ -114,7 +114,7 @@ def ltc_scan(
     _check(x, weights, h0, synapses, ode_unfolds, eps, outputs)
     _sequence.check_chunk_size(_OP, chunk_size)
     timespans = _sequence.as_timespans(_OP, "timespans", timespans, x.dtype)
-    _sequence.check_lengths(_OP, lengths, x)
+    lengths = _sequence.as_lengths(_OP, lengths, x)
     _sequence.check_timespans(_OP, timespans, x, positive=True, lengths=lengths)
     with without_autocast(x.device.type):
         if not _native.runs(x.device.type, _OP):
@@ -168,7 +168,7 @@ def raw_arguments(
         synapses.sensory,
         synapses.recurrent,
         spans,
-        None if lengths is None else lengths.to(torch.int64),
+        lengths,
         ode_unfolds,
         units if outputs is None else outputs,
         eps,

@@ -119,24 +119,20 @@ def cfc_scan(
     h = x.new_zeros(batch, len(weights.ff1.bias), dtype=dtype) if h0 is None else h0.to(dtype)
     varying = isinstance(timespans, Tensor) and timespans.dim() > 0
     spans = timespans.to(dtype) if isinstance(timespans, Tensor) else timespans
+    spans = spans.reshape(batch, steps, 1) if varying else spans  # type: ignore[union-attr]
     states = []
     for t in range(steps):
-        new = cfc_cell(
-            x[:, t].to(dtype),
-            h,
-            weights,
-            spans.reshape(batch, steps, 1)[:, t] if varying else spans,  # type: ignore[union-attr]
-            mode=mode,
-            activation=activation,
-            dropout_scale=None if dropout_scale is None else dropout_scale[:, t].to(dtype),
-        )
-        if lengths is None:
-            h = new
-            states.append(new)
-        else:
+        u, v, span = x[:, t].to(dtype), h, spans[:, t] if varying else spans  # type: ignore[index]
+        scale = None if dropout_scale is None else dropout_scale[:, t].to(dtype)
+        if lengths is not None:
+            # What lies beyond a row's end must not come back as NaN in a gradient.
             running = (t < lengths)[:, None]
-            h = torch.where(running, new, h)
-            states.append(torch.where(running, new, 0))
+            u, v = torch.where(running, u, 0), torch.where(running, h, 0)
+            span = torch.where(running, span, 1) if varying else span
+            scale = None if scale is None else torch.where(running[:, None], scale, 0)
+        new = cfc_cell(u, v, weights, span, mode=mode, activation=activation, dropout_scale=scale)
+        h = new if lengths is None else torch.where(running, new, h)
+        states.append(new if lengths is None else torch.where(running, new, 0))
     y = torch.stack(states, 1) if states else h.new_empty(batch, 0, h.shape[1])
     return y.to(x.dtype), h.to(x.dtype)
 

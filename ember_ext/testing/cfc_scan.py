@@ -127,3 +127,53 @@ def cfc_samples(dtype: torch.dtype) -> Iterator[Sample]:
     x = torch.randn(6, 9, 4, generator=generator).to(dtype)
     for name, strided in (("time-major", x.transpose(0, 1)), ("every second step", x[:, ::2])):
         yield Sample(name, {"x": strided, **{k: v.to(dtype) for k, v in weights.items()}})
+
+
+def check_padding(
+    operator: Callable[..., Any], value: float, mode: str, backbone: tuple[int, ...], **options: Any
+) -> None:
+    """Assert that what lies beyond the rows' ends has no influence, nor any gradient.
+
+    Args:
+        operator: a `cfc_scan`, made `flat`.
+        value: what to put there in every argument, and into the gradient of the output.
+        mode: of the cell.
+        backbone: widths of its backbone.
+        **options: of `operator`.
+    """
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([5, 0, 3, 1, 0, 5])
+    beyond = torch.arange(5) >= lengths[:, None]
+    rest = {
+        "x": torch.randn(6, 5, 3, generator=generator),
+        "timespans": torch.rand(6, 5, generator=generator),
+        "h0": torch.randn(6, 7, generator=generator),
+    }
+    if len(backbone) > 1:
+        layers = torch.rand(6, 5, len(backbone) - 1, backbone[0], generator=generator)
+        rest["dropout_scale"] = layers.round() * 2
+    weights = cfc_weights(3, 7, mode=mode, backbone=backbone, masked=True, generator=generator)
+    grads = [torch.randn(6, 5, 7, generator=generator), torch.randn(6, 7, generator=generator)]
+
+    def results(fill: float) -> list[Tensor]:
+        filled = {}
+        for name, argument in rest.items():
+            where = lengths == 0 if name == "h0" else beyond
+            where = where.reshape(*where.shape, *[1] * (argument.dim() - where.dim()))
+            filled[name] = argument.masked_fill(where, fill)
+        leaves = {
+            name: argument.clone().requires_grad_(name not in ("mask", "dropout_scale"))
+            for name, argument in (filled | weights).items()
+        }
+        y, last = operator(**leaves, mode=mode, lengths=lengths, **options)
+        assert (y[beyond] == 0).all()
+        assert torch.equal(last[lengths == 0].nan_to_num(), filled["h0"][lengths == 0].nan_to_num())
+        grad_y = grads[0].masked_fill(beyond[..., None], fill)
+        wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        gradients = torch.autograd.grad((y, last), wanted, (grad_y, grads[1]))
+        for name, gradient in zip(leaves, gradients, strict=False):
+            assert name not in ("x", "timespans") or (gradient[beyond] == 0).all(), name
+        return [y, last[lengths > 0], *gradients]
+
+    for clean, padded in zip(results(0.5), results(value), strict=True):
+        assert torch.equal(clean, padded)
