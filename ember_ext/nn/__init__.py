@@ -1,11 +1,11 @@
 """Modules that own the raw parameters of the operators and their transforms."""
 
 from ember_ext.nn.accelerate import Acceleration, Deceleration, accelerate, decelerate
+from ember_ext.nn.cells import CfCCell, LTCCell, WiredCfCCell
 from ember_ext.nn.cfc import CfC
 from ember_ext.nn.lif_attention import AttentionCache, LIFSelfAttention, RefractoryParameters
 from ember_ext.nn.lif_gate import GATE_PRESETS, GatePreset, LIFGate, LIFParameters
 from ember_ext.nn.ltc import LTC
-from ember_ext.nn.ltc_cell import LTCCell
 
 __all__ = [
     "GATE_PRESETS",
@@ -13,6 +13,7 @@ __all__ = [
     "Acceleration",
     "AttentionCache",
     "CfC",
+    "CfCCell",
     "Deceleration",
     "GatePreset",
     "LIFGate",
@@ -20,6 +21,7 @@ __all__ = [
     "LIFSelfAttention",
     "LTCCell",
     "RefractoryParameters",
+    "WiredCfCCell",
     "accelerate",
     "decelerate",
 ]

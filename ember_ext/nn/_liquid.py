@@ -74,16 +74,6 @@ class LiquidLayer(Packing):
         """What keeps the cells' weights from saying what they compute; None if nothing."""
         raise NotImplementedError
 
-    def _adopt_cells(self) -> None:
-        """What the cells need after an object of ncps has become one of this class."""
-
-    def _release_cells(self) -> None:
-        """Undo `_adopt_cells`, before the object becomes one of ncps again."""
-
-    def _why_cells_stay(self) -> str | None:
-        """What keeps ncps' class from computing the same with the cells; None if nothing."""
-        return None
-
     def _last_output(self, h: Tensor) -> Tensor:
         """The cells' output [B, M] in a state [B, S]."""
         raise NotImplementedError

@@ -20,6 +20,19 @@ class Packing(nn.Module):
 
     _packed: LaidOut | None = None
 
+    @classmethod
+    def _adopt(cls, module: Any) -> None:
+        """Make an object of ncps one of this class, which adds no state to it."""
+        module.__class__ = cls
+
+    def _release(self) -> None:
+        """Undo what `_adopt` and use did to the object, but for its class."""
+        self.__dict__.pop("_packed", None)
+
+    def _why_not_ncps(self) -> str | None:
+        """What keeps ncps' class from computing the same; None if nothing."""
+        return None
+
     def _lay_out(self) -> LaidOut:
         """The module's weights, laid out for inference."""
         raise NotImplementedError

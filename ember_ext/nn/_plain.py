@@ -23,6 +23,9 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 }
 """The layers of a backbone's activations, and their names."""
 
+OURS: dict[type[nn.Module], type[nn.Module]] = {}
+"""The cells of this package that compute what a cell of ncps does."""
+
 _HEADS = ("ff1", "ff2", "time_a", "time_b")
 
 
@@ -64,11 +67,11 @@ def why_lstm_differs(lstm: Any) -> str | None:
 
 def why_differs(part: nn.Module | None, kind: type[nn.Module]) -> str | None:
     """What keeps `part` from computing what a plain `kind` does; None if nothing."""
-    if type(part) is not kind:
+    if type(part) is not kind and type(part) is not OURS.get(kind):
         if not isinstance(part, kind):
             # With its module: a quantised Linear is a Linear by name.
             return f" is a {type(part).__module__}.{type(part).__name__} and no {kind.__name__}"
-        if type(part).forward is not kind.forward:
+        if type(part).forward not in (kind.forward, OURS.get(kind, kind).forward):
             return f" is a {type(part).__name__} with a forward of its own"
     if "forward" in part.__dict__:
         return f" is a {type(part).__name__} with a forward of its own"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import ncps.torch
 from torch import nn
 
+from ember_ext.nn._cell import LiquidCell
 from ember_ext.nn._liquid import LiquidLayer
+from ember_ext.nn._packing import Packing
 from ember_ext.nn._plain import why_lstm_differs
+from ember_ext.nn.cells import CfCCell, LTCCell, WiredCfCCell
 from ember_ext.nn.cfc import CfC
 from ember_ext.nn.ltc import LTC
 
@@ -17,10 +21,19 @@ ACCELERATED: dict[type[nn.Module], type[LiquidLayer]] = {
     ncps.torch.CfC: CfC,
     ncps.torch.LTC: LTC,
 }
-"""The classes of ncps that `accelerate` knows, and what takes their place.
+"""The layers of ncps that `accelerate` knows, and what takes their place.
 
 A `LiquidLayer` adds no state to the class that it derives from, so an object can change class.
 """
+
+ACCELERATED_CELLS: dict[type[nn.Module], type[LiquidCell]] = {
+    ncps.torch.CfCCell: CfCCell,
+    ncps.torch.LTCCell: LTCCell,
+    ncps.torch.WiredCfCCell: WiredCfCCell,
+}
+"""The same of cells that stand alone; those of a layer or of a wired cell go with it."""
+
+_EVERY_KIND: dict[type[nn.Module], Any] = {**ACCELERATED, **ACCELERATED_CELLS}
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class Deceleration(_Exchange):
 def accelerate(model: nn.Module) -> Acceleration:
     """Turn every `ncps.torch.CfC` and `LTC` in `model` into that of `ember_ext.nn`, in place.
 
+    Cells that stand alone are turned, too: `CfCCell`, `WiredCfCCell` and `LTCCell`.
     The modules stay the same objects, with their parameters, hooks, mode and state-dict keys, so
     optimisers and checkpoints that refer to them go on working. Calling it again changes nothing,
     and `decelerate` undoes it.
@@ -97,15 +111,14 @@ def accelerate(model: nn.Module) -> Acceleration:
     replaced: list[str] = []
     left: dict[str, str] = {}
     kinds: dict[str, str] = {}
-    for name, module in model.named_modules():
-        kind = next((kind for kind in ACCELERATED if isinstance(module, kind)), None)
-        if kind is None or isinstance(module, LiquidLayer):
+    for name, module in _named_modules(model):
+        kind = next((kind for kind in _EVERY_KIND if isinstance(module, kind)), None)
+        if kind is None or isinstance(module, Packing):
             continue
         kinds[name] = kind.__name__
         reason = _reason_to_leave(module, kind)
         if reason is None:
-            module.__class__ = ACCELERATED[kind]
-            module._adopt_cells()
+            _EVERY_KIND[kind]._adopt(module)
             replaced.append(name)
         else:
             left[name] = reason
@@ -113,7 +126,7 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 
 def decelerate(model: nn.Module) -> Deceleration:
-    """Turn every `ember_ext.nn.CfC` and `LTC` in `model` into that of ncps, in place.
+    """Turn every `ember_ext.nn.CfC`, `LTC` and cell in `model` into that of ncps, in place.
 
     That undoes `accelerate`, and works as well for layers that were built as ours.
     The modules stay the same objects, with their parameters, hooks and state-dict keys; the model
@@ -124,26 +137,25 @@ def decelerate(model: nn.Module) -> Deceleration:
         model: any module; it may itself be one of them.
 
     Returns:
-        Which modules were replaced, and which were left and why: subclasses, and an LTC whose cell
-        has parametrised or pruned weights, which ncps' would not follow.
+        Which modules were replaced, and which were left and why: subclasses, and LTCs and LTC
+        cells with parametrised or pruned weights, which ncps' would not follow.
     """
     replaced: list[str] = []
     left: dict[str, str] = {}
     kinds: dict[str, str] = {}
-    originals = {ours: kind for kind, ours in ACCELERATED.items()}
-    for name, module in model.named_modules():
-        if not isinstance(module, LiquidLayer):
+    originals = {ours: kind for kind, ours in _EVERY_KIND.items()}
+    for name, module in _named_modules(model):
+        if not isinstance(module, Packing):
             continue
-        kinds[name] = type(module).layer_name
+        kinds[name] = next(kind.__name__ for kind in _EVERY_KIND if isinstance(module, kind))
         original = originals.get(type(module))
         if original is None:
             left[name] = f"{type(module).__name__} is a subclass that may compute something else"
             continue
-        if reason := module._why_cells_stay():
+        if reason := module._why_not_ncps():
             left[name] = reason
             continue
-        module._release_cells()
-        vars(module).pop("_packed", None)  # a copy of the weights
+        module._release()
         module.__class__ = original  # type: ignore[assignment]
         replaced.append(name)
     return Deceleration(tuple(replaced), left, kinds)
@@ -154,8 +166,20 @@ def _reason_to_leave(module: Any, kind: type[nn.Module]) -> str | None:
         return f"{type(module).__name__} is a subclass that may compute something else"
     if "forward" in vars(module):
         return "its forward was replaced"
-    why_cells_differ: Any = ACCELERATED[kind]._why_cells_differ
-    reason: str | None = why_cells_differ(module)
-    if reason is None and module.use_mixed:
+    reason: str | None = _EVERY_KIND[kind]._why_cells_differ(module)
+    if reason is None and kind in ACCELERATED and module.use_mixed:
         reason = why_lstm_differs(module.lstm)
     return reason
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, without the cells that lie within a layer or cell of ncps'."""
+    within: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in within:
+            continue
+        kinds: Any = tuple(_EVERY_KIND)
+        if isinstance(module, kinds):
+            cell = module._modules.get("rnn_cell", module)
+            within.update(() if cell is None else map(id, cell.modules()))
+        yield name, module

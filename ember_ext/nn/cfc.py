@@ -147,8 +147,7 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
 
     @property
     def _cells(self) -> Sequence[Any]:
-        cell = self.rnn_cell
-        return [cell] if isinstance(cell, ncps.torch.CfCCell) else list(cell._layers)
+        return cells_of(self.rnn_cell)
 
     @property
     def _features(self) -> int:
@@ -184,7 +183,7 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
         return x, finals[0] if len(finals) == 1 else torch.cat(finals, 1)
 
     def _lay_out(self) -> LaidOut:
-        return _LaidOutCells(self)
+        return LaidOutCells(self.rnn_cell, self)
 
     def _why_cells_differ(self) -> str | None:
         return why_cells_differ(self.rnn_cell)
@@ -217,11 +216,21 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
         return advance
 
 
-class _LaidOutCells(LaidOut):
-    """The cells of a `CfC`, laid out."""
+def cells_of(cell: Any) -> list[Any]:
+    """The cells that lie behind each other in a `CfC.rnn_cell`."""
+    return [cell] if isinstance(cell, ncps.torch.CfCCell) else list(cell._layers)
 
-    def __init__(self, network: CfC) -> None:
-        self._cells = list(network._cells)
+
+class LaidOutCells(LaidOut):
+    """The cells of a `CfC`, laid out.
+
+    Args:
+        network: a cell, or a stack of such.
+        owner: the layer whose `rnn_cell` that is; None for one of its own.
+    """
+
+    def __init__(self, network: Any, owner: CfC | None = None) -> None:
+        self._cells = cells_of(network)
         tensors = []
         for cell in self._cells:
             weights, _ = _weights(cell)
@@ -229,12 +238,12 @@ class _LaidOutCells(LaidOut):
                 weights = weights._replace(w_tau=cell.w_tau, amplitude=cell.A)
             tensors += tensors_of(weights)
         super().__init__(
-            network,
+            owner,
             "rnn_cell",
-            [network.rnn_cell, *self._cells],
+            [network, *self._cells],
             tensors,
-            inputs=network._features,
-            state=int(network.state_size),
+            inputs=int(self._cells[0].input_size),
+            state=sum(int(cell.hidden_size) for cell in self._cells),
             dtype=self._cells[0].ff1.weight.dtype,
         )
         # What of a cell counts, and is neither a tensor nor a module.
@@ -242,7 +251,7 @@ class _LaidOutCells(LaidOut):
             (cell.__dict__, cell.mode, cell.backbone_layers, cell.__dict__.get("sparsity_mask"))
             for cell in self._cells
         ]
-        self._layers = network.rnn_cell.__dict__.get("_layers", self._cells)
+        self._layers = network.__dict__.get("_layers", self._cells)
 
     def is_current(self) -> bool:
         """As `LaidOut.is_current`."""

@@ -12,6 +12,7 @@ import torch
 from ncps.wirings import Wiring
 from torch import Tensor
 
+from ember_ext.nn import cells as _cells  # noqa: F401  (ours take the place of ncps')
 from ember_ext.nn import ltc_cell
 from ember_ext.nn._arguments import count, fail
 from ember_ext.nn._laid_out import LaidOut
@@ -109,7 +110,7 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
             epsilon,
             implicit_param_constraints,
         )
-        self._adopt_cells()
+        ltc_cell.adopt(self.rnn_cell)
         self.chunk_size = chunk_size
 
     @property
@@ -150,13 +151,16 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         reason = ltc_cell.why_ltc_cell_differs(self.rnn_cell)
         return reason and f"rnn_cell{reason}"
 
-    def _adopt_cells(self) -> None:
-        ltc_cell.adopt(self.rnn_cell)
+    @classmethod
+    def _adopt(cls, module: Any) -> None:
+        super()._adopt(module)
+        ltc_cell.adopt(module.rnn_cell)
 
-    def _release_cells(self) -> None:
+    def _release(self) -> None:
+        super()._release()
         ltc_cell.release(self.rnn_cell)
 
-    def _why_cells_stay(self) -> str | None:
+    def _why_not_ncps(self) -> str | None:
         reason = ltc_cell.why_not_ncps(self.rnn_cell)
         return reason and f"rnn_cell{reason}"
 

@@ -1,4 +1,4 @@
-"""`LTCCell`: the cell of `LTC`, and its parameters as the operator takes them."""
+"""An LTC cell's parameters as the operator takes them, and whether they say what it computes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import ncps.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ember_ext import _native
 from ember_ext.nn._arguments import fail
-from ember_ext.nn._plain import why_differs, why_part_differs
+from ember_ext.nn._cell import LiquidCell
+from ember_ext.nn._plain import OURS, why_differs, why_part_differs
 from ember_ext.ops import _checks
 from ember_ext.ops.ltc_scan import ltc_scan, ltc_synapses
 from ember_ext.reference.ltc_scan import LTCSynapses, LTCWeights
@@ -24,57 +25,8 @@ _METHODS = {
 }
 """What ncps' cell computes with, as imported: someone may put another function there."""
 
-_POSITIVE = ("w", "sensory_w", "cm", "gleak")
-_VECTORS_AND_SYNAPSES = (
-    *LTCWeights._fields,
-    "sparsity_mask",
-    "sensory_sparsity_mask",
-)
-
-
-class LTCCell(ncps.torch.LTCCell):  # type: ignore[misc]
-    """One time step of a liquid time-constant network: `ncps.torch.LTCCell` 1.0.1.
-
-    ncps keeps its parameters twice: as the module's, and in a dict that its `forward` reads. What
-    replaces a parameter of the module is lost on that dict: `torch.func.functional_call`,
-    parametrisations, pruning, `load_state_dict(assign=True)`, a move to the meta device. This cell
-    computes with the parameters that the module has.
-    """
-
-    @property
-    def _params(self) -> dict[str, Tensor]:
-        names = [*_VECTORS_AND_SYNAPSES, *_mapping_names("input", self._input_mapping)]
-        names += _mapping_names("output", self._output_mapping)
-        return {name: getattr(self, name) for name in names}
-
-    @_params.setter
-    def _params(self, _: dict[str, Tensor]) -> None:
-        """The constructor of ncps' cell sets this to a dict of its own, which is not needed."""
-
-    def apply_weight_constraints(self) -> None:
-        """Set negative entries of `w`, `sensory_w`, `cm` and `gleak` to zero, in place.
-
-        Call it after each step of an optimiser. It does nothing to a cell with
-        `implicit_param_constraints`, whose `forward` makes them positive.
-
-        Raises:
-            RuntimeError: one of them is computed by hooks, such as by weight_norm's.
-        """
-        if self._implicit_param_constraints:
-            return
-        for name in _POSITIVE:
-            if parametrize.is_parametrized(self, name):
-                setattr(self, name, self._clip(getattr(self, name)).detach())
-                continue
-            own = name if name in self._parameters else f"{name}_orig"
-            parameter = self._parameters.get(own)
-            if parameter is None:
-                expected = "a parameter, pruned or parametrised or neither"
-                fail("LTCCell", name, expected, "no parameter", RuntimeError)
-            parameter.data = self._clip(parameter.data)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_listed"}
+POSITIVE = ("w", "sensory_w", "cm", "gleak")
+"""The weights that an LTC cell keeps positive."""
 
 
 class _Listed(NamedTuple):
@@ -85,18 +37,19 @@ class _Listed(NamedTuple):
     binary: bool
 
 
-def _mapping_names(side: str, mapping: Any) -> list[str]:
+def mapping_names(side: str, mapping: Any) -> list[str]:
+    """The parameters of an "input" or "output" mapping, which is "affine", "linear" or none."""
     weight, bias = f"{side}_w", f"{side}_b"
     return [weight, bias] if mapping == "affine" else [weight] if mapping == "linear" else []
 
 
 def why_ltc_cell_differs(cell: Any) -> str | None:
     """What in an LTC cell keeps its weights from saying what it computes; None if nothing."""
-    kind = LTCCell if isinstance(cell, LTCCell) else ncps.torch.LTCCell
-    if reason := why_differs(cell, kind):
+    if reason := why_differs(cell, ncps.torch.LTCCell):
         return reason
-    if not isinstance(cell, LTCCell):
-        for name, value in cell._params.items():
+    if not isinstance(cell, LiquidCell):
+        stale: Any = cell._params
+        for name, value in stale.items():
             if cell._parameters.get(name) is not value:
                 return f".{name} is another one than its forward computes with"
     if name := has_own_methods(cell):
@@ -108,26 +61,28 @@ def why_ltc_cell_differs(cell: Any) -> str | None:
 def adopt(cell: Any) -> None:
     """Make an ncps cell one of ours; a subclass stays as it is."""
     if type(cell) is ncps.torch.LTCCell:
-        cell.__class__ = LTCCell
+        cell.__class__ = OURS[ncps.torch.LTCCell]
         cell.__dict__.pop("_params", None)
 
 
 def release(cell: Any) -> None:
     """Make one of our cells an ncps cell again; a subclass stays as it is."""
-    if type(cell) is LTCCell:
+    if type(cell) is OURS[ncps.torch.LTCCell]:
         parameters = cell._params
-        cell.__dict__.pop("_listed", None)
+        for name in ("_listed", "_packed"):
+            cell.__dict__.pop(name, None)
         cell.__class__ = ncps.torch.LTCCell
         cell._params = parameters
 
 
 def why_not_ncps(cell: Any) -> str | None:
     """What keeps ncps' cell from computing what one of ours does; None if nothing."""
-    if not isinstance(cell, LTCCell):
+    if not isinstance(cell, LiquidCell):
         return None
-    if type(cell) is not LTCCell:
+    if type(cell) is not OURS[ncps.torch.LTCCell]:
         return f" is a {type(cell).__name__}, which follows its parameters"
-    for name in cell._params:
+    parameters: Any = cell._params
+    for name in parameters:
         if name not in cell._parameters:
             return f".{name} is computed, which ncps would not follow"
     return None
@@ -171,7 +126,7 @@ class Ready(NamedTuple):
             value = getattr(cell, name)
             # Rounding what is derived from a weight would add to the error of half dtypes.
             value = value.to(_checks.compute_dtype(value.dtype))
-            values[name] = cell.make_positive_fn(value) if name in _POSITIVE else value
+            values[name] = cell.make_positive_fn(value) if name in POSITIVE else value
         if listed is None or not listed.binary:
             values["w"] = values["w"] * masks[0]
             values["sensory_w"] = values["sensory_w"] * masks[1]
@@ -219,7 +174,7 @@ def _list(cell: Any, masks: tuple[Tensor, Tensor]) -> _Listed | None:
         binary = all(bool((mask == e).all()) for mask, e in zip(masks, exist, strict=True))
         copies = masks[0].detach().clone(), masks[1].detach().clone()
         listed = _Listed(copies, ltc_synapses(*exist), binary)
-    if isinstance(cell, LTCCell):
+    if isinstance(cell, LiquidCell):
         cell.__dict__["_listed"] = listed
     return listed
 
@@ -241,7 +196,7 @@ def mapping(cell: Any, side: str) -> list[Tensor]:
         cell: an LTC cell.
         side: "input" or "output".
     """
-    names = _mapping_names(side, getattr(cell, f"_{side}_mapping"))
+    names = mapping_names(side, getattr(cell, f"_{side}_mapping"))
     return [getattr(cell, name) for name in names]
 
 

@@ -1,0 +1,188 @@
+"""`CfCCell`, `WiredCfCCell` and `LTCCell`: ncps' cells, for loops over time that are not ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ncps.torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from ember_ext.nn import ltc_cell
+from ember_ext.nn._arguments import fail
+from ember_ext.nn._cell import LiquidCell, row_timespan
+from ember_ext.nn._laid_out import LaidOut
+from ember_ext.nn._laid_out_ltc import LaidOutLTC
+from ember_ext.nn._plain import OURS, why_cells_differ
+from ember_ext.nn.cfc import LaidOutCells
+from ember_ext.reference.ltc_scan import LTCWeights
+
+
+class _CfCSteps(LiquidCell):
+    """What both cells share."""
+
+    def _why_cells_differ(self) -> str | None:
+        reason = why_cells_differ(self)
+        return reason and reason.replace("rnn_cell", "cell", 1)
+
+    def _lay_out(self) -> LaidOut:
+        return LaidOutCells(self)
+
+
+class CfCCell(_CfCSteps, ncps.torch.CfCCell):  # type: ignore[misc]
+    """One time step of a closed-form continuous-time cell: `ncps.torch.CfCCell` 1.0.1.
+
+    Constructor, initial values, state-dict keys and results are those of ncps. Without gradients a
+    step on a CPU is one call of an operator, from weights that are laid out once and compared by
+    their content at each step. With gradients, on other devices, and where the cell was changed
+    (hooks, adapters, pruned or quantised layers) it runs the code of ncps: a single step with
+    gradients takes an operator longer. `CfC` runs a sequence at once, with gradients, too.
+    """
+
+    def forward(self, input: Tensor, hx: Tensor, ts: Tensor | float) -> tuple[Tensor, Tensor]:
+        """One time step.
+
+        Args:
+            input: [B, C].
+            hx: the state, [B, S].
+            ts: time since the previous step, ≥ 0: a number, or a tensor of no dimension, [B] or
+                [B, 1]. ncps multiplies [B] along the units.
+
+        Returns:
+            The new state, twice.
+        """
+        ts = row_timespan(ts, input)
+        return self._advance(input, hx, ts) or super().forward(input, hx, ts)
+
+
+class WiredCfCCell(_CfCSteps, ncps.torch.WiredCfCCell):  # type: ignore[misc]
+    """One time step of a wired stack of CfC cells: `ncps.torch.WiredCfCCell` 1.0.1.
+
+    As `CfCCell`, for all cells of the stack at once.
+    """
+
+    def forward(
+        self, input: Tensor, hx: Tensor, timespans: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """One time step.
+
+        Args:
+            input: [B, C].
+            hx: the state of all neurons, [B, S].
+            timespans: as for `CfCCell`.
+
+        Returns:
+            The motor neurons' state [B, M], and the new state of all.
+        """
+        timespans = row_timespan(timespans, input)
+        return self._advance(input, hx, timespans) or super().forward(input, hx, timespans)
+
+
+class LTCCell(LiquidCell, ncps.torch.LTCCell):  # type: ignore[misc]
+    """One time step of a liquid time-constant network: `ncps.torch.LTCCell` 1.0.1.
+
+    Constructor, initial values, state-dict keys and results are those of ncps. A step is one call
+    of an operator; without gradients on a CPU, from weights that are laid out once and compared by
+    their content at each step. A cell one of whose functions was replaced runs the code of ncps.
+    `LTC` runs a sequence at once.
+
+    ncps keeps its parameters twice: as the module's, and in a dict that its `forward` reads. What
+    replaces a parameter of the module is lost on that dict: `torch.func.functional_call`,
+    parametrisations, pruning, `load_state_dict(assign=True)`, a move to the meta device. This cell
+    computes with the parameters that the module has.
+    """
+
+    @property
+    def _params(self) -> dict[str, Tensor]:
+        names = [
+            *LTCWeights._fields,
+            "sparsity_mask",
+            "sensory_sparsity_mask",
+            *ltc_cell.mapping_names("input", self._input_mapping),
+        ]
+        names += ltc_cell.mapping_names("output", self._output_mapping)
+        # The constructor asks before there are any.
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    @_params.setter
+    def _params(self, _: dict[str, Tensor]) -> None:
+        """The constructor of ncps' cell sets this to a dict of its own, which is not needed."""
+
+    def forward(
+        self, inputs: Tensor, states: Tensor, elapsed_time: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """One time step.
+
+        Args:
+            inputs: [B, C].
+            states: the state of all neurons, [B, S].
+            elapsed_time: time since the previous step, > 0: a number, or a tensor of no dimension,
+                [B] or [B, 1]. ncps divides the units by [B]. Default: 1.
+
+        Returns:
+            The motor neurons' output [B, M], and the new state of all.
+        """
+        span = row_timespan(elapsed_time, inputs)
+        return self._advance(inputs, states, span) or super().forward(inputs, states, span)
+
+    def _why_cells_differ(self) -> str | None:
+        reason = ltc_cell.why_ltc_cell_differs(self)
+        return reason and f"cell{reason}"
+
+    def _lay_out(self) -> LaidOut:
+        return LaidOutLTC(self)
+
+    @classmethod
+    def _adopt(cls, module: Any) -> None:
+        ltc_cell.adopt(module)
+
+    def _release(self) -> None:
+        ltc_cell.release(self)
+
+    def _why_not_ncps(self) -> str | None:
+        reason = ltc_cell.why_not_ncps(self)
+        return reason and f"cell{reason}"
+
+    def _takes(self, x: Tensor, h: Tensor) -> bool:
+        cell: Any = self
+        sizes = (int(cell.sensory_size), int(cell.state_size))
+        return (x.shape[1], h.shape[1]) == sizes and x.dtype == h.dtype == cell.gleak.dtype
+
+    def _scan(self, x: Tensor, h: Tensor, timespan: Tensor | float) -> tuple[Tensor, Tensor]:
+        y, h = ltc_cell.scan(
+            self, ltc_cell.Ready.of(self), ltc_cell.map_inputs(self, x), h, timespan
+        )
+        return ltc_cell.map_outputs(self, y), h
+
+    def apply_weight_constraints(self) -> None:
+        """Set negative entries of `w`, `sensory_w`, `cm` and `gleak` to zero, in place.
+
+        Call it after each step of an optimiser. It does nothing to a cell with
+        `implicit_param_constraints`, whose `forward` makes them positive.
+
+        Raises:
+            RuntimeError: one of them is computed by hooks, such as by weight_norm's.
+        """
+        if self._implicit_param_constraints:
+            return
+        clip: Any = self._clip
+        for name in ltc_cell.POSITIVE:
+            if parametrize.is_parametrized(self, name):
+                setattr(self, name, clip(getattr(self, name)).detach())
+                continue
+            own = name if name in self._parameters else f"{name}_orig"
+            parameter = self._parameters.get(own)
+            if parameter is None:
+                expected = "a parameter, pruned or parametrised or neither"
+                fail("LTCCell", name, expected, "no parameter", RuntimeError)
+            parameter.data = clip(parameter.data)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_listed", None)
+        return state
+
+
+OURS[ncps.torch.CfCCell] = CfCCell
+OURS[ncps.torch.LTCCell] = LTCCell
+OURS[ncps.torch.WiredCfCCell] = WiredCfCCell
