@@ -58,7 +58,29 @@ def assert_repeats() -> Callable[[Callable[[], Sequence[Tensor]]], None]:
 
 
 @pytest.fixture
-def assert_matches_with() -> Callable[[str, str], None]:
+def run_with_isa() -> Callable[[str, str], None]:
+    """Run code in a process whose kernels use an instruction set; skip where there is none such."""
+
+    def run(isa: str, code: str) -> None:
+        result = subprocess.run(
+            [sys.executable, "-c", f"{code}\nfrom ember_ext import _native\nprint(_native.isa)"],
+            env=os.environ | {"EMBER_EXT_ISA": isa},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "cannot run EMBER_EXT_ISA" in result.stderr:
+            pytest.skip(f"this machine has no {isa}")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip() == isa
+
+    return run
+
+
+@pytest.fixture
+def assert_matches_with(
+    run_with_isa: Callable[[str, str], None],
+) -> Callable[[str, str], None]:
     """Hold an operator of `testing.OPERATORS` to its reference with an instruction set, in fp32."""
 
     def check(isa: str, name: str) -> None:
@@ -66,23 +88,14 @@ def assert_matches_with() -> Callable[[str, str], None]:
             pytest.skip("the other tests run it")
         code = f"""
 import torch
-from ember_ext import _native, testing
+from ember_ext import testing
 for entry in testing.OPERATORS:
     for sample in entry.samples(torch.float32) if entry.name == "{name}" else ():
         testing.check_sample(entry.operator, entry.reference, sample)
         matched = True
 assert matched
-print(_native.isa)
 """
-        environment = os.environ | {"EMBER_EXT_ISA": isa}
-        command = [sys.executable, "-c", code]
-        result = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False
-        )
-        if "cannot run EMBER_EXT_ISA" in result.stderr:
-            pytest.skip(f"this machine has no {isa}")
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.strip() == isa
+        run_with_isa(isa, code)
 
     return check
 

@@ -320,6 +320,54 @@ def test_hidden_keys_never_fire(dtype: torch.dtype) -> None:
         assert summary.fire_rate.item() == 1
 
 
+LONG_SUMS = """
+import math
+import torch
+from ember_ext import ops
+from ember_ext.testing.tolerance import assert_close
+
+def check(name, value, exact):
+    exact = torch.as_tensor(exact, dtype=torch.float64).expand(value.shape)
+    assert_close(name, value, exact.to(value.dtype), exact)
+
+for dtype in (torch.float64, torch.float32):
+    for queries, keys in ((8, 6000), (5000, 24)):
+        query = torch.zeros(1, 2, queries, 8, dtype=dtype)
+        key = torch.ones(1, 2, keys, 8, dtype=dtype)
+        value = torch.linspace(1, 2, keys, dtype=dtype).view(1, 1, keys, 1).expand_as(key)
+        gates = [torch.tensor(v, dtype=dtype) for v in ((0.1, 0.23), (0.3, 0.37), (3.0, 4.0))]
+        leaves = [t.requires_grad_() for t in (query, key, value)]
+        out, summary = ops.lif_attention(
+            *leaves, *gates, is_causal=False, eps=0.0, return_summary=True)
+        exact = value.detach().double().mean(2, keepdim=True)
+        check("out", out, exact)
+        check("entropy", summary.entropy, math.log(keys))
+        check("support", summary.support, keys * float(1 / keys > 0.01))
+        check("first token", summary.first_token, 1 / keys)
+        check("load", summary.load, 1 / keys)
+        ones = torch.ones_like(out)
+        grad_query, _, grad_value = torch.autograd.grad(out, leaves, ones)
+        check("grad_value", grad_value, queries / keys)
+        if queries == keys:
+            continue
+        # The same through refractory attention, whose only query that sees every key is the last.
+        sums = ops.RefractoryState(torch.zeros(1, 2, keys - 1, dtype=dtype),
+                                   torch.zeros(1, keys - 1, dtype=dtype))
+        out, load, state = ops.refractory_lif_attention(
+            query[:, :, :1], key, value, *gates, torch.zeros(2, dtype=dtype),
+            torch.zeros(2, dtype=dtype), past=sums, eps=0.0)
+        check("refractory out", out, exact)
+        check("refractory weights", state.weights, 1 / keys)
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_long_sums_of_equal_terms(isa: str, run_with_isa: Callable[[str, str], None]) -> None:
+    """Roundings of equal terms do not cancel: uniform attention over many keys, or queries."""
+    run_with_isa(isa, LONG_SUMS)
+
+
 def test_summary_of_uniform_attention() -> None:
     """A causal softmax of equal scores over 256 keys: the figures that the paper reports."""
     zeros, one = torch.zeros(1, 1, 256, 4), torch.ones(1)

@@ -67,6 +67,90 @@ print(_native.isa)
     assert result.stdout.strip() == isa
 
 
+EDGES = """
+import torch
+from ember_ext import lif_gate, reference
+from ember_ext.testing.tolerance import assert_close
+
+def gradients(function, tensors, **options):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    y = function(*leaves, **options)
+    # Of three bits, so that every dtype has the same.
+    grad_y = (1 + torch.arange(y.numel()) % 4).view(y.shape).to(y.dtype) / 4
+    return (y.detach(), *torch.autograd.grad(y, leaves, grad_y))
+
+# Gates that are all shut and leak nothing: what is left is the direction of what passes.
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for norm in ("l1", "l2"):
+        for eps in (0.0, 1e-8):
+            for lengths in ((101.0, 201.0), (101.0, 101.5), (300.0, 301.0), (2.0, 401.0)):
+                for columns in (2, 37):
+                    x = torch.linspace(-1, 1, 3 * columns).view(3, columns).to(dtype)
+                    compute = torch.promote_types(dtype, torch.float32)
+                    theta = torch.linspace(*lengths, columns, dtype=compute)
+                    gates = (theta, torch.zeros(columns, dtype=compute),
+                             torch.ones(columns, dtype=compute))
+                    options = {"norm": norm, "eps": eps}
+                    ours = gradients(lif_gate, (x, *gates), **options)
+                    exact = gradients(reference.lif_gate, [t.double() for t in (x, *gates)],
+                                      **options)
+                    # All but what reaches the leak, which is as large as e^301. What no number of
+                    # the dtype can say is rounded as torch rounds it.
+                    for i in (0, 1, 2, 4):
+                        # The terms of gradients cancel: each is about y, or times theta.
+                        scale = 3 * float(exact[0].abs().max())
+                        scale *= lengths[1] if i == 4 else float(i > 0)
+                        assert_close(f"{i} {dtype} {options} {lengths}", ours[i],
+                                     exact[i].to(ours[i].dtype), exact[i], scale=scale)
+
+# Also where single gates are shut in every unit of a row.
+x = torch.tensor([[1.0, -1.0], [1e20, -1e20]])
+rows = (torch.tensor([120.0, 2e20]), torch.zeros(2), torch.tensor([1.0, 5e-19]))
+for norm in ("l1", "l2"):
+    ours = gradients(lif_gate, (x, *rows), norm=norm, unit_dim=0, eps=0.0)
+    exact = gradients(reference.lif_gate, [t.double() for t in (x, *rows)], norm=norm, unit_dim=0,
+                      eps=0.0)
+    assert torch.allclose(ours[0].double(), exact[0], rtol=1e-5)
+    assert torch.allclose(ours[1].double(), exact[1], rtol=1e-5, atol=1e-6)
+
+# Equal terms, whose roundings do not cancel.
+for columns in (512, 5000):
+    for value in (0.1, 0.27, 0.61, 0.78):
+        x = torch.full((40, columns), value)
+        gates = [torch.full((columns,), v) for v in (0.3, 0.4, 2.0)]
+        for norm in ("l1", "l2", None):
+            ours = gradients(lif_gate, (x, *gates), norm=norm)
+            exact = gradients(reference.lif_gate, [t.double() for t in (x, *gates)], norm=norm)
+            assert_close("y", ours[0], exact[0].float(), exact[0])
+            for i in (2, 3, 4) if norm is None else ():
+                assert_close(f"gradient {i}", ours[i], exact[i].float(), exact[i])
+
+# Where subnormal numbers count as 0, those of fp16 do not, for they are none of fp32.
+if torch.set_flush_denormal(True):
+    halves = torch.arange(2**16).to(torch.int16).view(torch.float16)
+    numbers = ~halves.isnan()
+    units = torch.ones(2**16)
+    for leak in (0.0, 1.0):
+        y = lif_gate(halves, -100 * units, leak * units, units)
+        assert torch.equal(y[numbers].view(torch.int16), halves[numbers].view(torch.int16))
+        assert bool(y[~numbers].isnan().all())
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        shut = torch.full((7,), 1e4, dtype=torch.promote_types(dtype, torch.float32))
+        y = lif_gate(torch.ones(2, 7, dtype=dtype), shut, torch.full_like(shut, 0.75),
+                     torch.ones_like(shut))
+        assert torch.equal(y, torch.full_like(y, 0.75))
+    torch.set_flush_denormal(False)
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_edges_of_the_number_range_with_every_instruction_set(
+    isa: str, run_with_isa: Callable[[str, str], None]
+) -> None:
+    run_with_isa(isa, EDGES)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("unit_dim", [-1, 1])
 def test_gradcheck(norm: nn.lif_gate.Norm | None, unit_dim: int) -> None:

@@ -342,6 +342,25 @@ def test_any_split_gives_the_whole_and_its_gradients() -> None:
 
 
 @both_modes
+def test_without_heads_the_past_is_kept(mode: Any) -> None:
+    query, key = torch.ones(2, 0, 3, 5), torch.ones(2, 0, 3 if mode == "paper" else 7, 5)
+    gates = [torch.ones(0)] * 5
+    past = None
+    if mode == "causal":
+        past = RefractoryState(torch.ones(2, 0, 4), torch.rand(2, 4).requires_grad_())
+    out, load, state = refractory_lif_attention(query, key, key, *gates, mode=mode, past=past)
+    expected = reference.refractory_lif_attention(query, key, key, *gates, mode=mode, past=past)
+    for value, exact in zip(
+        (out, load, *state), (expected[0], expected[1], *expected[2]), strict=True
+    ):
+        assert torch.equal(value, exact)
+    if past is not None:
+        assert torch.equal(state.weights[:, :4], past.weights)
+        (grad,) = torch.autograd.grad(state.weights.sum(), past.weights)
+        assert torch.equal(grad, torch.ones(2, 4))
+
+
+@both_modes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 30.0, 1e4])
 def test_large_scores(mode: str, dtype: torch.dtype, scale: float) -> None:

@@ -2,7 +2,8 @@
 //
 // Plain loops over these functions become SIMD code under -O3 -fno-math-errno -fno-trapping-math;
 // libm's would stay scalar calls. NaN goes through; exp is 0 below 2^-126.5 and at
-// most 2^127. On a GPU the toolkit's own functions are used, and exp of fp32 is at most 2^126.
+// most 2^126 (fp64: 2^1022), so that its reciprocal is no subnormal number, which a thread may take
+// for 0. On a GPU the toolkit's own functions are used.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +54,7 @@ EMBER_HD float exponential(float x) {
   return expf(x > 87.33654f ? 87.33654f : x);
 }
 EMBER_HD double exponential(double x) {
-  return exp(x > 709.43 ? 709.43 : x);
+  return exp(x > 708.39 ? 708.39 : x);
 }
 
 // a / b for |b| up to 2^126, within two units in the last place. A correctly rounded quotient takes
@@ -133,10 +134,10 @@ EMBER_HD V exponential_of_doubles(V x, double most) {
 }
 
 EMBER_HD float exponential(float x) {
-  return exponential_of_floats<uint32_t>(x, 88.02969f);
+  return exponential_of_floats<uint32_t>(x, 87.33654f);
 }
 EMBER_HD double exponential(double x) {
-  return exponential_of_doubles<uint64_t>(x, 709.43);
+  return exponential_of_doubles<uint64_t>(x, 708.39);
 }
 
 // x P(x^2) / Q(x^2), fitted to a relative error of 2.1e-8 on [-9.02, 9.02], beyond which tanh

@@ -60,7 +60,7 @@ inline int64_t lif_gate_tile_cols(const LifGateParams& p) {
 }
 
 inline int64_t lif_gate_scratch_bytes(const LifGateParams& p) {
-  const int64_t row_buffers = 5, sums = 6;  // see Scratch in csrc/cpu/lif_gate.cpp
+  const int64_t row_buffers = 5, sums = 9;  // see Scratch in csrc/cpu/lif_gate.cpp
   const int64_t columns = lif_gate_tile_cols(p);
   const int64_t units = p.unit_rows ? p.units : columns;
   return (row_buffers * columns + sums * units) * int64_t(sizeof(double));

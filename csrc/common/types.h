@@ -52,13 +52,17 @@ EMBER_HD void narrow(float x, bfloat16& to) {
   to.bits = uint16_t(x != x ? 0x7fc0u : rounded);
 }
 
-// Multiplying by 2^112 moves half's exponent bias to float's and normalises subnormals on the way.
+// A larger exponent moves half's bias to float's. A subnormal gets the smallest exponent and gives
+// back the leading one that it does not have. No float on the way is subnormal, so that the result
+// is the same where the processor takes subnormal numbers for 0 (torch.set_flush_denormal).
 EMBER_HD float widen(float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu);
-  const float finite = bit_cast<float>(magnitude << 13) * 0x1p112f;
-  const float special = bit_cast<float>((magnitude << 13) | 0x7f800000u);
-  return bit_cast<float>(sign | bit_cast<uint32_t>(magnitude >= 0x7c00u ? special : finite));
+  const bool subnormal = magnitude < 0x0400u;
+  const uint32_t bias = subnormal ? 113u : magnitude >= 0x7c00u ? 224u : 112u;
+  const float shifted = bit_cast<float>((magnitude << 13) + (bias << 23));
+  const float finite = shifted - (subnormal ? 0x1p-14f : 0.0f);
+  return bit_cast<float>(sign | bit_cast<uint32_t>(finite));
 }
 
 // Adding a power of two whose last place is half's last place makes the adder do the rounding.

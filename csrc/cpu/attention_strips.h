@@ -10,6 +10,7 @@
 #include "../common/lif_gate_math.h"
 #include "../common/philox.h"
 #include "attention_workspace.h"
+#include "sums.h"
 #include "vector.h"
 
 namespace ember {
@@ -272,14 +273,19 @@ void softmax_row(int64_t n, C* scores, C& largest, C& inverse_sum) {
   C top = -infinity<C>;
 #pragma omp simd reduction(max : top)
   for (int64_t j = 0; j < n; ++j) top = scores[j] > top ? scores[j] : top;
-  C sum = 0;
+  LongSum<C> total;
+  for (int64_t from = 0; from < n; from += sum_segment<C>) {
+    const int64_t end = smaller(n, from + sum_segment<C>);
+    C sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    scores[j] = decay(scores[j] - top);
-    sum += scores[j];
+    for (int64_t j = from; j < end; ++j) {
+      scores[j] = decay(scores[j] - top);
+      sum += scores[j];
+    }
+    total.add(sum);
   }
   largest = top;
-  inverse_sum = C(1) / sum;
+  inverse_sum = C(1) / C(total.value());
 }
 
 template <typename C>

@@ -19,6 +19,7 @@
 
 #include "../common/chunks.h"
 #include "parallel.h"
+#include "sums.h"
 #include "vector.h"
 
 namespace ember {
@@ -877,9 +878,9 @@ class Scan {
     C* dh = carry_ + b * padded;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) dh[j] += widen(grad_y[j]);
-    C grad_dt = 0;
+    LongSum<C> grad_dt;
     if (p_.heads == 1) {
-      grad_dt = pure_head_gradients(timespan(b, t), cell, dh, out, decay_grads_ + b * 2 * padded);
+      pure_head_gradients(timespan(b, t), cell, dh, out, decay_grads_ + b * 2 * padded, grad_dt);
     } else if (p_.heads == 3) {
       if (p_.mode == CfcMode::no_gate) {
         gated_head_gradients<true>(n, padded, cell, cell + 2 * padded, dh, out);
@@ -896,14 +897,20 @@ class Scan {
       const C dt = timespan(b, t);
       const C* time_a = cell + 2 * padded;
       C *grad_a = out + 2 * padded, *grad_b = out + 3 * padded;
-#pragma omp simd reduction(+ : grad_dt)
-      for (int64_t j = 0; j < n; ++j) {
-        grad_b[j] = grad_a[j];
-        grad_dt += grad_a[j] * time_a[j];
-        grad_a[j] *= dt;
+      for (int64_t from = 0; from < n; from += sum_segment<C>) {
+        const int64_t end = n - from < sum_segment<C> ? n : from + sum_segment<C>;
+        C sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = from; j < end; ++j) {
+          grad_b[j] = grad_a[j];
+          sum += grad_a[j] * time_a[j];
+          grad_a[j] *= dt;
+        }
+        grad_dt.add(sum);
       }
     }
-    if (p_.grad_timespans) static_cast<C*>(p_.grad_timespans)[b * p_.steps + t] = grad_dt;
+    if (p_.grad_timespans)
+      static_cast<C*>(p_.grad_timespans)[b * p_.steps + t] = C(grad_dt.value());
   }
 
   template <bool no_gate>
@@ -919,10 +926,10 @@ class Scan {
     }
   }
 
-  C pure_head_gradients(C dt, const C* cell, const C* dh, C* out, C* grad_decay) {
+  void pure_head_gradients(C dt, const C* cell, const C* dh, C* out, C* grad_decay,
+                           LongSum<C>& grad_dt) {
     const int64_t n = p_.hidden, padded = cfc_pad(n);
     const C *w = static_cast<const C*>(p_.decay), *amplitude = w + n;
-    C grad_dt = 0;
     constexpr int64_t block = 64;
     for (int64_t from = 0; from < n; from += block) {
       const int64_t width = n - from < block ? n - from : block;
@@ -936,15 +943,16 @@ class Scan {
         grad_w[i] = g.w;
         grad_amplitude[i] = g.amplitude;
       }
-#pragma omp simd reduction(+ : grad_dt)
-      for (int64_t i = 0; i < width; ++i) grad_dt += terms[i];
+      C sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < width; ++i) sum += terms[i];
+      grad_dt.add(sum);
       if (!p_.grad_decay) continue;
       for (int64_t i = 0; i < width; ++i) {
         grad_decay[from + i] += grad_w[i];
         grad_decay[padded + from + i] += grad_amplitude[i];
       }
     }
-    return grad_dt;
   }
 
   // grad_x of the steps [first, first + steps), whose gradients fill the gradient tape from slot 0.
@@ -1093,11 +1101,11 @@ class Scan {
     C* out = static_cast<C*>(p_.grad_decay);
     for (int64_t i = 0; i < 2; ++i) {
       for (int64_t j = 0; j < p_.hidden; ++j) {
-        double sum = 0;
+        LongSum<C> sum;
         for (int64_t b = 0; b < p_.batch; ++b) {
-          sum += decay_grads_[(b * 2 + i) * cfc_pad(p_.hidden) + j];
+          sum.add(decay_grads_[(b * 2 + i) * cfc_pad(p_.hidden) + j]);
         }
-        out[i * p_.hidden + j] = C(sum);
+        out[i * p_.hidden + j] = C(sum.value());
       }
     }
   }

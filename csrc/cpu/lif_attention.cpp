@@ -80,37 +80,50 @@ int64_t apply_mask(const MaskRow& mask, int64_t n, C* scores) {
 template <typename C>
 C gate_row(int64_t n, C inverse_sum, const Gate<C>& gate, C* row) {
   const C threshold = gate.threshold, leak = gate.leak, steepness = gate.steepness;
-  C sum = 0;
+  LongSum<C> total;
+  for (int64_t from = 0; from < n; from += sum_segment<C>) {
+    const int64_t end = smaller(n, from + sum_segment<C>);
+    C sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const C p = row[j] * inverse_sum, odds = gate_odds(p, threshold, steepness);
-    const C fire = C(1) / (C(1) + odds), w = p * gate_value(fire, odds * fire, leak);
-    row[j] = w;
-    sum += w;
+    for (int64_t j = from; j < end; ++j) {
+      const C p = row[j] * inverse_sum, odds = gate_odds(p, threshold, steepness);
+      const C fire = C(1) / (C(1) + odds), w = p * gate_value(fire, odds * fire, leak);
+      row[j] = w;
+      sum += w;
+    }
+    total.add(sum);
   }
-  return sum;
+  return C(total.value());
 }
 
-// Sums over queries of what AttentionSummary describes: entropy, support, first token, firing and
-// visible pairs; `load` of each key.
+// Sums over queries of what AttentionSummary describes. Counts are exact as they are.
+struct SummarySums {
+  LongSum<double> entropy, first_token;
+  double support = 0, firing = 0, visible = 0;
+};
+
+// Adds a row to the sums, and to `load`, [2, keys]: of each key the sum and its rest.
 template <typename C>
 void summarize_row(int64_t n, int64_t visible, const MaskRow& mask, const C* exponentials,
-                   C inverse_sum, C threshold, const C* w, C inverse_weight, double* sums,
-                   double* load) {
-  sums[4] += double(visible);
+                   C inverse_sum, C threshold, const C* w, C inverse_weight, int64_t keys,
+                   SummarySums& sums, double* load) {
+  sums.visible += double(visible);
   for (int64_t j = 0; j < n; ++j) {
     const C p = exponentials[j] * inverse_sum, weight = w[j] * inverse_weight;
-    sums[0] -= weight > 0 ? double(weight) * __builtin_log(double(weight)) : 0;
-    sums[1] += weight > C(0.01);
-    sums[3] += p > threshold && mask.visible(j);
-    load[j] += p;
+    sums.entropy.add(weight > 0 ? -double(weight) * __builtin_log(double(weight)) : 0);
+    sums.support += weight > C(0.01);
+    sums.firing += p > threshold && mask.visible(j);
   }
-  if (n > 0) sums[2] += w[0] * inverse_weight;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    add_exactly(double(exponentials[j] * inverse_sum), load[j], load[keys + j]);
+  }
+  if (n > 0) sums.first_token.add(double(w[0] * inverse_weight));
 }
 
 template <typename C>
 void forward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& gate, int64_t query,
-                 int64_t n, const LifAttentionWorkspace<C>& s, C* row, double* summary) {
+                 int64_t n, const LifAttentionWorkspace<C>& s, C* row, SummarySums* summary) {
   const RowStats<C> stats(p, task.b, task.h, query);
   const MaskRow mask(p, task.b, task.h, query);
   const int64_t visible = apply_mask(mask, n, row);
@@ -125,7 +138,7 @@ void forward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& g
   *stats.inverse_weight = C(1) / (sum + C(p.eps));
   if (summary) {
     summarize_row(n, visible, mask, s.p, *stats.inverse_sum, gate.threshold, row,
-                  *stats.inverse_weight, summary, s.load);
+                  *stats.inverse_weight, p.keys, *summary, s.load);
   }
   drop_weights(p, task.b, task.h, query, n, s.keep, row);
 }
@@ -138,19 +151,24 @@ void forward_task(const LifAttentionParams& p, const Task& task,
   const AttentionOperands<C>& operands = s.operands;
   pack_keys<T>(p, task.b, task.group, false, operands);
   double* partial = p.summary ? p.summary_partials + task.index * (5 + p.keys) : nullptr;
-  for (int64_t j = 0; partial && j < p.keys; ++j) s.load[j] = 0;
-  for (int64_t j = 0; partial && j < 5; ++j) partial[j] = 0;
+  for (int64_t j = 0; partial && j < 2 * p.keys; ++j) s.load[j] = 0;
+  SummarySums sums;
   for (int64_t first = task.first; first < task.end; first += lif_attention_strip_rows(p)) {
     const Strip strip(p, first, smaller(lif_attention_strip_rows(p), task.end - first));
     multiply_scores<T>(p, task.b, task.h, strip, false, operands, s.scores, s.stride);
     for (int64_t row = 0; row < strip.rows; ++row) {
       C* scores = s.scores + row * s.stride;
-      forward_row(p, task, gate, first + row, strip.visible(row), s, scores, partial);
+      forward_row(p, task, gate, first + row, strip.visible(row), s, scores,
+                  partial ? &sums : nullptr);
       clear_invisible(strip, row, scores);
     }
     write_out<T>(p, task.b, task.h, strip, s.scores, s.stride, operands);
   }
-  for (int64_t j = 0; partial && j < p.keys; ++j) partial[5 + j] = s.load[j];
+  if (!partial) return;
+  const double results[] = {sums.entropy.value(), sums.support, sums.first_token.value(),
+                            sums.firing, sums.visible};
+  for (int64_t j = 0; j < 5; ++j) partial[j] = results[j];
+  for (int64_t j = 0; j < p.keys; ++j) partial[5 + j] = s.load[j] + s.load[p.keys + j];
 }
 
 // Turns a row of scores into their gradients and a row of grad_out . v into weights, in place. Adds
@@ -158,7 +176,7 @@ void forward_task(const LifAttentionParams& p, const Task& task,
 template <typename C>
 void backward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& gate, int64_t query,
                   int64_t n, const LifAttentionWorkspace<C>& s, C* scores, C* grads,
-                  double* gates) {
+                  LongSum<C>* gates) {
   const RowStats<C> stats(p, task.b, task.h, query);
   const C largest = *stats.largest, inverse_sum = *stats.inverse_sum;
   const C inverse_weight = *stats.inverse_weight;
@@ -172,35 +190,45 @@ void backward_row(const LifAttentionParams& p, const Task& task, const Gate<C>& 
   const C threshold = gate.threshold, leak = gate.leak, steepness = gate.steepness;
   C *const p_row = s.p, *const fire_row = s.fire, *const smoulder_row = s.smoulder;
   C* const w_row = s.w;
-  C dot = 0;
+  LongSum<C> dots, expectations;
+  for (int64_t from = 0; from < n; from += sum_segment<C>) {
+    const int64_t end = smaller(n, from + sum_segment<C>);
+    C dot = 0;
 #pragma omp simd reduction(+ : dot)
-  for (int64_t j = 0; j < n; ++j) {
-    const C prob = decay(scores[j] - largest) * inverse_sum;
-    const C odds = gate_odds(prob, threshold, steepness), fire = C(1) / (C(1) + odds);
-    const C w = prob * gate_value(fire, odds * fire, leak);
-    p_row[j] = prob;
-    fire_row[j] = fire;
-    smoulder_row[j] = odds * fire;
-    w_row[j] = w;
-    dot += w * grads[j];
+    for (int64_t j = from; j < end; ++j) {
+      const C prob = decay(scores[j] - largest) * inverse_sum;
+      const C odds = gate_odds(prob, threshold, steepness), fire = C(1) / (C(1) + odds);
+      const C w = prob * gate_value(fire, odds * fire, leak);
+      p_row[j] = prob;
+      fire_row[j] = fire;
+      smoulder_row[j] = odds * fire;
+      w_row[j] = w;
+      dot += w * grads[j];
+    }
+    dots.add(dot);
   }
-  const C delta = dot * inverse_weight;
-  C expected = 0, by_threshold = 0, by_leak = 0, by_steepness = 0;
+  const C delta = C(dots.value()) * inverse_weight;
+  for (int64_t from = 0; from < n; from += sum_segment<C>) {
+    const int64_t end = smaller(n, from + sum_segment<C>);
+    C expected = 0, by_threshold = 0, by_leak = 0, by_steepness = 0;
 #pragma omp simd reduction(+ : expected, by_threshold, by_leak, by_steepness)
-  for (int64_t j = 0; j < n; ++j) {
-    const C prob = p_row[j], fire = fire_row[j], smoulder = smoulder_row[j];
-    const C dw = (grads[j] - delta) * inverse_weight, slope = gate_slope(fire, smoulder, leak);
-    const C value = gate_value(fire, smoulder, leak);
-    const C p_dp = prob * gate_dy_dx(prob, steepness, value, slope) * dw;
-    fire_row[j] = p_dp;
-    expected += p_dp;
-    by_threshold += gate_dy_dthreshold(prob, steepness, slope) * dw;
-    by_leak += prob * smoulder * dw;
-    by_steepness += gate_dy_dsteepness(prob, prob, threshold, slope) * dw;
+    for (int64_t j = from; j < end; ++j) {
+      const C prob = p_row[j], fire = fire_row[j], smoulder = smoulder_row[j];
+      const C dw = (grads[j] - delta) * inverse_weight, slope = gate_slope(fire, smoulder, leak);
+      const C value = gate_value(fire, smoulder, leak);
+      const C p_dp = prob * gate_dy_dx(prob, steepness, value, slope) * dw;
+      fire_row[j] = p_dp;
+      expected += p_dp;
+      by_threshold += gate_dy_dthreshold(prob, steepness, slope) * dw;
+      by_leak += prob * smoulder * dw;
+      by_steepness += gate_dy_dsteepness(prob, prob, threshold, slope) * dw;
+    }
+    expectations.add(expected);
+    gates[0].add(by_threshold);
+    gates[1].add(by_leak);
+    gates[2].add(by_steepness);
   }
-  gates[0] += by_threshold;
-  gates[1] += by_leak;
-  gates[2] += by_steepness;
+  const C expected = C(expectations.value());
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     scores[j] = fire_row[j] - p_row[j] * expected;
@@ -217,8 +245,7 @@ void backward_task(const LifAttentionParams& p, const Task& task,
   const AttentionOperands<C>& operands = s.operands;
   pack_keys<T>(p, task.b, task.group, true, operands);
   clear_key_gradients(p, operands);
-  double* gates = p.gate_partials + task.index * 3;
-  gates[0] = gates[1] = gates[2] = 0;
+  LongSum<C> gates[3];
   for (int64_t first = task.first; first < task.end; first += lif_attention_strip_rows(p)) {
     const Strip strip(p, first, smaller(lif_attention_strip_rows(p), task.end - first));
     multiply_scores<T>(p, task.b, task.h, strip, true, operands, s.scores, s.stride);
@@ -231,6 +258,9 @@ void backward_task(const LifAttentionParams& p, const Task& task,
     }
     add_value_gradients(p, strip, s.grads, s.stride, operands);
     add_score_gradients<T>(p, task.b, task.h, strip, s.scores, s.stride, operands);
+  }
+  for (int64_t which = 0; which < 3; ++which) {
+    p.gate_partials[task.index * 3 + which] = gates[which].value();
   }
   for (int64_t token = 0; token < p.keys; ++token) {
     const C* grad_key = operands.grad_key + token * operands.stride;
@@ -252,6 +282,21 @@ int64_t task_cost(const LifAttentionParams& p) {
   return p.queries * p.keys * (p.size + 16) / (16 * lif_attention_segments(p));
 }
 
+// row [size] = the sum of `count` rows from there on.
+template <typename C>
+void sum_rows(int64_t count, int64_t size, C* row, int64_t stride) {
+  constexpr int64_t width = 32;
+  for (int64_t first = 0; first < size; first += width) {
+    const int64_t end = smaller(size, first + width);
+    double sums[width] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const C* from = row + i * stride;
+      for (int64_t d = first; d < end; ++d) sums[d - first] += double(from[d]);
+    }
+    for (int64_t d = first; d < end; ++d) row[d] = C(sums[d - first]);
+  }
+}
+
 // Gradients of keys and values: sums over the tasks that saw them, always in the same order.
 template <typename T>
 void sum_keys(const LifAttentionParams& p, const ThreadPool& pool) {
@@ -266,10 +311,7 @@ void sum_keys(const LifAttentionParams& p, const ThreadPool& pool) {
                    const AttentionTensor* grads[] = {&p.grad_key, &p.grad_value};
                    for (int which = 0; which < 2; ++which) {
                      C* row = first + which * plane + token * p.size;
-                     for (int64_t share = 1; share < shares; ++share) {
-                       const C* other = row + share * 2 * plane;
-                       for (int64_t d = 0; d < p.size; ++d) row[d] += other[d];
-                     }
+                     sum_rows(shares, p.size, row, 2 * plane);
                      write_row<T>(row, p.size, C(1), *grads[which], head / p.groups,
                                   head % p.groups, token);
                    }
@@ -282,13 +324,13 @@ void sum_gates(const LifAttentionParams& p) {
   const int64_t segments = lif_attention_segments(p);
   for (int64_t i = 0; i < 3 * p.heads; ++i) {
     const int64_t h = i % p.heads, which = i / p.heads;
-    double sum = 0;
+    LongSum<double> sum;
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t segment = 0; segment < segments; ++segment) {
-        sum += p.gate_partials[((b * p.heads + h) * segments + segment) * 3 + which];
+        sum.add(p.gate_partials[((b * p.heads + h) * segments + segment) * 3 + which]);
       }
     }
-    static_cast<C*>(p.grad_gates)[i] = C(sum);
+    static_cast<C*>(p.grad_gates)[i] = C(sum.value());
   }
 }
 

@@ -40,7 +40,7 @@ struct LifAttentionWorkspace {
   int64_t stride;                     // of rows
   C *scores, *grads;                  // rows of a strip
   C *keep, *p, *fire, *smoulder, *w;  // a row
-  double* load;                       // forward: [keys]
+  double* load;                       // forward: [2, keys], see summarize_row
   AttentionOperands<C> operands;
   int64_t bytes;
 
@@ -54,7 +54,7 @@ struct LifAttentionWorkspace {
     if (backward) {
       grads = arena.take<C>(rows * stride);
     } else {
-      load = arena.take<double>(params.keys);
+      load = arena.take<double>(2 * params.keys);
     }
     bytes = arena.bytes();
   }

@@ -8,6 +8,7 @@
 
 #include "../common/lif_gate_math.h"
 #include "parallel.h"
+#include "sums.h"
 
 namespace ember {
 inline namespace EMBER_ISA {
@@ -35,52 +36,117 @@ EMBER_HD C norm_term(C v) {
   return norm == Norm::l2 ? v * v : norm == Norm::l1 ? absolute(v) : C(0);
 }
 
-// Sums along a row are taken in C over this many elements and in double beyond: rounding errors
-// grow with the number of terms.
-constexpr int64_t segment = 512;
-
 // Sums of norm_term over a row; `dot` is the sum of grad_y * y.
 struct RowSums {
   double x, y, dot;
 
-  // Whether no sum in C can have overflowed or lost terms below the smallest normal number.
+  // Whether no sum in C can have overflowed or lost terms below the smallest normal number, and no
+  // gate that is further shut than C can tell (see gate_odds) counts.
   template <typename C>
   bool trustworthy() const {
-    const double tiny = sizeof(C) == 4 ? 1e-24 : 1e-280, huge = sizeof(C) == 4 ? 1e36 : 1e280;
-    return x > tiny && x < huge && y > tiny;
+    constexpr bool single = sizeof(C) == 4;
+    const double tiny = single ? 1e-24 : 1e-280, huge = single ? 1e36 : 1e280;
+    const double least_gate = single ? 1e-30 : 1e-290;
+    return x > tiny && x < huge && y > tiny && y > least_gate * x;
   }
 };
 
-// What a row's norms come to: out = y * ratio with ratio = |x| / (|y| + eps).
-struct RowNorms {
-  double x, y, ratio;
+template <Norm norm>
+double norm_of(double sum) {
+  return norm == Norm::l2 ? __builtin_sqrt(sum) : sum;
+}
+
+// out = y * ratio with ratio = |x| / (|y| + eps).
+template <Norm norm>
+double norm_ratio(const RowSums& sums, double eps) {
+  return norm_of<norm>(sums.x) / (norm_of<norm>(sums.y) + eps);
+}
+
+// A row whose sums in C cannot be trusted, in double: its values over its largest, which may be
+// anything, and gates that may be shut as far as exp goes, to 5e-324. Where a leak is 0 such gates
+// are all there is. One element after the other: such rows are rare.
+template <Norm norm, typename C, typename Gates>
+class CarefulRow {
+ public:
+  struct Element {
+    double x, threshold, leak, steepness;
+    double fire, smoulder;
+    double scaled_x, scaled_y;  // over the row's largest x
+  };
+
+  CarefulRow(int64_t n, const C* x, const Gates& gates, double eps) : x_(x), gates_(gates) {
+    for (int64_t j = 0; j < n; ++j) {
+      const double magnitude = absolute(double(x[j]));
+      scale_ = magnitude > scale_ ? magnitude : scale_;
+    }
+    bool numbers = true;
+    double largest_y = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      numbers = numbers && x[j] == x[j];
+      const double y = absolute(at(j).scaled_y);
+      largest_y = y > largest_y ? y : largest_y;
+    }
+    zero_ = scale_ == 0 && numbers;
+    LongSum<double> x_sum, y_sum;
+    for (int64_t j = 0; j < n && !zero_; ++j) {
+      const Element e = at(j);
+      x_sum.add(norm_term<norm>(e.scaled_x));
+      y_sum.add(largest_y == 0 ? e.scaled_y : norm_term<norm>(e.scaled_y / largest_y));
+    }
+    x_norm_ = norm_of<norm>(x_sum.value());
+    y_norm_ = norm_of<norm>(y_sum.value()) * (largest_y == 0 ? 1 : largest_y);
+    denominator_ = y_norm_ + eps / scale_;
+    ratio_ = x_norm_ / denominator_;
+  }
+
+  // Of a row of zeros the result is 0, its limit, and so are all gradients.
+  bool zero() const { return zero_; }
+  double ratio() const { return ratio_; }
+
+  Element at(int64_t j) const {
+    Element e{double(x_[j]), double(gates_.threshold(j)), double(gates_.leak(j)),
+              double(gates_.steepness(j))};
+    const double exponent = gate_exponent(absolute(e.x), e.threshold, e.steepness);
+    // (1 - f) / f or its inverse, whichever is at most 1.
+    const double odds = __builtin_exp(exponent > 0 ? -exponent : exponent);
+    const double larger = 1 / (1 + odds), less = odds / (1 + odds);
+    e.fire = exponent > 0 ? less : larger;
+    e.smoulder = exponent > 0 ? larger : less;
+    e.scaled_x = e.x / scale_;
+    e.scaled_y = e.scaled_x * gate_value(e.fire, e.smoulder, e.leak);
+    return e;
+  }
+
+  double out(const Element& e) const { return e.scaled_y * ratio_ * scale_; }
+
+  // y over |y| + eps, and the norms' slopes at x and y.
+  double share(const Element& e) const { return e.scaled_y / denominator_; }
+  double x_slope(const Element& e) const { return slope(e.scaled_x, x_norm_); }
+  double y_slope(const Element& e) const { return slope(e.scaled_y, y_norm_); }
+
+ private:
+  static double slope(double v, double norm_of_row) {
+    if (norm == Norm::l1) return double(v > 0) - double(v < 0);
+    return norm_of_row == 0 ? 0 : v / norm_of_row;
+  }
+
+  const C* x_;
+  const Gates& gates_;
+  double scale_ = 0, x_norm_, y_norm_, denominator_, ratio_;
+  bool zero_;
 };
 
-// Sums that cannot be trusted are taken again on the row divided by its largest entry. A row of
-// zeros gets ratio 0, the limit of |x| / (|y| + eps).
-template <Norm norm, typename C>
-RowNorms row_norms(int64_t n, const C* x, const C* y, const RowSums& sums, double eps) {
-  double scale = 1, x_sum = sums.x, y_sum = sums.y;
-  if (!sums.trustworthy<C>()) {
-    scale = x_sum = y_sum = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      const double magnitude = absolute(x[j]);
-      scale = magnitude > scale ? magnitude : scale;
-    }
-    if (scale == 0 && sums.x == 0) return {0, 0, 0};  // and not a row of NaN
-    for (int64_t j = 0; j < n; ++j) {
-      x_sum += norm_term<norm>(x[j] / scale);
-      y_sum += norm_term<norm>(y[j] / scale);
-    }
-  }
-  const double x_norm = scale * (norm == Norm::l2 ? __builtin_sqrt(x_sum) : x_sum);
-  const double y_norm = scale * (norm == Norm::l2 ? __builtin_sqrt(y_sum) : y_sum);
-  return {x_norm, y_norm, x_norm / (y_norm + eps)};
+template <Norm norm, typename C, typename Gates>
+__attribute__((noinline)) void careful_forward_row(int64_t n, const C* x, const Gates& gates,
+                                                   double eps, C* y) {
+  const CarefulRow<norm, C, Gates> row(n, x, gates, eps);
+  for (int64_t j = 0; j < n; ++j) y[j] = row.zero() ? C(0) : C(row.out(row.at(j)));
 }
 
 template <Norm norm, typename C, typename Gates>
 EMBER_HD void forward_row(int64_t n, const C* x, const Gates& gates, double eps, C* y) {
-  RowSums sums{};
+  const int64_t segment = norm == Norm::none ? n : sum_segment<C>;
+  LongSum<C> x_total, y_total;
   for (int64_t from = 0; from < n; from += segment) {
     const int64_t end = n - from < segment ? n : from + segment;
     C x_sum = 0, y_sum = 0;
@@ -93,21 +159,24 @@ EMBER_HD void forward_row(int64_t n, const C* x, const Gates& gates, double eps,
       y_sum += norm_term<norm>(out);
       y[j] = out;
     }
-    sums.x += x_sum;
-    sums.y += y_sum;
+    if (norm == Norm::none) continue;
+    x_total.add(x_sum);
+    y_total.add(y_sum);
   }
   if (norm == Norm::none) return;
-  const C ratio = C(row_norms<norm>(n, x, y, sums, eps).ratio);
+  const RowSums sums{x_total.value(), y_total.value(), 0};
+  if (!sums.trustworthy<C>()) return careful_forward_row<norm>(n, x, gates, eps, y);
+  const C ratio = C(norm_ratio<norm>(sums, eps));
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) y[j] *= ratio;
 }
 
 // The gradient of out = y |x| / (|y| + eps) with respect to y is ratio * grad_y + from_y * d|y|/dy,
 // and what reaches x through |x| is from_x * d|x|/dx; the norm's slopes are v (l2, the division by
-// the norm being part of the factor) or sign(v) (l1). R is double where float could overflow.
-template <typename R>
+// the norm being part of the factor) or sign(v) (l1).
+template <typename C>
 struct NormGradient {
-  R ratio, from_y, from_x;
+  C ratio, from_y, from_x;
 };
 
 template <Norm norm, typename C>
@@ -115,22 +184,31 @@ EMBER_HD C norm_slope(C v) {
   return norm == Norm::l2 ? v : C(v > 0) - C(v < 0);
 }
 
-template <Norm norm>
-NormGradient<double> norm_gradient(const RowNorms& norms, double dot, double eps) {
-  if (norms.x == 0) return {0, 0, 0};
-  const double c = dot / (norms.y + eps);
-  NormGradient<double> g{norms.ratio, -c * norms.ratio, c};
-  if (norm == Norm::l2) {
-    g.from_y = norms.y > 0 ? g.from_y / norms.y : 0;
-    g.from_x /= norms.x;
-  }
-  return g;
+template <Norm norm, typename C>
+NormGradient<C> norm_gradient(const RowSums& sums, double eps) {
+  const double x_norm = norm_of<norm>(sums.x), y_norm = norm_of<norm>(sums.y);
+  const double ratio = norm_ratio<norm>(sums, eps), c = sums.dot / (y_norm + eps);
+  const bool l2 = norm == Norm::l2;
+  return {C(ratio), C(-c * ratio / (l2 ? y_norm : 1)), C(c / (l2 ? x_norm : 1))};
 }
+
+// Sums of parameter gradients over a block, and what rounding took from them.
+struct Totals {
+  double *sums, *rests;  // [3, units of a tile] each
+
+  EMBER_HD void add(int64_t at, double term) const { add_exactly(term, sums[at], rests[at]); }
+  EMBER_HD double value(int64_t at) const {
+    return rests[at] - rests[at] == 0 ? sums[at] + rests[at] : sums[at];
+  }
+};
+
+template <typename C, typename Gates>
+constexpr bool is_per_column = std::is_same<Gates, ColumnGates<C>>::value;
 
 // Row buffers and running sums of one thread.
 template <typename C>
 struct Scratch {
-  double* total;            // [3, units of a tile] over a block
+  Totals total;
   C* sums;                  // [3, columns of a tile] over a few rows, where columns are units
   C *fire, *smoulder;       // of a row
   C *x, *grad_y, *written;  // rows in their compute type, where they are stored in a narrower one
@@ -138,9 +216,10 @@ struct Scratch {
   Scratch(const LifGateParams& p, const ThreadPool& pool) {
     const int64_t cols = lif_gate_tile_cols(p);
     const int64_t units = p.unit_rows ? p.units : cols;
-    total = reinterpret_cast<double*>(static_cast<char*>(p.thread_scratch) +
-                                      pool.thread_index() * lif_gate_scratch_bytes(p));
-    sums = reinterpret_cast<C*>(total + 3 * units);
+    total.sums = reinterpret_cast<double*>(static_cast<char*>(p.thread_scratch) +
+                                           pool.thread_index() * lif_gate_scratch_bytes(p));
+    total.rests = total.sums + 3 * units;
+    sums = reinterpret_cast<C*>(total.rests + 3 * units);
     fire = sums + 3 * units;
     smoulder = fire + cols;
     x = smoulder + cols;
@@ -178,12 +257,13 @@ EMBER_HD void store_row(const C* buffer, int64_t n, T* row) {
 
 // One row of backward. Parameter gradients are added to `sums` [3, stride] where every column is a
 // unit, to `total` [3, stride] where the row is one, and left alone without `want_sums`.
-template <Norm norm, bool want_sums, typename R, typename C, typename Gates>
+template <Norm norm, bool want_sums, typename C, typename Gates>
 EMBER_HD void backward_row(int64_t n, const C* x, const C* grad_y, const C* fires,
-                           const C* smoulders, const Gates& gates, const NormGradient<R>& ng,
-                           C* grad_x, C* sums, double* total, int64_t stride) {
-  constexpr bool per_column = std::is_same<Gates, ColumnGates<C>>::value;
-  const R ratio = ng.ratio, from_y = ng.from_y, from_x = ng.from_x;
+                           const C* smoulders, const Gates& gates, const NormGradient<C>& ng,
+                           C* grad_x, C* sums, const Totals& total, int64_t stride) {
+  constexpr bool per_column = is_per_column<C, Gates>;
+  const int64_t segment = want_sums && !per_column ? sum_segment<C> : n;
+  const C ratio = ng.ratio, from_y = ng.from_y, from_x = ng.from_x;
   C *thresholds = sums, *leaks = sums + stride, *steepnesses = sums + 2 * stride;
   for (int64_t from = 0; from < n; from += segment) {
     const int64_t end = n - from < segment ? n : from + segment;
@@ -204,8 +284,8 @@ EMBER_HD void backward_row(int64_t n, const C* x, const C* grad_y, const C* fire
       const C value = gate_value(fire, smoulder, leak), slope = gate_slope(fire, smoulder, leak);
       C dy = grad_y[j], dx = 0;
       if (norm != Norm::none) {
-        dy = C(ratio * dy + from_y * norm_slope<norm>(x[j] * value));
-        dx = C(from_x * norm_slope<norm>(x[j]));
+        dy = ratio * dy + from_y * norm_slope<norm>(x[j] * value);
+        dx = from_x * norm_slope<norm>(x[j]);
       }
       const C d_threshold = dy * gate_dy_dthreshold(x[j], steepness, slope),
               d_leak = dy * x[j] * smoulder,
@@ -222,9 +302,9 @@ EMBER_HD void backward_row(int64_t n, const C* x, const C* grad_y, const C* fire
       }
     }
     if (want_sums && !per_column) {
-      total[0] += threshold_sum;
-      total[stride] += leak_sum;
-      total[2 * stride] += steepness_sum;
+      total.add(0, threshold_sum);
+      total.add(stride, leak_sum);
+      total.add(2 * stride, steepness_sum);
     }
   }
 }
@@ -232,8 +312,9 @@ EMBER_HD void backward_row(int64_t n, const C* x, const C* grad_y, const C* fire
 // The first loop over a row that has a norm: its sums, and what the second loop reads.
 template <Norm norm, typename C, typename Gates>
 EMBER_HD RowSums backward_sums(int64_t n, const C* x, const C* grad_y, const Gates& gates, C* fires,
-                               C* smoulders, C* ys) {
-  RowSums sums{};
+                               C* smoulders) {
+  constexpr int64_t segment = sum_segment<C>;
+  LongSum<C> x_total, y_total, dots;
   for (int64_t from = 0; from < n; from += segment) {
     const int64_t end = n - from < segment ? n : from + segment;
     C x_sum = 0, y_sum = 0, dot = 0;
@@ -244,37 +325,64 @@ EMBER_HD RowSums backward_sums(int64_t n, const C* x, const C* grad_y, const Gat
       const C y = x[j] * gate_value(fire, odds * fire, gates.leak(j));
       fires[j] = fire;
       smoulders[j] = odds * fire;
-      ys[j] = y;
       x_sum += norm_term<norm>(x[j]);
       y_sum += norm_term<norm>(y);
       dot += grad_y[j] * y;
     }
-    sums.x += x_sum;
-    sums.y += y_sum;
-    sums.dot += dot;
+    x_total.add(x_sum);
+    y_total.add(y_sum);
+    dots.add(dot);
   }
-  return sums;
+  return {x_total.value(), y_total.value(), dots.value()};
+}
+
+// backward_row of a row whose sums cannot be trusted.
+template <Norm norm, bool want_sums, typename C, typename Gates>
+__attribute__((noinline)) void careful_backward_row(int64_t n, const C* x, const C* grad_y,
+                                                    const Gates& gates, double eps, C* grad_x,
+                                                    C* sums, const Totals& total, int64_t stride) {
+  const CarefulRow<norm, C, Gates> row(n, x, gates, eps);
+  if (row.zero()) {
+    for (int64_t j = 0; j < n; ++j) grad_x[j] = 0;
+    return;
+  }
+  LongSum<double> dot;
+  for (int64_t j = 0; j < n; ++j) dot.add(double(grad_y[j]) * row.share(row.at(j)));
+  const double c = dot.value();
+  for (int64_t j = 0; j < n; ++j) {
+    const auto e = row.at(j);
+    const double magnitude = absolute(e.x), dy = row.ratio() * (grad_y[j] - c * row.y_slope(e));
+    const double value = gate_value(e.fire, e.smoulder, e.leak);
+    const double slope = gate_slope(e.fire, e.smoulder, e.leak);
+    grad_x[j] = C(c * row.x_slope(e) + dy * gate_dy_dx(magnitude, e.steepness, value, slope));
+    if (!want_sums) continue;
+    const double terms[] = {dy * gate_dy_dthreshold(e.x, e.steepness, slope), dy * e.x * e.smoulder,
+                            dy * gate_dy_dsteepness(e.x, magnitude, e.threshold, slope)};
+    for (int64_t which = 0; which < 3; ++which) {
+      if (is_per_column<C, Gates>) {
+        sums[which * stride + j] += C(terms[which]);
+      } else {
+        total.add(which * stride, terms[which]);
+      }
+    }
+  }
 }
 
 template <Norm norm, bool want_sums, typename C, typename Gates>
 EMBER_HD void backward_whole_row(int64_t n, const C* x, const C* grad_y, const Gates& gates,
-                                 double eps, const Scratch<C>& s, C* grad_x, double* total,
+                                 double eps, const Scratch<C>& s, C* grad_x, const Totals& total,
                                  int64_t stride) {
-  const auto finish = [&](const auto& norm_gradient) {
-    backward_row<norm, want_sums>(n, x, grad_y, s.fire, s.smoulder, gates, norm_gradient, grad_x,
-                                  s.sums, total, stride);
-  };
-  if (norm == Norm::none) return finish(NormGradient<C>{});
-  // grad_x is not read before the second loop writes it, so it can hold y until then.
-  RowSums row = backward_sums<norm>(n, x, grad_y, gates, s.fire, s.smoulder, grad_x);
-  const RowNorms norms = row_norms<norm>(n, x, grad_x, row, eps);
-  if (row.template trustworthy<C>()) {
-    const NormGradient<double> ng = norm_gradient<norm>(norms, row.dot, eps);
-    return finish(NormGradient<C>{C(ng.ratio), C(ng.from_y), C(ng.from_x)});
+  NormGradient<C> ng{};
+  if (norm != Norm::none) {
+    const RowSums sums = backward_sums<norm>(n, x, grad_y, gates, s.fire, s.smoulder);
+    if (!sums.trustworthy<C>()) {
+      return careful_backward_row<norm, want_sums>(n, x, grad_y, gates, eps, grad_x, s.sums, total,
+                                                   stride);
+    }
+    ng = norm_gradient<norm, C>(sums, eps);
   }
-  row.dot = 0;
-  for (int64_t j = 0; j < n; ++j) row.dot += double(grad_y[j]) * double(grad_x[j]);
-  finish(norm_gradient<norm>(norms, row.dot, eps));
+  backward_row<norm, want_sums>(n, x, grad_y, s.fire, s.smoulder, gates, ng, grad_x, s.sums, total,
+                                stride);
 }
 
 template <typename C, bool per_column>
@@ -316,10 +424,10 @@ void forward(const LifGateParams& p, const ThreadPool& pool) {
 
 // Moves the running sums into the block's totals.
 template <typename C>
-EMBER_HD void flush(int64_t n, C* sums, double* total) {
+EMBER_HD void flush(int64_t n, C* sums, const Totals& total) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    total[j] += sums[j];
+    total.add(j, double(sums[j]));
     sums[j] = 0;
   }
 }
@@ -329,16 +437,17 @@ template <typename T, Norm norm, bool per_column, bool want_sums>
 void backward_block(const LifGateParams& p, const Scratch<compute_t<T>>& s, int64_t block,
                     int64_t first, int64_t n) {
   using C = compute_t<T>;
-  const int64_t flush_rows = 32, block_rows = lif_gate_block_rows(p);
+  const int64_t flush_rows = 16, block_rows = lif_gate_block_rows(p);
   const int64_t row_end = (block + 1) * block_rows < p.rows ? (block + 1) * block_rows : p.rows;
   const int64_t units = per_column ? n : p.units;
   for (int64_t j = 0; want_sums && j < 3 * units; ++j) {
     s.sums[j] = 0;
-    s.total[j] = 0;
+    s.total.sums[j] = s.total.rests[j] = 0;
   }
   for (int64_t row = block * block_rows; row < row_end; ++row) {
     const int64_t tile = lif_gate_tile_cols(p);
-    double* total = per_column ? s.total : s.total + row / p.unit_rows % p.units;
+    const int64_t unit = per_column ? 0 : row / p.unit_rows % p.units;
+    const Totals total{s.total.sums + unit, s.total.rests + unit};
     for (int64_t from = first; from < first + n; from += tile) {
       const int64_t width = first + n - from < tile ? first + n - from : tile;
       const int64_t offset = row * p.cols + from;
@@ -357,7 +466,7 @@ void backward_block(const LifGateParams& p, const Scratch<compute_t<T>>& s, int6
   C* partial = static_cast<C*>(p.partial_gradients) + block * 3 * p.units + first;
   for (int64_t parameter = 0; parameter < 3; ++parameter) {
     for (int64_t j = 0; j < units; ++j) {
-      partial[parameter * p.units + j] = C(s.total[parameter * units + j]);
+      partial[parameter * p.units + j] = C(s.total.value(parameter * units + j));
     }
   }
 }
@@ -386,9 +495,9 @@ void backward(const LifGateParams& p, const ThreadPool& pool) {
   C* out = static_cast<C*>(p.grad_parameters);
   parallel_for(pool, 3 * p.units, grain_for(blocks), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      double sum = 0;
-      for (int64_t block = 0; block < blocks; ++block) sum += partial[block * 3 * p.units + i];
-      out[i] = C(sum);
+      LongSum<C> sum;
+      for (int64_t block = 0; block < blocks; ++block) sum.add(partial[block * 3 * p.units + i]);
+      out[i] = C(sum.value());
     }
   });
 }

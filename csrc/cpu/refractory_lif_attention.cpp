@@ -126,21 +126,26 @@ C gate_loaded_row(int64_t n, C factor, C per_query, const RefractoryGate<C>& gat
                   const C* previous, double* sums, C* row) {
   const C threshold = gate.threshold, leak = gate.leak, steepness = gate.steepness;
   const C within = gate.within * per_query, across = gate.across;
-  C total = 0;
+  LongSum<C> whole;
+  for (int64_t from = 0; from < n; from += sum_segment<C>) {
+    const int64_t end = smaller(n, from + sum_segment<C>);
+    C total = 0;
 #pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < n; ++j) {
-    const C prob = row[j] * factor;
-    double sum = sums[j];
-    if (!look_ahead) {
-      sum += double(prob);
-      sums[j] = sum;
+    for (int64_t j = from; j < end; ++j) {
+      const C prob = row[j] * factor;
+      double sum = sums[j];
+      if (!look_ahead) {
+        sum += double(prob);
+        sums[j] = sum;
+      }
+      const C odds = gate_odds(prob, threshold + within * C(sum) + across * previous[j], steepness);
+      const C fire = C(1) / (C(1) + odds), w = prob * gate_value(fire, odds * fire, leak);
+      row[j] = w;
+      total += w;
     }
-    const C odds = gate_odds(prob, threshold + within * C(sum) + across * previous[j], steepness);
-    const C fire = C(1) / (C(1) + odds), w = prob * gate_value(fire, odds * fire, leak);
-    row[j] = w;
-    total += w;
+    whole.add(total);
   }
-  return total;
+  return C(whole.value());
 }
 
 // The weights of a strip of head h from its scores (look_ahead: its probabilities), in place.
@@ -354,7 +359,7 @@ template <bool look_ahead, typename C>
 void backward_row(const Params& p, const Unit& unit, int64_t h, int64_t query, int64_t n,
                   const RefractoryGate<C>& gate, const C* loads, const C* extra,
                   const RefractoryWorkspace<C>& s, double* load_grads, C* scores, C* grads,
-                  C* weights, double* gates) {
+                  C* weights, LongSum<C>* gates) {
   const C inverse_weight = *RowStats<C>(p, unit.b, h, query).inverse_weight;
   const C* const previous = previous_row(p, unit.b, query, s.zeros);
   drop_weights(p, unit.b, h, query, n, s.keep, grads);
@@ -362,46 +367,55 @@ void backward_row(const Params& p, const Unit& unit, int64_t h, int64_t query, i
   const C threshold = gate.threshold, leak = gate.leak, steepness = gate.steepness;
   const C within = gate.within, across = gate.across;
   C *const fire_row = s.fire, *const smoulder_row = s.smoulder, *const w_row = s.w;
-  C dot = 0;
+  LongSum<C> dots, expectations;
+  for (int64_t from = 0; from < n; from += sum_segment<C>) {
+    const int64_t end = smaller(n, from + sum_segment<C>);
+    C dot = 0;
 #pragma omp simd reduction(+ : dot)
-  for (int64_t j = 0; j < n; ++j) {
-    const C prob = scores[j];
-    const C odds = gate_odds(prob, threshold + within * loads[j] + across * previous[j], steepness);
-    const C fire = C(1) / (C(1) + odds), w = prob * gate_value(fire, odds * fire, leak);
-    fire_row[j] = fire;
-    smoulder_row[j] = odds * fire;
-    w_row[j] = w;
-    dot += w * grads[j];
-  }
-  const C delta = dot * inverse_weight, load_factor = within * inverse_count<C>(p, query);
-  C expected = 0, by_threshold = 0, by_leak = 0, by_steepness = 0, by_within = 0, by_across = 0;
-#pragma omp simd reduction(+ : expected, by_threshold, by_leak, by_steepness, by_within, by_across)
-  for (int64_t j = 0; j < n; ++j) {
-    const C prob = scores[j], fire = fire_row[j], smoulder = smoulder_row[j];
-    const C dw = (grads[j] - delta) * inverse_weight, slope = gate_slope(fire, smoulder, leak);
-    const C value = gate_value(fire, smoulder, leak);
-    const C tau = gate_dy_dthreshold(prob, steepness, slope) * dw;
-    const double load_grad = load_grads[j] + double(load_factor * tau);
-    load_grads[j] = load_grad;
-    C dp = gate_dy_dx(prob, steepness, value, slope) * dw;
-    if (!look_ahead) {
-      dp = prob * (dp + C(load_grad));
-      expected += dp;
+    for (int64_t j = from; j < end; ++j) {
+      const C prob = scores[j];
+      const C odds =
+          gate_odds(prob, threshold + within * loads[j] + across * previous[j], steepness);
+      const C fire = C(1) / (C(1) + odds), w = prob * gate_value(fire, odds * fire, leak);
+      fire_row[j] = fire;
+      smoulder_row[j] = odds * fire;
+      w_row[j] = w;
+      dot += w * grads[j];
     }
-    fire_row[j] = dp;
-    smoulder_row[j] = tau;
-    by_threshold += tau;
-    by_leak += prob * smoulder * dw;
-    const C above = prob - (threshold + within * loads[j] + across * previous[j]);
-    by_steepness += above * (prob * slope) * dw;
-    by_within += tau * loads[j];
-    by_across += tau * previous[j];
+    dots.add(dot);
   }
-  gates[0] += by_threshold;
-  gates[1] += by_leak;
-  gates[2] += by_steepness;
-  gates[3] += by_within;
-  gates[4] += by_across;
+  const C delta = C(dots.value()) * inverse_weight;
+  const C load_factor = within * inverse_count<C>(p, query);
+  for (int64_t from = 0; from < n; from += sum_segment<C>) {
+    const int64_t end = smaller(n, from + sum_segment<C>);
+    C expected = 0, by_threshold = 0, by_leak = 0, by_steepness = 0, by_within = 0, by_across = 0;
+#pragma omp simd reduction(+ : expected, by_threshold, by_leak, by_steepness, by_within, by_across)
+    for (int64_t j = from; j < end; ++j) {
+      const C prob = scores[j], fire = fire_row[j], smoulder = smoulder_row[j];
+      const C dw = (grads[j] - delta) * inverse_weight, slope = gate_slope(fire, smoulder, leak);
+      const C value = gate_value(fire, smoulder, leak);
+      const C tau = gate_dy_dthreshold(prob, steepness, slope) * dw;
+      const double load_grad = load_grads[j] + double(load_factor * tau);
+      load_grads[j] = load_grad;
+      C dp = gate_dy_dx(prob, steepness, value, slope) * dw;
+      if (!look_ahead) {
+        dp = prob * (dp + C(load_grad));
+        expected += dp;
+      }
+      fire_row[j] = dp;
+      smoulder_row[j] = tau;
+      by_threshold += tau;
+      by_leak += prob * smoulder * dw;
+      const C above = prob - (threshold + within * loads[j] + across * previous[j]);
+      by_steepness += above * (prob * slope) * dw;
+      by_within += tau * loads[j];
+      by_across += tau * previous[j];
+    }
+    expectations.add(expected);
+    const C terms[] = {by_threshold, by_leak, by_steepness, by_within, by_across};
+    for (int64_t which = 0; which < 5; ++which) gates[which].add(terms[which]);
+  }
+  const C expected = C(expectations.value());
   C* const dropped = look_ahead ? weights : grads;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
@@ -437,7 +451,7 @@ void begin_unit_sums(const Params& p, const Unit& unit, const RefractoryScratch<
                      const RefractoryWorkspace<C>& s) {
   for (int64_t head = 0; head < unit.heads; ++head) {
     const int64_t index = unit.b * p.heads + unit.first_head + head;
-    for (int64_t which = 0; which < 5; ++which) scratch.gates[index * 5 + which] = 0;
+    for (int64_t which = 0; which < 5; ++which) scratch.gates[index * 5 + which] = LongSum<C>();
     start_sums<C>(p.grad_probabilities, index * p.keys, p.keys, s.load_grads + head * s.stride);
   }
   start_sums<C>(p.grad_weights, unit.b * p.keys, p.keys, s.weight_grads);
@@ -666,12 +680,18 @@ void look_ahead_backward_unit(const Params& p, const Unit& unit,
       for (int64_t r = 0; r < strip.rows; ++r) {
         const int64_t n = strip.visible(r);
         C *const probs = scores + r * s.stride, *const dp = grads + r * s.stride;
-        C expected = 0;
-#pragma omp simd reduction(+ : expected)
-        for (int64_t j = 0; j < n; ++j) {
-          dp[j] = probs[j] * (dp[j] + C(load_grads[j]));
-          expected += dp[j];
+        LongSum<C> expectations;
+        for (int64_t from = 0; from < n; from += sum_segment<C>) {
+          const int64_t end = smaller(n, from + sum_segment<C>);
+          C sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (int64_t j = from; j < end; ++j) {
+            dp[j] = probs[j] * (dp[j] + C(load_grads[j]));
+            sum += dp[j];
+          }
+          expectations.add(sum);
         }
+        const C expected = C(expectations.value());
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) dp[j] -= probs[j] * expected;
         clear_invisible(strip, r, dp);
@@ -706,9 +726,11 @@ template <typename C>
 void sum_gates(const Params& p, const RefractoryScratch<C>& scratch) {
   for (int64_t which = 0; which < 5; ++which) {
     for (int64_t h = 0; h < p.heads; ++h) {
-      double sum = 0;
-      for (int64_t b = 0; b < p.batch; ++b) sum += scratch.gates[(b * p.heads + h) * 5 + which];
-      static_cast<C*>(p.grad_gates)[which * p.heads + h] = C(sum);
+      LongSum<double> sum;
+      for (int64_t b = 0; b < p.batch; ++b) {
+        sum.add(scratch.gates[(b * p.heads + h) * 5 + which].value());
+      }
+      static_cast<C*>(p.grad_gates)[which * p.heads + h] = C(sum.value());
     }
   }
 }

@@ -6,6 +6,7 @@
 
 #include "../common/refractory_lif_attention.h"
 #include "attention_workspace.h"
+#include "sums.h"
 
 namespace ember {
 inline namespace EMBER_ISA {
@@ -84,7 +85,7 @@ struct RefractoryWorkspace {
 // All scratch memory of a call.
 template <typename C>
 struct RefractoryScratch {
-  double* gates;        // backward: the heads' parts of the gates' gradients, [B, H, 5]
+  LongSum<C>* gates;    // backward: the heads' parts of the gates' gradients, [B, H, 5]
   double* unit_rows;    // the units' parts of rows that all queries share, [B, G, K]
   double* weight_sums;  // forward: U, [B, K]
   char* workspaces;
@@ -94,7 +95,7 @@ struct RefractoryScratch {
   RefractoryScratch(const RefractoryLifAttentionParams& p, bool backward, int64_t threads,
                     void* block) {
     Arena arena(block);
-    gates = arena.take<double>(backward ? p.batch * p.heads * 5 : 0);
+    gates = arena.take<LongSum<C>>(backward ? p.batch * p.heads * 5 : 0);
     unit_rows = arena.take<double>(refractory_units(p) * p.keys);
     weight_sums = arena.take<double>(backward ? 0 : p.batch * p.keys);
     workspace_bytes = RefractoryWorkspace<C>(p, backward, nullptr).bytes;

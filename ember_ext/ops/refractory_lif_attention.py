@@ -92,7 +92,8 @@ def refractory_lif_attention(
     seed = _attention.draw_seed(query, dropout_p, seed)
     scale = _attention.default_scale(query) if scale is None else scale
     device = query.device.type
-    if not _native.runs(device, _OP):
+    # Without heads there are no pairs for a kernel, but still what `past` holds.
+    if query.shape[1] == 0 or not _native.runs(device, _OP):
         if _checks.is_readable(query):
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)
         with without_autocast(device):
