@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -191,74 +191,6 @@ def _native_scan(chunk_size: int | None, *arguments: Any) -> tuple[Tensor, Tenso
     else:
         y, h_last, _ = torch.ops.ember_ext.ltc_scan_forward(*raw, -1)
     return y, h_last.to(x.dtype)
-
-
-class PackedLTC:
-    """An LTC cell's weights as the raw operator takes them, for many calls.
-
-    A copy: it does not follow later changes of the weights. CPU only, and not differentiable.
-
-    Args:
-        weights: of the cell.
-        synapses: those that exist, or None for all.
-        dtype: of the inputs to come.
-        timespan: the Δt of every step, > 0, or None if it is given with each call. Default: 1.
-        ode_unfolds: as for `ltc_scan`.
-        eps: as for `ltc_scan`.
-        outputs: as for `ltc_scan`. Default: all.
-    """
-
-    def __init__(
-        self,
-        weights: LTCWeights,
-        synapses: LTCSynapses | None = None,
-        *,
-        dtype: torch.dtype,
-        timespan: float | None = 1.0,
-        ode_unfolds: int = 6,
-        eps: float = 1e-8,
-        outputs: int | None = None,
-    ) -> None:
-        self._compute_dtype = _checks.compute_dtype(dtype)
-        self._timespan, self._spans = timespan, torch.empty(0, 0)
-        x = weights.cm.new_empty((0, 0, weights.sensory_w.shape[0]), dtype=dtype)
-        raw = raw_arguments(x, weights, None, synapses, 1.0, None, ode_unfolds, eps, outputs)
-        self._weights, self._options = raw[2:7], (*raw[9:], -1)
-        # Looking the overload up takes as long as the arithmetic of a small cell.
-        self._run: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
-            torch.ops.ember_ext.ltc_scan_forward.default
-        )
-
-    def run(
-        self,
-        x: Tensor,
-        h: Tensor,
-        timespans: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """States in x's dtype, shaped as x, and the final state in h's.
-
-        Args:
-            x: input, [B, T, I], or [B, I] for a single step.
-            h: initial state, [B, S].
-            timespans: [B, T], or [B] for a single step; exactly if the time span was not fixed.
-            lengths: [B], int64, see `ltc_scan`.
-        """
-        dtype = h.dtype
-        single = x.dim() == 2
-        if single:
-            x = x.unsqueeze(1)
-        if timespans is None:
-            timespans = self._spans
-            if timespans.shape != x.shape[:2]:
-                timespans = h.new_full(x.shape[:2], self._timespan, dtype=self._compute_dtype)  # type: ignore[arg-type]
-                self._spans = timespans
-        else:
-            timespans = timespans.to(self._compute_dtype).reshape(x.shape[:2])
-        if dtype != self._compute_dtype:
-            h = h.to(self._compute_dtype)
-        y, h, _ = self._run(x, h, *self._weights, timespans, lengths, *self._options)
-        return y.squeeze(1) if single else y, h.to(dtype)
 
 
 def _check(
