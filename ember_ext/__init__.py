@@ -4,6 +4,7 @@ The operators live in `ember_ext.ops`, the modules in `ember_ext.nn`, and the de
 operator, in plain PyTorch, in `ember_ext.reference`.
 """
 
+import warnings
 from pkgutil import extend_path
 
 # `python -m pytest` in a clone imports this folder, while the compiled modules sit in the installed
@@ -15,6 +16,9 @@ __version__ = "0.1.0"
 from ember_ext import _native
 
 _native.load(__version__)
+
+# Argument checks look at shapes, which a trace may forget: what it records takes other ones, too.
+warnings.filterwarnings("ignore", category=_native.TracerWarning, module="ember_ext")
 
 from ember_ext import nn  # noqa: E402
 from ember_ext._native import use_reference  # noqa: E402

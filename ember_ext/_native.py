@@ -18,6 +18,7 @@ from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
+from torch.jit import TracerWarning as TracerWarning  # type: ignore[attr-defined]
 
 _INSTALL_HINT = "run `pip install --force-reinstall --no-deps .` in the clone"
 

@@ -1,4 +1,4 @@
-"""`torch.export` of modules: any batch and length, saved and loaded, unflattened, compiled, trained."""
+"""`torch.export` of modules: any batch and length, saved, unflattened, compiled, trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.testing import assert_close
 
-from ember_ext.nn import CfC, LIFGate, LIFSelfAttention
+from ember_ext.nn import LTC, CfC, LIFGate, LIFSelfAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
@@ -23,6 +23,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "paper refractory": lambda: LIFSelfAttention(4, 2, refractory="paper"),
     "dense cfc": lambda: CfC(4, 6, backbone_units=8),
     "wired cfc": lambda: CfC(4, AutoNCP(9, 2)),
+    "ltc": lambda: LTC(4, AutoNCP(9, 2)),
     "chunked cfc": lambda: CfC(4, 6, backbone_units=8, chunk_size=16),
 }
 every_module = pytest.mark.parametrize("build", MODULES.values(), ids=MODULES)
@@ -54,3 +55,17 @@ def test_takes_any_batch_and_length(
             x = torch.randn(batch, steps, 4)
             assert_close(outputs(exported(x)), outputs(module(x)))
     assert {str(r.upper) for r in program.range_constraints.values()} >= {"4096"}
+
+
+@pytest.mark.parametrize("kind", [CfC, LTC])
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@torch.no_grad()
+def test_mixed_memory_takes_any_batch_and_length(kind: type[nn.Module], strict: bool) -> None:
+    """It is exported as a scan of PyTorch operators."""
+    module = kind(4, 5, mixed_memory=True)
+    program = torch.export.export(
+        module, (torch.randn(3, 5, 4),), dynamic_shapes=any_length(), strict=strict
+    )
+    for batch, steps in ((1, 1), (2, 9)):
+        x = torch.randn(batch, steps, 4)
+        assert_close(program.module()(x), module(x))

@@ -18,8 +18,11 @@ from ember_ext.nn import _arguments
 from ember_ext.nn._arguments import Hidden
 from ember_ext.nn._mixed_memory import memory_step
 from ember_ext.nn._packing import Packing
+from ember_ext.nn._plain import why_lstm_differs
+from ember_ext.nn._recorded import RecordedCells, record
 from ember_ext.ops._autocast import autocast_dtype
 from ember_ext.ops._sequence import as_lengths, check_timespans
+from ember_ext.reference.time_loop import records_loops
 
 Advance = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """Takes step t of the cells from a state [B, S] to their output [B, M] and the next state."""
@@ -70,6 +73,14 @@ class LiquidLayer(Packing):
         """The cells step by step, in plain PyTorch; arguments as for `_steps`."""
         raise NotImplementedError
 
+    def _recorded_cells(self, x: Tensor) -> RecordedCells:
+        """The cells as a loop over x, [B, T, C], can have them."""
+        raise NotImplementedError
+
+    def _map_recorded(self, y: Tensor) -> Tensor:
+        """The cells' output from what a recorded loop returned, [B, T, M]."""
+        return y
+
     def _why_cells_differ(self) -> str | None:
         """What keeps the cells' weights from saying what they compute; None if nothing."""
         raise NotImplementedError
@@ -87,7 +98,6 @@ class LiquidLayer(Packing):
         input: Tensor,
         hx: Hidden | None = None,
         timespans: Tensor | float | None = None,
-        *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor, Hidden]:
         """Run the network over a sequence.
@@ -228,6 +238,13 @@ class LiquidLayer(Packing):
             x = x.masked_fill(beyond[..., None], 0)
             if isinstance(timespans, Tensor) and timespans.dim() > 0:
                 timespans = timespans.masked_fill(beyond[..., None], 1)
+        if c is not None and self._records_steps(x):
+            timespans = timespans.to(dtype) if isinstance(timespans, Tensor) else timespans
+            y, h, last_c = record(self._recorded_cells(x), self.lstm, x, h, c, timespans, lengths)
+            y = self._map_recorded(y)
+            if lengths is not None:
+                y = y.masked_fill(beyond[..., None], 0)
+            return y, h, last_c
         # Taken apart at once: the gradient of one step's slice is as large as the whole.
         inputs = x.unbind(1)
         if isinstance(timespans, Tensor):
@@ -253,6 +270,10 @@ class LiquidLayer(Packing):
             outputs.append(value)
         y = torch.stack(outputs, 1) if outputs else x.new_empty(x.shape[0], 0, self._output_width)
         return y, h, c
+
+    def _records_steps(self, x: Tensor) -> bool:
+        """Whether the steps on x, [B, T, C], are recorded as a loop, and what they do is known."""
+        return records_loops(x) and not (self._calls_cells() or why_lstm_differs(self.lstm))
 
     def _steps(
         self,

@@ -27,16 +27,20 @@ def memory_step(
     if reason is not None:
         _native.warn_once(f"nn.{layer} calls its LSTM at each step, which is slower: {reason}")
         return lambda t, h, c: lstm(inputs[t], (h, c))
-    # The input's part of the LSTM has no recurrence. Its cell adds 1 to the third gate.
-    size = int(lstm.hidden_size)
-    offset = nn.functional.pad(x.new_ones(size), (2 * size, size))
-    bias = lstm.input_map.bias + offset
-    gates = nn.functional.linear(x, lstm.input_map.weight, bias).unbind(1)
+    gates = input_gates(lstm, x).unbind(1)
     recurrent = lstm.recurrent_map.weight.t()
-    return lambda t, h, c: _lstm(torch.addmm(gates[t], h, recurrent), c)
+    return lambda t, h, c: remember(torch.addmm(gates[t], h, recurrent), c)
 
 
-def _lstm(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def input_gates(lstm: Any, x: Tensor) -> Tensor:
+    """The input's part of the LSTM's gates, which has no recurrence: [B, T, 4 S]."""
+    size = int(lstm.hidden_size)
+    # The cell adds 1 to the third gate.
+    offset = nn.functional.pad(x.new_ones(size), (2 * size, size))
+    return nn.functional.linear(x, lstm.input_map.weight, lstm.input_map.bias + offset)
+
+
+def remember(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Output and memory of ncps' LSTM cell from its gates before activation, [B, 4 S].
 
     The gates are value, write, keep and read, and 1 was added to keep.

@@ -20,6 +20,7 @@ from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._liquid import Advance, LiquidLayer
 from ember_ext.nn._plain import ACTIVATIONS as ACTIVATION_LAYERS
 from ember_ext.nn._plain import why_cells_differ
+from ember_ext.nn._recorded import RecordedCells
 from ember_ext.ops.cfc_scan import (
     ACTIVATIONS,
     MODES,
@@ -29,7 +30,7 @@ from ember_ext.ops.cfc_scan import (
     joined_maps,
     tensors_of,
 )
-from ember_ext.reference.cfc_scan import Affine, CfCWeights, activate
+from ember_ext.reference.cfc_scan import Affine, CfCWeights, activate, cfc_cell
 
 
 class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
@@ -193,6 +194,36 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
 
     def _read_out(self, y: Tensor) -> Tensor:
         return self.fc(y)  # type: ignore[no-any-return, operator]
+
+    def _recorded_cells(self, x: Tensor) -> RecordedCells:
+        """As `LiquidLayer._recorded_cells`."""
+        cells, sizes = self._cells, self._layer_sizes
+        options = [(cell.mode, _weights(cell)[1]) for cell in cells]
+
+        def step(constants: Any, now: Any, h: Tensor, span: Any) -> tuple[Tensor, Tensor]:
+            value, scales = now
+            states = []
+            for weights, (mode, activation), scale, part in zip(
+                constants, options, scales, h.split(sizes, 1), strict=True
+            ):
+                value = cfc_cell(
+                    value,
+                    part,
+                    weights,
+                    span,
+                    mode=mode,
+                    activation=activation,
+                    dropout_scale=scale,
+                )
+                states.append(value)
+            return value, torch.cat(states, 1)
+
+        return RecordedCells(
+            step,
+            tuple(_weights(cell)[0] for cell in cells),
+            (x, tuple(_dropout_scale(cell, x) for cell in cells)),
+            self._output_width,
+        )
 
     def _plain_steps(
         self,

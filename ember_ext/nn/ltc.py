@@ -18,7 +18,9 @@ from ember_ext.nn._arguments import count, fail
 from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._laid_out_ltc import LaidOutLTC
 from ember_ext.nn._liquid import Advance, LiquidLayer
+from ember_ext.nn._recorded import RecordedCells
 from ember_ext.nn.ltc_cell import Ready
+from ember_ext.reference.ltc_scan import ltc_cell as reference_cell
 
 
 class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
@@ -170,6 +172,21 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
     def _step_through(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         ltc_cell.compute_weight_hooks(self.rnn_cell)
         return super()._step_through(*arguments)
+
+    def _recorded_cells(self, x: Tensor) -> RecordedCells:
+        """As `LiquidLayer._recorded_cells`; the output is yet to be mapped."""
+        cell, ready = self.rnn_cell, Ready.of(self.rnn_cell)
+        unfolds, eps, width = int(cell._ode_unfolds), float(cell._epsilon), self._output_width
+
+        def step(constants: Any, u: Tensor, h: Tensor, span: Any) -> tuple[Tensor, Tensor]:
+            weights, synapses = constants
+            h = reference_cell(u, h, weights, span, synapses, ode_unfolds=unfolds, eps=eps)
+            return h.narrow(1, 0, width), h
+
+        return RecordedCells(step, ready, ltc_cell.map_inputs(cell, x), width)
+
+    def _map_recorded(self, y: Tensor) -> Tensor:
+        return ltc_cell.map_outputs(self.rnn_cell, y)
 
     def _plain_steps(
         self,

@@ -138,7 +138,12 @@ def chunk_to_keep(chunk_size: int | None, steps: int) -> int:
     """Steps whose activations are kept at once for the backward pass; 0 for all of them."""
     if chunk_size is not None:
         return chunk_size
-    if torch.compiler.is_exporting():
-        # A comparison would bind what is exported to one side of it.
-        return 0 if statically_known_true(steps <= MAX_UNCHUNKED) else DEFAULT_CHUNK
-    return 0 if steps <= MAX_UNCHUNKED else DEFAULT_CHUNK
+    return 0 if is_known(steps <= MAX_UNCHUNKED) else DEFAULT_CHUNK
+
+
+def is_known(condition: bool) -> bool:
+    """Whether a condition on sizes holds; in an export, for all sizes that it is made for.
+
+    There, to ask for its truth would bind what is exported to one side of it.
+    """
+    return statically_known_true(condition) if torch.compiler.is_exporting() else bool(condition)

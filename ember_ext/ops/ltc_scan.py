@@ -186,7 +186,8 @@ def _native_scan(chunk_size: int | None, *arguments: Any) -> tuple[Tensor, Tenso
     differentiable = (x, h0, units, sensory, recurrent, spans)
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
         if chunk_size is None:
-            chunk_size = 0 if x.shape[1] * unfolds * h0.numel() <= MAX_KEPT else DEFAULT_CHUNK
+            kept = x.shape[1] * unfolds * h0.numel()
+            chunk_size = 0 if _sequence.is_known(kept <= MAX_KEPT) else DEFAULT_CHUNK
         y, h_last, _ = torch.ops.ember_ext.ltc_scan(*raw, chunk_size)
     else:
         y, h_last, _ = torch.ops.ember_ext.ltc_scan_forward(*raw, -1)

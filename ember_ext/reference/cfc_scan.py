@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ember_ext.reference.time_loop import over_time
 
 
 class Affine(NamedTuple):
@@ -116,24 +118,36 @@ def cfc_scan(
     dtype = torch.promote_types(x.dtype, torch.float32)
     batch, steps, _ = x.shape
     weights = to_dtype(weights, dtype)
-    h = x.new_zeros(batch, len(weights.ff1.bias), dtype=dtype) if h0 is None else h0.to(dtype)
-    varying = isinstance(timespans, Tensor) and timespans.dim() > 0
-    spans = timespans.to(dtype) if isinstance(timespans, Tensor) else timespans
-    spans = spans.reshape(batch, steps, 1) if varying else spans  # type: ignore[union-attr]
-    states = []
-    for t in range(steps):
-        u, v, span = x[:, t].to(dtype), h, spans[:, t] if varying else spans  # type: ignore[index]
-        scale = None if dropout_scale is None else dropout_scale[:, t].to(dtype)
-        if lengths is not None:
+    hidden = weights.ff1.bias.shape[0]
+    h = x.new_zeros(batch, hidden, dtype=dtype) if h0 is None else h0.to(dtype)
+    fixed = spans = running = None
+    if isinstance(timespans, Tensor) and timespans.dim() > 0:
+        spans = timespans.to(dtype).reshape(batch, steps, 1)
+    else:
+        fixed = timespans.to(dtype) if isinstance(timespans, Tensor) else timespans
+    if lengths is not None:
+        running = (torch.arange(steps, device=x.device) < lengths[:, None]).unsqueeze(-1)
+    scale = None if dropout_scale is None else dropout_scale.to(dtype)
+    number = None if isinstance(fixed, Tensor) else fixed
+
+    def step(constants: Any, h: Tensor, now: Any) -> tuple[Tensor, Tensor]:
+        weights, fixed = constants
+        u, span, scale, running = now
+        v = h
+        if running is not None:
             # What lies beyond a row's end must not come back as NaN in a gradient.
-            running = (t < lengths)[:, None]
             u, v = torch.where(running, u, 0), torch.where(running, h, 0)
-            span = torch.where(running, span, 1) if varying else span
-            scale = None if scale is None else torch.where(running[:, None], scale, 0)
+            span = None if span is None else torch.where(running, span, 1)
+            scale = None if scale is None else torch.where(running[..., None], scale, 0)
+        if span is None:
+            span = number if fixed is None else fixed
         new = cfc_cell(u, v, weights, span, mode=mode, activation=activation, dropout_scale=scale)
-        h = new if lengths is None else torch.where(running, new, h)
-        states.append(new if lengths is None else torch.where(running, new, 0))
-    y = torch.stack(states, 1) if states else h.new_empty(batch, 0, h.shape[1])
+        if running is None:
+            return new, new
+        return torch.where(running, new, h), torch.where(running, new, 0)
+
+    constants = weights, fixed if isinstance(fixed, Tensor) else None
+    h, y = over_time(step, h, (x.to(dtype), spans, scale, running), constants, hidden)
     return y.to(x.dtype), h.to(x.dtype)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ember_ext.reference.time_loop import over_time
 
 
 class LTCWeights(NamedTuple):
@@ -70,7 +72,7 @@ def ltc_cell(
     h: Tensor,
     weights: LTCWeights,
     timespan: Tensor | float,
-    synapses: LTCSynapses,
+    synapses: LTCSynapses | None,
     *,
     ode_unfolds: int = 6,
     eps: float = 1e-8,
@@ -82,26 +84,31 @@ def ltc_cell(
         h: state, [B, S].
         weights: of the cell, in the dtype of `x` and `h`.
         timespan: a number, or [B, 1].
-        synapses: those that exist.
+        synapses: those that exist, or None for all.
         ode_unfolds: solver steps in one time step.
         eps: added to the denominator.
     """
 
-    def sums(v: Tensor, index: Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:
+    def sums(v: Tensor, index: Tensor | None, prefix: str = "") -> tuple[Tensor, Tensor]:
+        w, mu, sigma, erev = (
+            getattr(weights, prefix + name) for name in ("w", "mu", "sigma", "erev")
+        )
+        if index is None:
+            a = w * torch.sigmoid(sigma * (v.unsqueeze(2) - mu))
+            return (a * erev).sum(1), a.sum(1)
         source, target, _ = index
         entries = source * h.shape[1] + target
         w, mu, sigma, erev = (
-            getattr(weights, prefix + name).flatten().index_select(0, entries)
-            for name in ("w", "mu", "sigma", "erev")
+            value.flatten().index_select(0, entries) for value in (w, mu, sigma, erev)
         )
         a = w * torch.sigmoid(sigma * (v.index_select(1, source) - mu))
         zeros = torch.zeros_like(h)
         return zeros.index_add(1, target, a * erev), zeros.index_add(1, target, a)
 
-    sensory_numerator, sensory_denominator = sums(x, synapses.sensory, "sensory_")
+    sensory_numerator, sensory_denominator = sums(x, synapses and synapses.sensory, "sensory_")
     c = weights.cm / (timespan / ode_unfolds)
     for _ in range(ode_unfolds):
-        numerator, denominator = sums(h, synapses.recurrent)
+        numerator, denominator = sums(h, synapses and synapses.recurrent)
         numerator = c * h + weights.gleak * weights.vleak + (numerator + sensory_numerator)
         denominator = c + weights.gleak + (denominator + sensory_denominator)
         h = numerator / (denominator + eps)
@@ -125,28 +132,35 @@ def ltc_scan(
     bf16 and fp16 are computed in fp32, the state included, and the results rounded once.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    batch, steps, inputs = x.shape
-    units = len(weights.cm)
+    batch, steps, _ = x.shape
+    units = weights.cm.shape[0]
     weights = LTCWeights(*(value.to(dtype) for value in weights))
-    if synapses is None:
-        synapses = LTCSynapses(
-            all_synapses(units, units, x.device), all_synapses(inputs, units, x.device)
-        )
     h = x.new_zeros(batch, units, dtype=dtype) if h0 is None else h0.to(dtype)
-    varying = isinstance(timespans, Tensor) and timespans.dim() > 0
-    spans = timespans.to(dtype) if isinstance(timespans, Tensor) else timespans
-    states = []
-    for t in range(steps):
-        u, v = x[:, t].to(dtype), h
-        span = spans.reshape(batch, steps, 1)[:, t] if varying else spans  # type: ignore[union-attr]
-        if lengths is not None:
+    fixed = spans = running = None
+    if isinstance(timespans, Tensor) and timespans.dim() > 0:
+        spans = timespans.to(dtype).reshape(batch, steps, 1)
+    else:
+        fixed = timespans.to(dtype) if isinstance(timespans, Tensor) else timespans
+    if lengths is not None:
+        running = (torch.arange(steps, device=x.device) < lengths[:, None]).unsqueeze(-1)
+    number = None if isinstance(fixed, Tensor) else fixed
+    width = units if outputs is None else outputs
+
+    def step(constants: Any, h: Tensor, now: Any) -> tuple[Tensor, Tensor]:
+        weights, synapses, fixed = constants
+        u, span, running = now
+        v = h
+        if running is not None:
             # What a row's end hides must not come back as NaN times zero in a gradient.
-            running = (t < lengths)[:, None]
             u, v = torch.where(running, u, 0), torch.where(running, h, 0)
-            span = torch.where(running, span, 1) if varying else span
+            span = None if span is None else torch.where(running, span, 1)
+        if span is None:
+            span = number if fixed is None else fixed
         new = ltc_cell(u, v, weights, span, synapses, ode_unfolds=ode_unfolds, eps=eps)
-        h = new if lengths is None else torch.where(running, new, h)
-        y = h if lengths is None else torch.where(running, new, 0)
-        states.append(y[:, :outputs])
-    y = torch.stack(states, 1) if states else h[:, None, :outputs].expand(batch, 0, -1)
+        if running is None:
+            return new, new.narrow(1, 0, width)
+        return torch.where(running, new, h), torch.where(running, new, 0).narrow(1, 0, width)
+
+    constants = weights, synapses, fixed if isinstance(fixed, Tensor) else None
+    h, y = over_time(step, h, (x.to(dtype), spans, running), constants, width)
     return y.to(x.dtype), h.to(x.dtype)
