@@ -465,12 +465,12 @@ def test_time_spans_of_other_types(kind: str, grad: bool, mixed_memory: bool) ->
                 TypeError, match=rf"nn\.{kind}: timespan must be (a real|of a real)"
             ):
                 network.step(x[:, 0], hx, bad)
-        for shape in ((1,), (1, 1), (1, 3), (3, 1, 1)):
+        for shape in ((2,), (2, 1), (1, 3), (3, 1, 1)):
             with pytest.raises(ValueError, match=r"timespan must be a scalar, \[B\] = \[3\] or"):
                 network.step(x[:, 0], hx, torch.ones(shape))
         for shape in ((), (1,)):
             network.step(x[0, 0], None, torch.ones(shape))
-        with pytest.raises(ValueError, match=r"timespan must be a scalar or \[1\], got \[2\]"):
+        with pytest.raises(ValueError, match=r"timespan must be a scalar or \[1\].*, got \[2\]"):
             network.step(x[0, 0], None, torch.ones(2))
 
 

@@ -84,26 +84,46 @@ def _batched_state(layer: str, name: str, h: object, x: Tensor, size: int, batch
     return h if batched else h.unsqueeze(0)
 
 
-def step_timespan(layer: str, timespan: Tensor | float | None, input: Tensor) -> Tensor | float:
-    """The time span of one step as a float, or a floating tensor of no dimension, [B] or [B, 1].
+def step_timespan(
+    layer: str, timespan: Tensor | float | None, input: Tensor, units: int | None
+) -> Tensor | float:
+    """The time span of one step: a float, or a floating tensor of no dimension, [B], or [B, units].
 
     Args:
         layer: for the error.
         timespan: as the user gave it.
         input: the step's input, [B, C] or [C].
+        units: as for `batch_major_timespans`.
     """
     timespan = as_timespans(f"nn.{layer}", "timespan", timespan, input.dtype)
-    rows = input.shape[:-1]
-    if isinstance(timespan, Tensor) and timespan.shape not in ((), rows, (*rows, 1)):
-        expected = f"a scalar, [B] = {list(rows)} or [B, 1]" if rows else "a scalar or [1]"
-        fail(layer, "timespan", expected, list(timespan.shape))
-    return timespan
+    if not isinstance(timespan, Tensor) or timespan.dim() == 0:
+        return timespan
+    rows = tuple(input.shape[:-1])
+    leads = [rows, (1,)] if rows else [()]
+    if timespan.shape in [(*lead, units) for lead in leads] and units != 1:
+        return timespan.expand(*rows, units)  # type: ignore[arg-type]
+    if timespan.shape not in [(*lead, *end) for lead in leads for end in ((), (1,))]:
+        expected = "a scalar or [1]"
+        if rows:
+            expected = f"a scalar, [B] = {list(rows)} or [1], or with a last dimension 1"
+        fail(layer, "timespan", expected + _or_units(units), list(timespan.shape))
+    return timespan.reshape(-1).expand(rows) if rows else timespan.reshape(())
+
+
+def _or_units(units: int | None) -> str:
+    return "" if units in (None, 1) else f" or H = {units}"
 
 
 def batch_major_timespans(
-    layer: str, timespans: Tensor | float | None, x: Tensor, *, batched: bool, batch_first: bool
+    layer: str,
+    timespans: Tensor | float | None,
+    x: Tensor,
+    *,
+    batched: bool,
+    batch_first: bool,
+    units: int | None,
 ) -> Tensor | float:
-    """Time spans as a float, a floating tensor of no dimension, or one of [B, T, 1].
+    """Time spans as a float, a floating tensor of no dimension, or one of [B, T, 1 or units].
 
     Args:
         layer: for the error.
@@ -111,21 +131,30 @@ def batch_major_timespans(
         x: the input, [B, T, I].
         batched: whether the input had a batch dimension.
         batch_first: whether that was the first.
+        units: how many spans a step may have, one for each unit of every cell; None if it may not.
     """
     timespans = as_timespans(f"nn.{layer}", "timespans", timespans, x.dtype)
     if not isinstance(timespans, Tensor) or timespans.dim() == 0:
         return timespans
     batch, steps = x.shape[:2]
-    shape: tuple[int, ...] = (batch, steps) if batch_first else (steps, batch)
-    symbols = "[B, T]" if batch_first else "[T, B]"
+    # The spans of one row are those of all, as in ncps.
+    leads: list[tuple[int, ...]] = [(batch, steps), (1, steps)]
+    symbols = f"[B, T] = {[batch, steps]} or [1, T]"
     if not batched:
-        shape, symbols = (steps,), "[T]"
-    if timespans.shape not in (shape, (*shape, 1)):
-        expected = f"a scalar, {symbols} = {list(shape)} or the same with a last dimension 1"
+        leads, symbols = [(steps,)], f"[T] = {[steps]}"
+    elif not batch_first:
+        leads, symbols = [(steps, batch), (steps, 1)], f"[T, B] = {[steps, batch]} or [T, 1]"
+    shapes = {lead: lead for lead in leads}
+    shapes |= {(*lead, end): lead for lead in leads for end in (1, units) if end is not None}
+    if batched and not batch_first:
+        shapes[(steps,)] = (steps, 1)
+    if timespans.shape not in shapes:
+        expected = f"a scalar, {symbols}, or with a last dimension 1{_or_units(units)}"
         fail(layer, "timespans", expected, list(timespans.shape))
-    spans = timespans.reshape(shape)
+    lead = shapes[tuple(timespans.shape)]
+    spans = timespans.reshape(*lead, 1 if timespans.dim() <= len(lead) else timespans.shape[-1])
     if not batched:
         spans = spans.unsqueeze(0)
     elif not batch_first:
         spans = spans.transpose(0, 1)
-    return spans.unsqueeze(-1)
+    return spans.expand(batch, -1, -1)

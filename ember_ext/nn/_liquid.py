@@ -53,6 +53,11 @@ class LiquidLayer(Packing):
         raise NotImplementedError
 
     @property
+    def _span_units(self) -> int | None:
+        """How many time spans a step may have, one for each unit of every cell; None if none."""
+        return None
+
+    @property
     def _output_width(self) -> int:
         """Width of the cells' output, M."""
         raise NotImplementedError
@@ -107,7 +112,7 @@ class LiquidLayer(Packing):
             hx: initial state, [B, S], or [S] for a single sequence; with mixed memory a pair of
                 such. Default: zeros.
             timespans: time since the previous step, ≥ 0: a number, or a tensor shaped as the input
-                without C, or with C = 1. Default: 1.
+                without C, or with C = 1; with B = 1 for all rows alike. Default: 1.
             lengths: [B], integers of any kind: row b ends after `lengths[b]` steps. Its state is
                 frozen from there on and its outputs are zero before the output layer. What the
                 input and the time spans hold there does not matter. Default: all T.
@@ -126,7 +131,12 @@ class LiquidLayer(Packing):
             layer, x, hx, size=int(self.state_size), mixed=self.use_mixed, batched=batched
         )
         spans = _arguments.batch_major_timespans(
-            layer, timespans, x, batched=batched, batch_first=self.batch_first
+            layer,
+            timespans,
+            x,
+            batched=batched,
+            batch_first=self.batch_first,
+            units=self._span_units,
         )
         if lengths is not None and not batched:
             got = type(lengths).__name__
@@ -160,7 +170,7 @@ class LiquidLayer(Packing):
             input: [B, C], or [C] for a single sequence.
             hx: the state, as `forward` takes and returns it. Default: zeros.
             timespan: time since the previous step, ≥ 0: a number, a tensor of no dimension, [B] or
-                [B, 1], without B for a single sequence. Default: 1.
+                [B, 1], without B for a single sequence; with B = 1 for all rows alike. Default: 1.
 
         Returns:
             The output [B, units] (or motor neurons, or `proj_size`), and the new state.
@@ -168,16 +178,22 @@ class LiquidLayer(Packing):
         batched = input.dim() == 2
         if not batched and input.dim() != 1:
             _arguments.fail(self.layer_name, "input", "[B, C] or [C]", list(input.shape))
-        span = timespan
+        span, of_units = timespan, False
         if type(span) is not float:
-            span = _arguments.step_timespan(self.layer_name, timespan, input)
-        if batched and isinstance(hx, Tensor) and not (self.use_mixed or torch.is_grad_enabled()):
+            span = _arguments.step_timespan(self.layer_name, timespan, input, self._span_units)
+            of_units = isinstance(span, Tensor) and span.dim() > 1
+        if (
+            batched
+            and not of_units
+            and isinstance(hx, Tensor)
+            and not (self.use_mixed or torch.is_grad_enabled())
+        ):
             result = self._run_packed(input, hx, span)
             if result is not None:
                 return self._read_out(result[0]), result[1]
         time_dim = 1 if batched and self.batch_first else 0
         if isinstance(span, Tensor) and span.dim() > 0:
-            span = span.reshape(input.shape[:-1]).unsqueeze(time_dim)
+            span = span.unsqueeze(time_dim)
         y, hx = self.forward(input.unsqueeze(time_dim), hx, span)
         return (y.squeeze(time_dim) if self.return_sequences else y), hx
 
@@ -185,6 +201,13 @@ class LiquidLayer(Packing):
         self, x: Tensor, h: Tensor, timespans: Tensor | float, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Cells' output [B, T, M] and final state [B, S], by the fastest way that there is."""
+        if _spans_of_units(timespans):
+            _native.warn_once(
+                f"nn.{self.layer_name} goes step by step, which is slower: units have time spans "
+                "of their own"
+            )
+            y, h, _ = self._step_through(x, h, None, timespans, lengths)
+            return y, h
         if not torch.is_grad_enabled():
             # Arguments that are not good are left to the operator, which complains.
             result = self._run_packed(x, h, timespans, lengths)
@@ -226,7 +249,14 @@ class LiquidLayer(Packing):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `_run`, step by step; with c, the LSTM comes before the cells and ties them."""
         layer = f"nn.{self.layer_name}"
-        check_timespans(layer, timespans, x, positive=self._positive_timespans, lengths=lengths)
+        check_timespans(
+            layer,
+            timespans,
+            x,
+            positive=self._positive_timespans,
+            lengths=lengths,
+            units=timespans.shape[-1] if _spans_of_units(timespans) else 1,  # type: ignore[union-attr]
+        )
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
         if x.dtype != dtype and autocast_dtype(x.device.type) is None:
             expected = f"of the weights' dtype {dtype}"
@@ -288,9 +318,10 @@ class LiquidLayer(Packing):
             x: the input, [B, T, C].
             inputs: x at each step.
             fixed: the time span of all steps, or None if they vary.
-            spans: the time span of each step: a number, a tensor of no dimension, or [B, 1].
+            spans: the time span of each step: a number, a tensor of no dimension, [B, 1] or, one
+                for each unit, [B, H].
         """
-        if not torch.is_grad_enabled() and inputs:
+        if not torch.is_grad_enabled() and inputs and not _spans_of_units(spans[0]):
             zeros = x.new_zeros(x.shape[0], int(self.state_size))
             if self._run_packed(inputs[0], zeros, spans[0]) is not None:
                 # What was checked at the first step holds for all of them.
@@ -301,3 +332,8 @@ class LiquidLayer(Packing):
         if self._calls_cells():
             return lambda t, h: self.rnn_cell.forward(inputs[t], h, spans[t])
         return self._plain_steps(x, inputs, fixed, spans)
+
+
+def _spans_of_units(timespans: Tensor | float) -> bool:
+    """Whether time spans, [..., 1 or units], differ from unit to unit."""
+    return isinstance(timespans, Tensor) and timespans.dim() > 1 and timespans.shape[-1] != 1

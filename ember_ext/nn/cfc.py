@@ -45,7 +45,10 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
     Differences to ncps, where ncps fails:
         - `timespans` of shape [B, T] or [B, T, 1] belong to each row and step. ncps squeezes a
           step's column to [B] and multiplies it along the *units*: an error, or a wrong result
-          where B equals the number of units. Numbers are accepted too.
+          where B equals the number of units. Numbers are accepted too. What ncps computes rightly
+          is taken: [1, T] or [1, T, 1] for all rows, [T, 1] or [T] with the time first, and
+          [B, T, H] or [1, T, H] with a span for each unit where all cells have H of them. The last
+          go step by step.
         - The default state has the input's dtype and not always float32.
         - T = 0 returns the state unchanged.
         - Arguments are checked, with messages that say what was expected.
@@ -153,6 +156,12 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
     @property
     def _features(self) -> int:
         return int(self._cells[0].input_size)
+
+    @property
+    def _span_units(self) -> int | None:
+        # ncps hands the same spans to every cell, which must be as wide.
+        sizes = set(self._layer_sizes)
+        return sizes.pop() if len(sizes) == 1 else None
 
     @property
     def _output_width(self) -> int:

@@ -52,6 +52,7 @@ def check_timespans(
     *,
     positive: bool = False,
     lengths: Tensor | None = None,
+    units: int = 1,
 ) -> None:
     """Raise unless `timespans`, from `as_timespans`, fit x, [B, T, I], and are finite and >= 0.
 
@@ -61,6 +62,7 @@ def check_timespans(
         x: input.
         positive: whether a time span of 0 is an error, too: for cells that divide by it.
         lengths: of the rows, checked before; time spans beyond them may have any value.
+        units: the last dimension that time spans may have.
     """
     batch, steps, _ = x.shape
     expected = "finite and > 0, as the cell divides by it" if positive else "finite and >= 0"
@@ -71,7 +73,7 @@ def check_timespans(
         return
     _checks.check_tensor(op, "timespans", timespans)
     _checks.check_device(op, "timespans", timespans, x, "x")
-    if timespans.shape not in ((), (batch, steps), (batch, steps, 1)):
+    if timespans.shape not in ((), (batch, steps), (batch, steps, units)):
         shapes = f"a scalar, [B, T] or [B, T, 1] with [B, T] = {[batch, steps]}"
         _checks.fail(op, "timespans", shapes, list(timespans.shape))
     if _checks.is_readable(timespans):
@@ -81,8 +83,8 @@ def check_timespans(
             return
         if lengths is not None and timespans.dim() and _checks.is_readable(lengths):
             beyond = torch.arange(steps) >= lengths[:, None]
-            good = good.view(batch, steps) | beyond
-            timespans = timespans.reshape(batch, steps)
+            timespans = timespans.reshape(batch, steps, units)
+            good = good.reshape(batch, steps, units) | beyond[..., None]
             if bool(good.all()):
                 return
         index = (~good).nonzero()[0].tolist()
