@@ -77,6 +77,12 @@ constexpr const char* schemas[] = {
     "Tensor recurrent, Tensor timespans, Tensor? lengths, int unfolds, float eps, int chunk, "
     "bool input_gradient, bool weight_gradients) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    // Inference by a network packed once; CPU only.
+    "ltc_scan_pack(Tensor unit_weights, Tensor sensory_weights, Tensor recurrent_weights, "
+    "Tensor sensory, Tensor recurrent, Tensor? input_map, Tensor? output_map, int[] plan) "
+    "-> Tensor",
+    "ltc_scan_packed(Tensor x, Tensor h, Tensor timespans, Tensor? lengths, Tensor packed, "
+    "int[] plan, float eps, int watch) -> (Tensor, Tensor)",
     // A number that changes with what the tensors hold; CPU only.
     "fingerprint(Tensor[] tensors) -> int",
     "watch(Tensor[] tensors) -> int",

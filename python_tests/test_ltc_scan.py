@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import ember_ext
 from ember_ext import _native, reference
 from ember_ext.ops import LTCSynapses, LTCWeights, ltc_synapses
-from ember_ext.ops.ltc_scan import raw_arguments
+from ember_ext.ops._watch import Watch, WeightsChangedError
+from ember_ext.ops.ltc_scan import PackedLTC, raw_arguments
 from ember_ext.testing import DTYPES, check_sample, flat_ltc, ltc_samples, ltc_weights
 
 needs_kernels = pytest.mark.skipif(not _native.has("cpu"), reason="no compiled kernels")
@@ -395,6 +396,90 @@ def test_only_what_is_asked_for_is_differentiated() -> None:
         weights = [torch.linspace(-1, 1, out.numel()).view(out.shape) for out in outputs]
         (gradient,) = torch.autograd.grad(outputs, leaf, weights)
         assert torch.equal(gradient, whole[name]), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("batch", [1, 2, 9, 40])
+@pytest.mark.parametrize("steps", [None, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_packed_network(batch: int, steps: int | None, dtype: torch.dtype) -> None:
+    tensors, options = example(batch, steps or 1, 6, 37, share=0.2)
+    named = {name: value.detach().to(dtype) for name, value in tensors.items()}
+    weights = LTCWeights(*(named[name] for name in LTCWeights._fields))
+    x, h, spans = named["x"], named["h0"], named["timespans"]
+    maps = {"input_map": torch.randn(2, 6, dtype=dtype), "output_map": torch.randn(2, 5).to(dtype)}
+    synapses = LTCSynapses(**options)
+    lengths = torch.arange(batch) % (steps + 1) if steps else None
+    settings: dict[str, Any] = {"ode_unfolds": 3, "outputs": 5}
+    for own_maps in ({}, maps):
+        for dt in (spans, None):
+            packed = PackedLTC(weights, synapses, **own_maps, **settings)
+            u = x * maps["input_map"][0] + maps["input_map"][1] if own_maps else x
+            expected, expected_last = ember_ext.ltc_scan(
+                u,
+                weights,
+                h,
+                synapses=synapses,
+                timespans=1.0 if dt is None else dt,
+                lengths=lengths,
+                **settings,
+            )
+            if own_maps:
+                expected = expected * maps["output_map"][0] + maps["output_map"][1]
+                if lengths is not None:
+                    ended = torch.arange(steps or 1) >= lengths[:, None]
+                    expected = torch.where(ended[..., None], 0, expected)
+            single = steps is None
+            arguments = (
+                x[:, 0] if single else x,
+                h,
+                dt if dt is None or not single else dt[:, 0],
+                lengths,
+            )
+            y, last = packed.run(*arguments)
+            torch.testing.assert_close(y, expected[:, 0] if single else expected)
+            torch.testing.assert_close(last, expected_last)
+    operator = torch.ops.ember_ext.ltc_scan_packed
+    rest = (packed._packed, list(packed._plan), 1e-8, 0)
+    torch.library.opcheck(operator.default, (x, h, spans, lengths, *rest))
+    for bad in (
+        (x[1:], h, spans),
+        (x[..., :3], h, spans),
+        (x, h[:, :4], spans),
+        (x, h, spans[:, 1:]),
+    ):
+        with pytest.raises(RuntimeError, match="invalid arguments"):
+            operator(*bad, None, *rest)
+
+
+@needs_kernels
+def test_packing_is_an_operator_like_others() -> None:
+    _, _, *tensors, _, _, _, _, _ = raw_example()
+    counts = [index.shape[1] for index in tensors[3:]]
+    plan = [4, 5, 2, *counts, 3, 1, 0]
+    arguments = (*tensors, torch.randn(2, 4), None)
+    # What lies between the pieces is neither written nor read.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    pack = torch.ops.ember_ext.ltc_scan_pack
+    torch.library.opcheck(pack.default, (*arguments, plan), test_utils=checks)
+    for bad in ([*plan[:3], 1, *plan[4:]], [*plan[:7], 1], plan[:7], [5, *plan[1:]]):
+        with pytest.raises(RuntimeError, match="invalid arguments"):
+            pack(*arguments, bad)
+
+
+@needs_kernels
+def test_a_packed_network_notices_new_weights() -> None:
+    tensors, options = example(1, 1)
+    named = {name: value.detach() for name, value in tensors.items()}
+    weights = LTCWeights(*(named[name] for name in LTCWeights._fields))
+    watch = Watch(list(weights))
+    packed = PackedLTC(weights, LTCSynapses(**options), watch=watch)
+    x, h = named["x"][:, 0], named["h0"]
+    packed.run(x, h)
+    weights.erev.data[0, 0] += 1
+    with pytest.raises(WeightsChangedError, match=r"ember_ext\.ltc_scan: the weights"):
+        packed.run(x, h)
+    packed.run(x, h, checked=False)
 
 
 @needs_kernels

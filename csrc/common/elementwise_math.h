@@ -27,16 +27,13 @@ EMBER_HD To bit_cast(From from) {
 }
 
 // Returns NaN for NaN.
-template <typename V>
-EMBER_HD V clamp_to(V x, V low, V high) {
+EMBER_HD float clamp(float x, float low, float high) {
   x = x > high ? high : x;
   return x < low ? low : x;
 }
-EMBER_HD float clamp(float x, float low, float high) {
-  return clamp_to(x, low, high);
-}
 EMBER_HD double clamp(double x, double low, double high) {
-  return clamp_to(x, low, high);
+  x = x > high ? high : x;
+  return x < low ? low : x;
 }
 
 EMBER_HD float absolute(float x) {
@@ -83,39 +80,34 @@ EMBER_HD T quotient(T a, T b) {
   return a / b;
 }
 
-// The two functions below serve scalars and the compiler's vectors: V is what x is, U the same of
-// unsigned integers. They clamp x to at most `most`.
-
 // e^x = 2^n e^r with n = round(x / ln 2). Adding 1.5 * 2^23 rounds to an integer and leaves n in
 // the low bits, from where a shift moves it into the exponent. Polynomial: Cephes expf.
-template <typename U, typename V>
-EMBER_HD V exponential_of_floats(V x, float most) {
-  x = clamp_to(x, V{} - 88.02f, V{} + most);
+EMBER_HD float exponential(float x) {
+  x = clamp(x, -88.02f, 88.02969f);
   const float rounder = 12582912.0f;
-  const V shifted = x * 1.44269504f + rounder;
-  const V n = shifted - rounder;
-  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  V p = V{} + 1.9875691500e-4f;
+  const float shifted = x * 1.44269504f + rounder;
+  const float n = shifted - rounder;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const U power = (bit_cast<U>(shifted) + 127u) << 23;
-  return p * bit_cast<V>(power);
+  const uint32_t power = (bit_cast<uint32_t>(shifted) + 127u) << 23;
+  return p * bit_cast<float>(power);
 }
 
 // The same with 1.5 * 2^52; the Taylor series is enough: at |r| <= ln(2) / 2 its next term is
 // 4e-18.
-template <typename U, typename V>
-EMBER_HD V exponential_of_doubles(V x, double most) {
-  x = clamp_to(x, V{} - 709.0, V{} + most);
+EMBER_HD double exponential(double x) {
+  x = clamp(x, -709.0, 708.39);
   const double rounder = 6755399441055744.0;
-  const V shifted = x * 1.4426950408889634 + rounder;
-  const V n = shifted - rounder;
-  const V r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6;
-  V p = V{} + 1.6059043836821613e-10;
+  const double shifted = x * 1.4426950408889634 + rounder;
+  const double n = shifted - rounder;
+  const double r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6;
+  double p = 1.6059043836821613e-10;
   p = p * r + 2.0876756987868099e-9;
   p = p * r + 2.5052108385441719e-8;
   p = p * r + 2.7557319223985891e-7;
@@ -129,15 +121,8 @@ EMBER_HD V exponential_of_doubles(V x, double most) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  const U power = (bit_cast<U>(shifted) + uint64_t(1023)) << 52;
-  return p * bit_cast<V>(power);
-}
-
-EMBER_HD float exponential(float x) {
-  return exponential_of_floats<uint32_t>(x, 87.33654f);
-}
-EMBER_HD double exponential(double x) {
-  return exponential_of_doubles<uint64_t>(x, 708.39);
+  const uint64_t power = (bit_cast<uint64_t>(shifted) + 1023u) << 52;
+  return p * bit_cast<double>(power);
 }
 
 // x P(x^2) / Q(x^2), fitted to a relative error of 2.1e-8 on [-9.02, 9.02], beyond which tanh

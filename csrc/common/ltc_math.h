@@ -10,6 +10,19 @@
 namespace ember {
 inline namespace EMBER_ISA {
 
+// The next potential of a unit from its potential v, with c = cm / (dt / unfolds), its leak's
+// conductance and the current gleak vleak of it, and what its synapses add.
+template <typename V, typename S, typename E>
+EMBER_HD V ltc_next_state(V c, V v, S leak, S current, V numerator, V denominator, E eps) {
+  return (c * v + current + numerator) / (c + leak + denominator + eps);
+}
+
+// The affine map of an input or output.
+template <typename V>
+EMBER_HD V ltc_mapped(V value, V scale, V shift) {
+  return value * scale + shift;
+}
+
 // What a synapse's output comes to, differentiated: `w` and `erev` are the weights' own gradients,
 // `slope` that of sigma (v - mu).
 template <typename V>

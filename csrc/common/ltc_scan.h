@@ -48,47 +48,75 @@ struct LtcScanParams {
   void* grad_h0;            // C [batch, units]
   void* grad_timespans;     // C [batch, steps]
 
-  // CPU only: ltc_workspace() elements of C, and the network as ltc_scan_pack() laid it out,
-  // ltc_network_size() elements, or null to have forward lay it out.
-  void* workspace;
+  void* workspace;  // on the CPU ltc_workspace() elements of C
+
+  // CPU only: the network as ltc_scan_pack() laid it out, ltc_packed_size() elements of C; null to
+  // have forward lay it out. With it, C [2, inputs] and [2, outputs] scale and shift inputs and
+  // outputs, or null.
   void* packed;
+  const void* input_map;
+  const void* output_map;
 };
 
 inline namespace EMBER_ISA {
 
-// Elements of the network as the CPU kernels lay it out.
-EMBER_HD int64_t ltc_network_size(const LtcScanParams& p) {
-  return ((p.sensory.count + p.recurrent.count) * 5 + 2 * (p.units + 1) + 15) / 16 * 16;
+// Every piece of memory begins at a line of the cache.
+EMBER_HD int64_t ltc_pad(int64_t elements) {
+  return (elements + 15) / 16 * 16;
 }
 
-// Rows that a group has at most, whatever the instruction set, and partial sums of the weights'
-// gradients, which the rows are shared out to.
+// Lanes of a vector and rows of a group at most, whatever the instruction set.
+constexpr int64_t ltc_max_lanes = 16;
 constexpr int64_t ltc_max_width = 32;
+// Partial sums of the weights' gradients, to which groups of rows are assigned.
 constexpr int64_t ltc_max_partials = 64;
+
+// Elements of a network that is laid out for groups of rows, on the CPU.
+EMBER_HD int64_t ltc_network_size(const LtcScanParams& p) {
+  const int64_t synapses = p.sensory.count + p.recurrent.count;
+  return 5 * synapses + 6 * p.units + 8 * ltc_max_lanes;
+}
+
+// And for single rows: each kind of synapses is filled up to whole vectors.
+EMBER_HD int64_t ltc_columns_size(const LtcSynapses& s, int64_t units) {
+  const int64_t filled = s.count + ltc_max_lanes * (s.num_sources + 2) + units;
+  return 5 * filled + 2 * units + s.num_sources + 8 * ltc_max_lanes;
+}
+EMBER_HD int64_t ltc_row_network_size(const LtcScanParams& p) {
+  return ltc_columns_size(p.sensory, p.units) + ltc_columns_size(p.recurrent, p.units) +
+         4 * p.units + 8 * ltc_max_lanes;
+}
+
+// Elements of both.
+EMBER_HD int64_t ltc_packed_size(const LtcScanParams& p) {
+  return ltc_pad(ltc_network_size(p)) + ltc_row_network_size(p);
+}
 
 // Elements of C that a thread of the CPU kernels works in.
 EMBER_HD int64_t ltc_scratch_size(const LtcScanParams& p, bool backward) {
-  const int64_t synapses = p.sensory.count + p.recurrent.count, padding = 1024;
-  const int64_t forward = ltc_max_width * (p.inputs + 5 * p.units + 2) + padding;
-  if (!backward) return forward;
-  const int64_t tape = p.chunk ? (p.chunk * p.unfolds + 1) * p.units * ltc_max_width : 0;
-  const int64_t sums = 4 * synapses + 3 * p.units;
-  return forward + tape + padding + ltc_max_width * sums +
-         ltc_max_width * (2 * p.inputs + 9 * p.units + p.sensory.count + 2);
+  const int64_t pieces = 48 * ltc_max_lanes, sources = p.inputs + 5 * p.units + 2;
+  if (!backward) {
+    // A single row has no lanes to itself.
+    return ltc_pad(pieces + sources * (p.batch > 1 ? ltc_max_width : 1));
+  }
+  const int64_t tape = p.chunk ? (p.chunk * p.unfolds + 1) * p.units : 0;
+  const int64_t synapses = p.sensory.count + p.recurrent.count;
+  const int64_t rows = sources + tape + 2 * p.inputs + 10 * p.units + p.sensory.count + 2;
+  return ltc_pad(pieces + rows * ltc_max_width + (4 * synapses + 3 * p.units) * ltc_max_lanes);
 }
 
 // Elements of a partial sum of the weights' gradients, which are doubles.
 EMBER_HD int64_t ltc_partial_size(const LtcScanParams& p) {
   const int64_t doubles = 4 * (p.sensory.count + p.recurrent.count) + 3 * p.units;
-  return p.dtype == DType::f64 ? doubles : 2 * doubles;
+  return ltc_pad(p.dtype == DType::f64 ? doubles : 2 * doubles);
 }
 
 // Elements of the CPU kernels' workspace.
 EMBER_HD int64_t ltc_workspace(const LtcScanParams& p, int64_t threads, bool backward) {
+  const int64_t scratch = threads * ltc_scratch_size(p, backward);
+  if (!backward) return scratch + (p.packed ? 0 : ltc_packed_size(p));
   const int64_t partials = p.batch < ltc_max_partials ? p.batch : ltc_max_partials;
-  return (p.packed ? 0 : ltc_network_size(p)) * (backward ? 2 : 1) +
-         threads * ltc_scratch_size(p, backward) + (backward ? partials * ltc_partial_size(p) : 0) +
-         64;
+  return scratch + 2 * ltc_pad(ltc_network_size(p)) + partials * ltc_partial_size(p);
 }
 
 // Elements of `saved`, unless nothing is.

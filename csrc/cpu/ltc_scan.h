@@ -9,11 +9,27 @@
 #include "../common/ltc_scan.h"
 #include "parallel.h"
 #include "vector.h"
+#include "vector_math.h"
 
 namespace ember {
 inline namespace EMBER_ISA {
 
-// The four weights of a synapse side by side. Forward has w * erev in place of erev.
+// Memory that is taken piece by piece, each from a line of the cache on.
+template <typename C>
+class LtcScratch {
+ public:
+  explicit LtcScratch(C* memory) : memory_(memory) {}
+  C* take(int64_t elements) {
+    C* piece = memory_;
+    memory_ += ltc_pad(elements);
+    return piece;
+  }
+
+ private:
+  C* memory_;
+};
+
+// The four weights of a synapse side by side. Forward has -sigma, and w * erev in place of erev.
 template <typename C>
 struct LtcSynapse {
   C mu, sigma, w, erev;
@@ -25,7 +41,9 @@ struct LtcList {
   const int32_t* begin;
   const int32_t* source;
   const LtcSynapse<C>* synapses;
-  int64_t count;
+  int64_t count, targets;
+
+  int32_t degree(int64_t j) const { return begin[j + 1] - begin[j]; }
 };
 
 // The network as kernels take it.
@@ -33,58 +51,80 @@ template <typename C>
 struct LtcNetwork {
   LtcList<C> sensory, recurrent;
   const C *cm, *gleak, *vleak;  // [units]
+  const C* current;             // [units]: gleak vleak
 
-  // Lays the network out in `memory`, or finds it there if `memory` is laid out.
+  // Lays the network out in `memory`, ltc_network_size() elements, or finds it there.
   LtcNetwork(const LtcScanParams& p, bool backward, C* memory, bool is_laid_out) {
-    cm = static_cast<const C*>(p.unit_weights);
+    LtcScratch<C> scratch(memory);
+    C* own = scratch.take(4 * p.units);
+    cm = own;
     gleak = cm + p.units;
     vleak = gleak + p.units;
-    sensory = place(p, p.sensory, backward, memory, is_laid_out);
-    recurrent = place(p, p.recurrent, backward, memory + list_size(p, p.sensory), is_laid_out);
+    current = vleak + p.units;
+    if (!is_laid_out) {
+      const C* given = static_cast<const C*>(p.unit_weights);
+      for (int64_t i = 0; i < 3 * p.units; ++i) own[i] = given[i];
+      for (int64_t j = 0; j < p.units; ++j) own[3 * p.units + j] = gleak[j] * vleak[j];
+    }
+    sensory = place(p, p.sensory, backward, scratch, is_laid_out);
+    recurrent = place(p, p.recurrent, backward, scratch, is_laid_out);
   }
 
  private:
-  static int64_t list_size(const LtcScanParams& p, const LtcSynapses& list) {
-    return list.count * 5 + p.units + 1;
-  }
-
-  static LtcList<C> place(const LtcScanParams& p, const LtcSynapses& list, bool backward, C* memory,
-                          bool is_laid_out) {
-    auto* synapses = reinterpret_cast<LtcSynapse<C>*>(memory);
-    auto* source = reinterpret_cast<int32_t*>(memory + 4 * list.count);
-    int32_t* begin = source + list.count;
+  static LtcList<C> place(const LtcScanParams& p, const LtcSynapses& list, bool backward,
+                          LtcScratch<C>& scratch, bool is_laid_out) {
+    auto* synapses = reinterpret_cast<LtcSynapse<C>*>(scratch.take(4 * list.count));
+    auto* source = reinterpret_cast<int32_t*>(scratch.take(list.count));
+    auto* begin = reinterpret_cast<int32_t*>(scratch.take(p.units + 1));
     if (!is_laid_out) {
       const C *w = static_cast<const C*>(list.weights), *mu = w + list.count,
               *sigma = mu + list.count, *erev = sigma + list.count;
       int64_t target = -1;
       for (int64_t e = 0; e < list.count; ++e) {
-        synapses[e] = {mu[e], sigma[e], w[e], backward ? erev[e] : w[e] * erev[e]};
+        synapses[e] = {mu[e], backward ? sigma[e] : -sigma[e], w[e],
+                       backward ? erev[e] : w[e] * erev[e]};
         source[e] = int32_t(list.sources[e]);
         while (target < list.targets[e]) begin[++target] = int32_t(e);
       }
       while (target < p.units) begin[++target] = int32_t(list.count);
     }
-    return {begin, source, synapses, list.count};
+    return {begin, source, synapses, list.count, p.units};
   }
 };
 
-// How far two synapses of one target are open, at one division for both: dividing takes as long as
-// half an exponential. Beyond `most`, sigmoid rounds to 1, and the product of the two sums stays
-// finite. A NaN in one makes both NaN, as it makes their target's next state NaN anyway.
+// e^43 + 1 is e^43, and two of them multiply to a finite number.
+template <typename C>
+constexpr C ltc_most_exponent = sizeof(C) == 4 ? C(43) : C(340);
+
+// How far two synapses of one target are open, sigmoid(-x) and sigmoid(-y), at one division for
+// both: dividing takes as long as half an exponential. A NaN in one makes both NaN, as it makes
+// their target's next state NaN anyway. Never less than e^-43, too little to be seen in a sum.
+template <typename C>
+EMBER_HD void sigmoids_of_negative(Vector<C> x, Vector<C> y, Vector<C>& first, Vector<C>& second) {
+  const Vector<C> a = C(1) + exponential(x, ltc_most_exponent<C>),
+                  b = C(1) + exponential(y, ltc_most_exponent<C>), r = C(1) / (a * b);
+  first = b * r;
+  second = a * r;
+}
+// The same of one, to the bit as if the other were 0.
+template <typename C>
+EMBER_HD Vector<C> sigmoid_of_negative(Vector<C> x) {
+  return C(1) / (C(1) + exponential(x, ltc_most_exponent<C>));
+}
+
+// sigmoid(x) and sigmoid(y), which do fall to 0: as a factor of a large potential, what is left of
+// a closed synapse would be seen.
 template <typename C>
 EMBER_HD void sigmoids(Vector<C> x, Vector<C> y, Vector<C>& first, Vector<C>& second) {
-  constexpr C most = sizeof(C) == 4 ? C(43) : C(340);
-  const Vector<C> a = exponential(x, most), b = exponential(y, most);
+  const Vector<C> a = exponential(x, ltc_most_exponent<C>),
+                  b = exponential(y, ltc_most_exponent<C>);
   const Vector<C> a1 = C(1) + a, b1 = C(1) + b, r = C(1) / (a1 * b1);
   first = a * (b1 * r);
   second = b * (a1 * r);
 }
-
-// The same of one, to the bit as if the other were of a synapse with sigma = 0.
 template <typename C>
 EMBER_HD Vector<C> sigmoid_alone(Vector<C> x) {
-  constexpr C most = sizeof(C) == 4 ? C(43) : C(340);
-  const Vector<C> a = exponential(x, most);
+  const Vector<C> a = exponential(x, ltc_most_exponent<C>);
   return a * (C(1) / (C(1) + a));
 }
 
@@ -124,28 +164,39 @@ class LtcGroup {
     return count;
   }
 
-  // Time step t of T [batch, steps, columns] to [columns, width]; 0 in rows that do not run.
-  void load(const void* from, int64_t t, int64_t columns, const C* running, C* to) const {
+  // Time step t of T [batch, steps, columns] to [columns, width], through a map C [2, columns] if
+  // there is one; 0 in rows that do not run.
+  void load(const void* from, int64_t t, int64_t columns, const C* running, C* to,
+            const void* map = nullptr) const {
     const T* values = static_cast<const T*>(from);
+    const C *scale = static_cast<const C*>(map), *shift = map ? scale + columns : nullptr;
     for (int64_t lane = 0; lane < width; ++lane) {
       if (running[lane] == 0) {
         for (int64_t i = 0; i < columns; ++i) to[i * width + lane] = 0;
         continue;
       }
       const T* row = values + ((rows_.first + lane) * p_.steps + t) * columns;
-      for (int64_t i = 0; i < columns; ++i) to[i * width + lane] = widen(row[i]);
+      for (int64_t i = 0; i < columns; ++i) {
+        const C value = widen(row[i]);
+        to[i * width + lane] = map ? ltc_mapped(value, scale[i], shift[i]) : value;
+      }
     }
   }
-  // The way back; 0 for rows that do not run.
-  void store(const C* from, int64_t t, int64_t columns, const C* running, void* to) const {
+  // The way back, through a map C [2, columns] if there is one; 0 for rows that do not run.
+  void store(const C* from, int64_t t, int64_t columns, const C* running, void* to,
+             const void* map = nullptr) const {
     T* values = static_cast<T*>(to);
+    const C *scale = static_cast<const C*>(map), *shift = map ? scale + columns : nullptr;
     for (int64_t lane = 0; lane < rows_.count; ++lane) {
       T* row = values + ((rows_.first + lane) * p_.steps + t) * columns;
       if (running[lane] == 0) {
         for (int64_t i = 0; i < columns; ++i) narrow(C(0), row[i]);
         continue;
       }
-      for (int64_t i = 0; i < columns; ++i) narrow(from[i * width + lane], row[i]);
+      for (int64_t i = 0; i < columns; ++i) {
+        const C value = from[i * width + lane];
+        narrow(map ? ltc_mapped(value, scale[i], shift[i]) : value, row[i]);
+      }
     }
   }
 
@@ -206,45 +257,75 @@ class LtcGroup {
   const LtcRows rows_;
 };
 
-// Adds what the synapses of `list` to unit j conduct from potentials v, [sources, width]:
-// numerator and denominator of the unit's next state. With `opens` it also keeps how far each is
-// open, [synapses, width], and leaves the numerator alone.
-template <int R, bool keeps, typename C>
+// Adds what the synapses of `list`, laid out for forward, to unit j conduct from potentials v,
+// [sources, width], to numerator and denominator of the unit's next state.
+template <int R, typename C>
 EMBER_HD void conduct(const LtcList<C>& list, int64_t j, const C* v, Vector<C>* numerator,
-                      Vector<C>* denominator, C* opens = nullptr) {
-  using V = Vector<C>;
+                      Vector<C>* denominator) {
   constexpr int width = R * lanes<C>;
-  const auto add = [&](const LtcSynapse<C>& s, V open, int r) {
-    denominator[r] += s.w * open;
-    if (!keeps) numerator[r] += s.erev * open;
+  const auto steep = [](const LtcSynapse<C>& s, const C* from) {
+    return s.sigma * (load_vector(from) - s.mu);
   };
-  int64_t e = list.begin[j];
-  const int64_t end = list.begin[j + 1];
+  const auto add = [&](const LtcSynapse<C>& s, Vector<C> open, int r) {
+    denominator[r] += s.w * open;
+    numerator[r] += s.erev * open;
+  };
+  int32_t e = list.begin[j];
+  const int32_t end = list.begin[j + 1];
   for (; e + 2 <= end; e += 2) {
-    const LtcSynapse<C>&s = list.synapses[e], &next = list.synapses[e + 1];
+    const LtcSynapse<C>*s = list.synapses + e, *next = s + 1;
     const C *from = v + list.source[e] * width, *next_from = v + list.source[e + 1] * width;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      V open, next_open;
-      sigmoids<C>(s.sigma * (load_vector(from + r * lanes<C>) - s.mu),
-                  next.sigma * (load_vector(next_from + r * lanes<C>) - next.mu), open, next_open);
-      add(s, open, r);
-      add(next, next_open, r);
-      if (keeps) {
-        store_vector(open, opens + r * lanes<C>);
-        store_vector(next_open, opens + width + r * lanes<C>);
-      }
+      const int at = r * lanes<C>;
+      Vector<C> open, next_open;
+      sigmoids_of_negative<C>(steep(*s, from + at), steep(*next, next_from + at), open, next_open);
+      add(*s, open, r);
+      add(*next, next_open, r);
     }
-    if (keeps) opens += 2 * width;
   }
   if (e == end) return;
   const LtcSynapse<C>& s = list.synapses[e];
-  const C* from = v + list.source[e] * width;
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    const V open = sigmoid_alone<C>(s.sigma * (load_vector(from + r * lanes<C>) - s.mu));
-    add(s, open, r);
-    if (keeps) store_vector(open, opens + r * lanes<C>);
+    const C* from = v + list.source[e] * width + r * lanes<C>;
+    add(s, sigmoid_of_negative<C>(steep(s, from)), r);
+  }
+}
+
+// As conduct() for a list laid out for backward: keeps how far each synapse is open, [synapses,
+// width], and adds to the denominator only.
+template <int R, typename C>
+EMBER_HD void open_synapses(const LtcList<C>& list, int64_t j, const C* v, Vector<C>* denominator,
+                            C* opens) {
+  constexpr int width = R * lanes<C>;
+  const auto steep = [](const LtcSynapse<C>& s, const C* from) {
+    return s.sigma * (load_vector(from) - s.mu);
+  };
+  int32_t e = list.begin[j];
+  const int32_t end = list.begin[j + 1];
+  for (; e + 2 <= end; e += 2, opens += 2 * width) {
+    const LtcSynapse<C>*s = list.synapses + e, *next = s + 1;
+    const C *from = v + list.source[e] * width, *next_from = v + list.source[e + 1] * width;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const int at = r * lanes<C>;
+      Vector<C> open, next_open;
+      sigmoids<C>(steep(*s, from + at), steep(*next, next_from + at), open, next_open);
+      denominator[r] += s->w * open;
+      denominator[r] += next->w * next_open;
+      store_vector(open, opens + at);
+      store_vector(next_open, opens + width + at);
+    }
+  }
+  if (e == end) return;
+  const LtcSynapse<C>& s = list.synapses[e];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const C* from = v + list.source[e] * width + r * lanes<C>;
+    const Vector<C> open = sigmoid_alone<C>(steep(s, from));
+    denominator[r] += s.w * open;
+    store_vector(open, opens + r * lanes<C>);
   }
 }
 
@@ -273,29 +354,12 @@ struct LtcGroups {
       const int64_t first = from * lanes<C>, last = to * lanes<C> < batch ? to * lanes<C> : batch;
       const LtcRows rows{first, last - first};
       if (to - from == 2) {
-        body(std::integral_constant<int, 2>(), rows, i);
+        body(std::integral_constant<int, 2>(), rows);
       } else {
-        body(std::integral_constant<int, 1>(), rows, i);
+        body(std::integral_constant<int, 1>(), rows);
       }
     }
   }
-};
-
-// Scratch memory of a thread, taken piece by piece; without memory it only counts.
-template <typename C>
-class LtcScratch {
- public:
-  explicit LtcScratch(C* memory = nullptr) : memory_(memory) {}
-  C* take(int64_t elements) {
-    C* piece = memory_ ? memory_ + size_ : nullptr;
-    size_ += (elements + 15) / 16 * 16;
-    return piece;
-  }
-  int64_t size() const { return size_; }
-
- private:
-  C* memory_;
-  int64_t size_ = 0;
 };
 
 }  // namespace EMBER_ISA

@@ -149,8 +149,8 @@ class Reverse {
     add_output_gradients(t);
     for (int64_t j = 0; j < p_.units; ++j) {
       V denominator[R] = {};
-      conduct<R, true, C>(network_.sensory, j, x_, nullptr, denominator,
-                          sensory_opens_ + network_.sensory.begin[j] * width);
+      open_synapses<R>(network_.sensory, j, x_, denominator,
+                       sensory_opens_ + network_.sensory.begin[j] * width);
       for (int r = 0; r < R; ++r) {
         const int64_t at = j * width + r * lanes<C>;
         store_vector(denominator[r], sensory_denominator_ + at);
@@ -187,7 +187,7 @@ class Reverse {
   // One solver step of unit j: from its gradient to those of the states before.
   void solver_step(int64_t j) {
     V denominator[R] = {}, numerators[R], denominators[R];
-    conduct<R, true, C>(network_.recurrent, j, before_, nullptr, denominator, opens_);
+    open_synapses<R>(network_.recurrent, j, before_, denominator, opens_);
     for (int r = 0; r < R; ++r) {
       const int64_t at = j * width + r * lanes<C>;
       const V c = network_.cm[j] / load_vector(timespans_ + r * lanes<C>);
@@ -318,8 +318,8 @@ class Backward {
         totals_(static_cast<double*>(p.workspace)),
         memory_(static_cast<C*>(p.workspace) + partials_ * ltc_partial_size(p)),
         forward_(p, false, memory_, false),
-        network_(p, true, memory_ + ltc_network_size(p), false),
-        scratch_(memory_ + 2 * ltc_network_size(p)) {}
+        network_(p, true, memory_ + ltc_pad(ltc_network_size(p)), false),
+        scratch_(memory_ + 2 * ltc_pad(ltc_network_size(p))) {}
 
   void run(const ThreadPool& pool) {
     const bool wants_weights = p_.grad_unit_weights != nullptr;
@@ -330,7 +330,7 @@ class Backward {
         double* totals = wants_weights ? totals_ + i * size : nullptr;
         for (int64_t k = 0; totals && k < size; ++k) totals[k] = 0;
         groups_.visit(groups_.count * i / partials_, groups_.count * (i + 1) / partials_,
-                      [&](auto vectors, const LtcRows& rows, int64_t) {
+                      [&](auto vectors, const LtcRows& rows) {
                         Reverse<T, decltype(vectors)::value>(p_, forward_, network_, rows, scratch,
                                                              totals)
                             .run();

@@ -29,11 +29,11 @@ class LtcSolver {
   // kept(k, state) is called after each solver step k; rows that do not run are 0 in its state.
   template <typename Kept>
   void step(int64_t t, const C* running, C* v, const Kept& kept) {
-    group_.load(p_.x, t, p_.inputs, running, x_);
+    group_.load(p_.x, t, p_.inputs, running, x_, p_.input_map);
     group_.load_timespans(t, running, timespans_);
     for (int64_t j = 0; j < p_.units; ++j) {
       V numerator[R] = {}, denominator[R] = {};
-      conduct<R, false>(network_.sensory, j, x_, numerator, denominator);
+      conduct<R>(network_.sensory, j, x_, numerator, denominator);
       for (int r = 0; r < R; ++r) {
         const int64_t at = j * width + r * lanes<C>;
         store_vector(numerator[r], numerator_ + at);
@@ -59,15 +59,15 @@ class LtcSolver {
   // One solver step of unit j.
   void solve(int64_t j, const C* running) {
     V numerator[R] = {}, denominator[R] = {};
-    conduct<R, false>(network_.recurrent, j, current_, numerator, denominator);
-    const C leak = network_.gleak[j], current = leak * network_.vleak[j];
+    conduct<R>(network_.recurrent, j, current_, numerator, denominator);
     for (int r = 0; r < R; ++r) {
       const int64_t at = j * width + r * lanes<C>;
       const V c = network_.cm[j] / load_vector(timespans_ + r * lanes<C>);
-      const V above =
-          c * load_vector(current_ + at) + current + (numerator[r] + load_vector(numerator_ + at));
-      const V below = c + leak + (denominator[r] + load_vector(denominator_ + at)) + C(p_.eps);
-      store_vector(select<C>(load_vector(running + r * lanes<C>), above / below), next_ + at);
+      const V next =
+          ltc_next_state(c, load_vector(current_ + at), network_.gleak[j], network_.current[j],
+                         numerator[r] + load_vector(numerator_ + at),
+                         denominator[r] + load_vector(denominator_ + at), C(p_.eps));
+      store_vector(select<C>(load_vector(running + r * lanes<C>), next), next_ + at);
     }
   }
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../common/elementwise_math.h"
+#include "../common/macros.h"
 
 namespace ember {
 inline namespace EMBER_ISA {
@@ -48,14 +48,6 @@ EMBER_HD void store_vector(V value, C* to) {
 template <typename C>
 EMBER_HD void copy_vector(const C* from, C* to) {
   store_vector(load_vector(from), to);
-}
-
-// e^x, with x clamped to at most `most`.
-EMBER_HD Vector<float> exponential(Vector<float> x, float most) {
-  return exponential_of_floats<VectorBits<float>>(x, most);
-}
-EMBER_HD Vector<double> exponential(Vector<double> x, double most) {
-  return exponential_of_doubles<VectorBits<double>>(x, most);
 }
 
 }  // namespace EMBER_ISA
