@@ -83,7 +83,7 @@ EMBER_HD T quotient(T a, T b) {
 // e^x = 2^n e^r with n = round(x / ln 2). Adding 1.5 * 2^23 rounds to an integer and leaves n in
 // the low bits, from where a shift moves it into the exponent. Polynomial: Cephes expf.
 EMBER_HD float exponential(float x) {
-  x = clamp(x, -88.02f, 88.02969f);
+  x = clamp(x, -88.02f, 87.33654f);
   const float rounder = 12582912.0f;
   const float shifted = x * 1.44269504f + rounder;
   const float n = shifted - rounder;

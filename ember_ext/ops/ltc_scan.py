@@ -195,6 +195,96 @@ def _native_scan(chunk_size: int | None, *arguments: Any) -> tuple[Tensor, Tenso
     return y, h_last.to(x.dtype)
 
 
+class PackedLTC:
+    """A network with its weights laid out once for many calls, inputs' and outputs' maps included.
+
+    A copy: it does not follow later changes of the weights, but with a `watch` it says that there
+    were some. CPU only, and not differentiable.
+
+    Args:
+        weights: see `ltc_scan`.
+        synapses: those that exist. Default: all.
+        input_map: [2, I]: scale and shift of inputs. Default: none.
+        output_map: [2, outputs]: scale and shift of outputs. Default: none.
+        timespan: the Δt of every step, > 0, or None if it is given with each call. Default: 1.
+        ode_unfolds: solver steps per time step.
+        eps: added to the denominator.
+        outputs: how many units' states to return, beginning with the first. Default: all S.
+        watch: of all that the weights come from; begun before they are handed over here. Default:
+            none.
+    """
+
+    def __init__(
+        self,
+        weights: LTCWeights,
+        synapses: LTCSynapses | None = None,
+        *,
+        input_map: Tensor | None = None,
+        output_map: Tensor | None = None,
+        timespan: float | None = 1.0,
+        ode_unfolds: int = 6,
+        eps: float = 1e-8,
+        outputs: int | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        dtype = self.dtype = _checks.compute_dtype(weights.cm.dtype)
+        inputs, units = weights.sensory_w.shape
+        x = weights.cm.new_empty(0, 0, inputs)
+        _, _, *tensors, _, _, _, outputs, _ = raw_arguments(
+            x, weights, None, synapses, 1.0, None, ode_unfolds, eps, outputs
+        )
+        maps = [None if m is None else m.detach().to(dtype) for m in (input_map, output_map)]
+        counts = [index.shape[1] for index in tensors[3:]]
+        with_maps = [int(m is not None) for m in maps]
+        self._plan = (inputs, units, outputs, *counts, ode_unfolds, *with_maps)
+        self._eps = float(eps)
+        self._packed = torch.ops.ember_ext.ltc_scan_pack(
+            *(tensor.detach() for tensor in tensors), *maps, self._plan
+        )
+        self._watch, self._watch_number = watch, 0 if watch is None else watch.number
+        self._timespan, self._spans = timespan, torch.empty(0)
+        # Looking the overload up takes as long as the arithmetic of a small network.
+        self._run: Callable[..., tuple[Tensor, Tensor]] = (
+            torch.ops.ember_ext.ltc_scan_packed.default
+        )
+
+    def run(
+        self,
+        x: Tensor,
+        h: Tensor,
+        timespans: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        checked: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs in x's dtype, shaped as x, and the final state in h's.
+
+        Args:
+            x: input, [B, T, I], or [B, I] for a single step; in the dtype of the weights.
+            h: state, [B, S].
+            timespans: [B, T], or [B] for a single step; exactly if the time span was not fixed.
+            lengths: [B], int64, see `ltc_scan`.
+            checked: whether to look at what the watched tensors hold. Default: True.
+
+        Raises:
+            WeightsChangedError: they do not hold any more what they held when the watch began.
+        """
+        if h.dtype != self.dtype:
+            y, last = self.run(x, h.to(self.dtype), timespans, lengths, checked=checked)
+            return y, last.to(h.dtype)
+        if timespans is None:
+            timespans = self._spans
+            if timespans.shape != x.shape[:-1]:
+                timespans = self._spans = h.new_full(x.shape[:-1], self._timespan)  # type: ignore[arg-type]
+        elif timespans.dtype != self.dtype:
+            timespans = timespans.to(self.dtype)
+        watch = self._watch_number if checked else 0
+        result = self._run(x, h, timespans, lengths, self._packed, self._plan, self._eps, watch)
+        if result[1].dim() == 1:
+            raise WeightsChangedError("ember_ext.ltc_scan: the weights have changed")
+        return result
+
+
 def _check(
     x: Tensor,
     weights: LTCWeights,
@@ -297,95 +387,6 @@ def _defined(
         outputs=outputs,
     )
     return y.to(x.dtype), h_last
-
-
-class PackedLTC:
-    """A network with its weights laid out once for many calls, inputs' and outputs' maps included.
-
-    A copy: it does not follow later changes of the weights, but with a `watch` it says that there
-    were some. CPU only, and not differentiable.
-
-    Args:
-        weights: see `ltc_scan`.
-        synapses: those that exist. Default: all.
-        input_map: [2, I]: scale and shift of inputs. Default: none.
-        output_map: [2, outputs]: scale and shift of outputs. Default: none.
-        ode_unfolds: solver steps per time step.
-        eps: added to the denominator.
-        outputs: how many units' states to return, beginning with the first. Default: all S.
-        watch: of all that the weights come from; begun before they are handed over here. Default:
-            none.
-    """
-
-    def __init__(
-        self,
-        weights: LTCWeights,
-        synapses: LTCSynapses | None = None,
-        *,
-        input_map: Tensor | None = None,
-        output_map: Tensor | None = None,
-        ode_unfolds: int = 6,
-        eps: float = 1e-8,
-        outputs: int | None = None,
-        watch: Watch | None = None,
-    ) -> None:
-        dtype = self.dtype = _checks.compute_dtype(weights.cm.dtype)
-        inputs, units = weights.sensory_w.shape
-        x = weights.cm.new_empty(0, 0, inputs)
-        _, _, *tensors, _, _, _, outputs, _ = raw_arguments(
-            x, weights, None, synapses, 1.0, None, ode_unfolds, eps, outputs
-        )
-        maps = [None if m is None else m.detach().to(dtype) for m in (input_map, output_map)]
-        counts = [index.shape[1] for index in tensors[3:]]
-        with_maps = [int(m is not None) for m in maps]
-        self._plan = (inputs, units, outputs, *counts, ode_unfolds, *with_maps)
-        self._eps = float(eps)
-        self._packed = torch.ops.ember_ext.ltc_scan_pack(
-            *(tensor.detach() for tensor in tensors), *maps, self._plan
-        )
-        self._watch, self._watch_number = watch, 0 if watch is None else watch.number
-        # The time spans of one step, which a new tensor would take longer to hold than the step.
-        self._one = self._packed.new_ones(1)
-        # Looking the overload up takes as long as the arithmetic of a small network.
-        self._run: Callable[..., tuple[Tensor, Tensor]] = (
-            torch.ops.ember_ext.ltc_scan_packed.default
-        )
-
-    def run(
-        self,
-        x: Tensor,
-        h: Tensor,
-        timespans: Tensor | None = None,
-        lengths: Tensor | None = None,
-        *,
-        checked: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """The outputs in x's dtype, shaped as x, and the final state in h's.
-
-        Args:
-            x: input, [B, T, I], or [B, I] for a single step; in the dtype of the weights.
-            h: state, [B, S].
-            timespans: > 0, [B, T], or [B] for a single step. Default: 1.
-            lengths: [B], int64, see `ltc_scan`.
-            checked: whether to look at what the watched tensors hold. Default: True.
-
-        Raises:
-            WeightsChangedError: they do not hold any more what they held when the watch began.
-        """
-        if h.dtype != self.dtype:
-            y, last = self.run(x, h.to(self.dtype), timespans, lengths, checked=checked)
-            return y, last.to(h.dtype)
-        if timespans is None:
-            shape = x.shape[:-1]
-            one = shape.numel() == 1
-            timespans = self._one if one else h.new_ones(shape)
-        elif timespans.dtype != self.dtype:
-            timespans = timespans.to(self.dtype)
-        watch = self._watch_number if checked else 0
-        result = self._run(x, h, timespans, lengths, self._packed, self._plan, self._eps, watch)
-        if result[1].dim() == 1:
-            raise WeightsChangedError("ember_ext.ltc_scan: the weights have changed")
-        return result
 
 
 def _packed_size(inputs: int, units: int, _: int, sensory: int, recurrent: int) -> int:
