@@ -6,6 +6,8 @@ does a backward pass that is to be differentiated itself (`create_graph=True`): 
 gradients, and derivatives of any order are those of the definition.
 """
 
+from ember_ext import _native
+from ember_ext.ops import _flops
 from ember_ext.ops.cfc_scan import cfc_scan
 from ember_ext.ops.lif_attention import lif_attention
 from ember_ext.ops.lif_gate import lif_gate
@@ -30,3 +32,6 @@ __all__ = [
     "ltc_synapses",
     "refractory_lif_attention",
 ]
+
+if _native.has("cpu"):
+    _flops.register()

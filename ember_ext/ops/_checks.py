@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ember_ext import _native
 
@@ -53,6 +54,7 @@ def is_readable(value: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not _native.is_tracing()
         and not _native.transforms_active()
+        and not isinstance(value, FakeTensor)
     )
 
 

@@ -124,7 +124,8 @@ def raw_arguments(
     if mode == "pure":
         decay = _decay(weights, dtype)
         if not isinstance(timespans, Tensor):
-            spans = x.new_full((batch, steps), timespans, dtype=dtype)
+            # A product: to fill a tensor with it, torch.compile would make a constant of a float.
+            spans = (x.new_ones((), dtype=dtype) * timespans).expand(batch, steps)
         elif not varying:
             spans = timespans.expand(batch, steps)
     if varying:
@@ -413,7 +414,7 @@ def _saved_size(
     return (steps * row + first) * batch
 
 
-def _planned_cells(plan: Sequence[int]) -> Iterator[tuple[int, int, int, list[int]]]:
+def planned_cells(plan: Sequence[int]) -> Iterator[tuple[int, int, int, list[int]]]:
     """(inputs, hidden, heads, the backbone's widths) of each cell of a plan."""
     at = 2
     while at < len(plan):
@@ -595,7 +596,7 @@ def _register() -> None:
 
     @torch.library.register_fake("ember_ext::cfc_scan_pack")
     def _(weights: list[Tensor], plan: list[int]) -> Tensor:
-        return weights[0].new_empty(sum(_packed_size(*cell) for cell in _planned_cells(plan)))
+        return weights[0].new_empty(sum(_packed_size(*cell) for cell in planned_cells(plan)))
 
     @torch.library.register_fake("ember_ext::cfc_scan_packed")
     def _(
@@ -607,7 +608,7 @@ def _register() -> None:
         plan: list[int],
         watch: int,
     ) -> tuple[Tensor, Tensor]:
-        *_, (_, hidden, _, _) = _planned_cells(plan)
+        *_, (_, hidden, _, _) = planned_cells(plan)
         return x.new_empty(*x.shape[:-1], hidden), h.new_empty(h.shape)
 
     @torch.library.register_fake("ember_ext::cfc_scan_backward")

@@ -155,7 +155,8 @@ def raw_arguments(
             all_synapses(units, units, x.device), all_synapses(inputs, units, x.device)
         )
     if not isinstance(timespans, Tensor):
-        spans = x.new_full((batch, steps), timespans, dtype=dtype)
+        # A product: to fill a tensor with it, torch.compile would make a constant of a float.
+        spans = (x.new_ones((), dtype=dtype) * timespans).expand(batch, steps)
     elif timespans.dim():
         spans = timespans.to(dtype).reshape(batch, steps)
     else:
