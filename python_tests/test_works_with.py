@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate as hugging_face
+import ncps.torch
 import pytest
 import pytorch_lightning as lightning
 import torch
@@ -38,6 +39,7 @@ class Network(nn.Module):
         self.refractory = ember_ext.nn.LIFSelfAttention(8, 2, refractory="causal")
         self.wired = ember_ext.nn.CfC(8, AutoNCP(16, 4))
         self.dense = ember_ext.nn.CfC(4, 8)
+        self.ltc = ember_ext.nn.LTC(8, AutoNCP(12, 8))
         self.mixed = ember_ext.nn.CfC(8, 6, mixed_memory=True)
         self.unused = ember_ext.nn.CfC(4, 5)
         self.head = nn.Linear(6, 2)
@@ -47,7 +49,7 @@ class Network(nn.Module):
         y = self.gate(self.embed(x))
         y = y + self.attention(y)[0]
         y = y + self.refractory(y)[0]
-        for network in (self.wired, self.dense, self.mixed):
+        for network in (self.wired, self.dense, self.ltc, self.mixed):
             y, _ = network(y)
         return self.head(y)  # type: ignore[no-any-return]
 
@@ -115,8 +117,9 @@ def _fully_sharded(rank: int) -> None:
     loss(expected, x).backward()
     model, part = network(), x[2 * rank : 2 * rank + 2]
     mesh = init_device_mesh("cpu", (PROCESSES,))
-    for child in (model.attention, model.refractory, model.wired, model.dense, model.mixed):
-        fully_shard(child, mesh=mesh)
+    for name, child in model.named_children():
+        if name not in ("embed", "gate", "head"):
+            fully_shard(child, mesh=mesh)
     fully_shard(model, mesh=mesh)
     loss(model, part).backward()
     assert_gradients(model, expected)
@@ -254,6 +257,43 @@ def test_whole_modules_are_saved_and_loaded(tmp_path: Path) -> None:
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     with torch.no_grad():
         torch.testing.assert_close(loaded(batch()), model(batch()), rtol=0, atol=0)
+
+
+POLICIES: dict[str, Callable[[], nn.Module]] = {
+    "CfC": lambda: ncps.torch.CfC(6, AutoNCP(12, 3)),
+    "CfC with memory": lambda: ncps.torch.CfC(6, 5, mixed_memory=True),
+    "LTC": lambda: ncps.torch.LTC(6, AutoNCP(12, 3)),
+}
+
+
+def rollout(policy: nn.Module, ended: Tensor) -> list[Tensor]:
+    """Outputs and gradients of a recurrent policy as agents train it.
+
+    Two steps of burn-in without a gradient, then steps between which the episodes of some rows
+    end, whose states are then reset.
+    """
+    steps = batch()
+    with torch.no_grad():
+        _, state = policy(steps[:, :2])
+    outputs = []
+    for t in range(2, steps.shape[1]):
+        keep = 1 - ended[:, t, None]
+        state = tuple(h * keep for h in state) if isinstance(state, tuple) else state * keep
+        y, state = policy(steps[:, t : t + 1], state)
+        outputs.append(y)
+    y = torch.cat(outputs, 1)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    return [y, *torch.autograd.grad(y.square().sum(), parameters)]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_recurrent_policy_whose_episodes_end_within_a_batch(name: str) -> None:
+    torch.manual_seed(0)
+    policy = POLICIES[name]()
+    ended = (torch.rand(batch().shape[:2]) < 0.4).float()
+    expected = rollout(policy, ended)
+    ember_ext.accelerate(policy)
+    torch.testing.assert_close(rollout(policy, ended), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.cuda
