@@ -76,8 +76,8 @@ def visible_keys(
     visible = attn_mask
     if is_causal:
         queries, keys = query.shape[-2], key.shape[-2]
-        causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        causal = causal.tril(keys - queries)
+        last = torch.arange(keys - queries, keys, device=query.device)
+        causal = torch.arange(keys, device=query.device) <= last[:, None]
         visible = causal if visible is None else visible & causal
     return visible
 
@@ -90,11 +90,19 @@ def attention_probabilities(
     if scale is None:
         scale = 1 / math.sqrt(max(query.shape[-1], 1))
     key = key.to(compute_dtype).repeat_interleave(query.shape[1] // max(key.shape[1], 1), 1)
-    scores = (query.to(compute_dtype) * scale) @ key.mT
+    scores = (query.to(compute_dtype) * scale) @ key.transpose(-2, -1)
     if visible is None:
         return scores.softmax(-1)
     scores = scores.masked_fill(~visible, torch.finfo(compute_dtype).min)
     return scores.softmax(-1).masked_fill(~visible, 0)
+
+
+def _serve_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Repeat each of the G heads of [B, G, T, D] for the query heads that it serves."""
+    groups = tensor.shape[1]
+    if groups == heads:
+        return tensor
+    return tensor.repeat_interleave(heads // max(groups, 1), 1)
 
 
 def gate_probabilities(
@@ -108,7 +116,7 @@ def gate_probabilities(
 
 def weighted_sum(w: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """dropout(w) value for w [B, H, Tq, Tk] and value [B, G, Tk, D], in the dtype of w."""
-    value = value.to(w.dtype).repeat_interleave(w.shape[1] // max(value.shape[1], 1), 1)
+    value = _serve_heads(value.to(w.dtype), w.shape[1])
     if dropout_p > 0:
         assert seed is not None
         w = w * dropout_keep(seed, w.shape, dropout_p) / (1 - dropout_p)
