@@ -28,48 +28,58 @@ Watches& watches() {
   return all;
 }
 
-// Whether the elements fill one stretch of memory, in whatever order of the dimensions.
-bool is_dense(const Tensor& t) {
-  if (t.is_contiguous()) return true;
-  const int64_t dims = t.dim();
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Whether `count` elements fill one stretch of memory, in whatever order of the dimensions.
+bool is_dense(const Sizes& sizes, const Sizes& strides, int64_t count) {
+  const int64_t dims = int64_t(sizes.size());
   int64_t filled = 1;
   for (int64_t done = 0; done < dims; ++done) {
-    int64_t next = -1;
-    for (int64_t d = 0; d < dims && next < 0; ++d) {
-      if (t.stride(d) == filled && t.size(d) > 1) next = d;
-    }
+    int64_t next = dims;
+    while (--next >= 0 && (strides[size_t(next)] != filled || sizes[size_t(next)] <= 1)) continue;
     if (next < 0) break;
-    filled *= t.size(next);
+    filled *= sizes[size_t(next)];
   }
-  return filled == t.numel();
+  return filled == count || count == 0;
 }
 
-}  // namespace
-
-int64_t fingerprint(const Tensors& tensors) {
+// Asks each tensor for as little as can be: for small networks the questions take longest. Empty if
+// a tensor is not on the CPU.
+std::optional<int64_t> find_fingerprint(const Tensors& tensors) {
   std::vector<MemoryPiece> pieces;
   pieces.reserve(tensors.size());
   Tensors copies;
   uint64_t kinds = 0;
   for (const Tensor& t : tensors) {
-    STD_TORCH_CHECK(t.is_cpu(), "ember_ext.fingerprint: tensors must be on the CPU");
+    if (!t.is_cpu()) return std::nullopt;
+    const Sizes sizes = t.sizes(), strides = t.strides();
+    int64_t count = 1;
+    kinds = kinds * 31 + uint64_t(t.scalar_type());
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      count *= sizes[d];
+      kinds = (kinds * 31 + uint64_t(sizes[d])) * 31 + uint64_t(strides[d]);
+    }
     const void* data;
-    if (is_dense(t)) {
+    if (is_dense(sizes, strides, count)) {
       data = t.const_data_ptr();
     } else {
       copies.push_back(torch::stable::contiguous(t));
       data = copies.back().const_data_ptr();
     }
-    pieces.push_back({data, t.numel() * int64_t(t.element_size())});
-    kinds = kinds * 31 + uint64_t(t.scalar_type());
-    for (int64_t d = 0; d < t.dim(); ++d) {
-      kinds = (kinds * 31 + uint64_t(t.size(d))) * 31 + uint64_t(t.stride(d));
-    }
+    pieces.push_back({data, count * int64_t(t.element_size())});
   }
   uint64_t result = 0;
   const FingerprintParams p{pieces.data(), int64_t(pieces.size()), &result};
   cpu::fingerprint(p, torch_threads());
   return int64_t(result ^ kinds);
+}
+
+}  // namespace
+
+int64_t fingerprint(const Tensors& tensors) {
+  const std::optional<int64_t> found = find_fingerprint(tensors);
+  STD_TORCH_CHECK(found, "ember_ext.fingerprint: tensors must be on the CPU");
+  return *found;
 }
 
 int64_t watch(Tensors tensors) {
@@ -89,10 +99,7 @@ bool unchanged(int64_t watch) {
     STD_TORCH_CHECK(found != watches().by_number.end(), "ember_ext: no watch ", watch);
     watched = found->second;
   }
-  for (const Tensor& t : watched->tensors) {
-    if (!t.is_cpu()) return false;
-  }
-  return fingerprint(watched->tensors) == watched->fingerprint;
+  return find_fingerprint(watched->tensors) == watched->fingerprint;
 }
 
 void register_watch(torch::stable::detail::StableLibrary& library) {
