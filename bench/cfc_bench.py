@@ -50,9 +50,20 @@ from ember_ext.models import LiquidEmber, LiquidEmberConfig
 from ember_ext.nn.cfc import _weights
 
 INPUTS, UNITS, MOTOR = 128, 192, 128
-NETWORKS: dict[str, Any] = {"wired": AutoNCP(UNITS, MOTOR), "dense": UNITS}
+NETWORKS: dict[str, Any] = {
+    "wired": AutoNCP(UNITS, MOTOR),
+    "dense": UNITS,
+    "wired 32": AutoNCP(32, 4),
+    "wired 64": AutoNCP(64, 16),
+    "dense 32": 32,
+    "dense 64": 64,
+}
+MAIN_NETWORKS = ("wired", "dense")
+"""Those of 192 units."""
+SMALL_NETWORKS = tuple(name for name in NETWORKS if name not in MAIN_NETWORKS)
 MAIN = (64, 256)
 SWEEP = [(1, 16), (1, 256), (1, 4096), (8, 256), (64, 16), (256, 64), (16, 4096)]
+SMALL_SWEEP = [(1, 256), (32, 100), (256, 64)]
 MODES = ("forward", "forward+backward")
 CHUNKS = (0, 128, 64, 32, 16)
 MODEL_CHUNKS = (0, 64)
@@ -66,9 +77,9 @@ class Options:
 
     what: tuple[What, ...] = ("layer", "stream", "memory", "model")
     """layer: 64 rows of 256 steps, with GRU and LSTM; stream: one row, in one call and step by
-    step; sweep: other batches and lengths; mixed: with mixed memory; model: a training step of
-    LiquidEmber; memory: peak memory against chunk_size, and of the model, on
-    the CPU of a Linux machine only."""
+    step; sweep: other batches, lengths and numbers of units; mixed: with mixed memory; model: a
+    training step of LiquidEmber; memory: peak memory against chunk_size, and of the model, on the
+    CPU of a Linux machine only."""
     seconds: float = 2.0
     """How long to time each case, in seconds, and five rounds at least."""
     device: str = "cpu"
@@ -106,7 +117,7 @@ def roofline(network: ember_ext.nn.CfC, rows: int, mode: str) -> Callable[[], No
     height = max(1, multiply_adds(network, mode) * rows // width**2)
     left, right = (torch.randn(n, width, device=device) for n in (height, width))
     out = torch.empty_like(left)
-    sigmoids = rows * UNITS
+    sigmoids = rows * network.state_size
     tanhs = rows * sum(outputs for _, outputs in cell_sizes(network)) - sigmoids
     # Of a size that stays in a CPU's cache; on a GPU, one launch for each function.
     values = torch.randn(1 << 16 if device.type == "cpu" else max(tanhs, sigmoids), device=device)
@@ -208,7 +219,7 @@ def cfc_case(name: str, batch: int, steps: int, mode: str, options: Options) -> 
     calls["roofline"] = roofline(ours, batch * steps, mode)
 
     work = multiply_adds(ours, mode) * batch * steps
-    config = f"{name} [{batch}, {steps}, {INPUTS}] -> {UNITS}"
+    config = f"{name} [{batch}, {steps}, {INPUTS}] -> {ours.state_size}"
     verify = functools.partial(compare_networks, name, theirs, ours, x)
     return Case(config, mode, calls, verify, gigaflops=2e-9 * work)
 
@@ -219,7 +230,7 @@ def compare_networks(
     """`held_to_ncps` for some rows and steps of a network's input."""
     few = x[:4, :64]
     # ncps' own default state is fp32.
-    zeros = few.new_zeros(len(few), UNITS, dtype=torch.float64)
+    zeros = few.new_zeros(len(few), ours.state_size, dtype=torch.float64)
     state = (zeros, zeros) if ours.use_mixed else zeros
     exact, _ = copy.deepcopy(theirs).double()(few.double(), state)
     return held_to_ncps(name, exact, theirs(few)[0], ours(few)[0])
@@ -339,27 +350,31 @@ def cases(options: Options) -> Iterator[Case]:
     """All that `options` asks for and that is timed."""
     if "layer" in options.what:
         for mode in MODES:
-            for name in NETWORKS:
+            for name in MAIN_NETWORKS:
                 yield cfc_case(name, *MAIN, mode, options)
             yield rnn_case(nn.GRU, 3, mode, options.device)
             yield rnn_case(nn.LSTM, 4, mode, options.device)
     if "stream" in options.what:
-        for name in NETWORKS:
+        for name in MAIN_NETWORKS:
             yield cfc_case(name, 1, 1024, "forward", options)
             yield step_case(name, options)
     if "mixed" in options.what:
         for mode in MODES:
-            for name in NETWORKS:
+            for name in MAIN_NETWORKS:
                 yield mixed_case(name, mode, options)
     if "model" in options.what:
         yield model_case(options)
 
 
 def sweep_cases(options: Options) -> Iterator[Case]:
-    """Other batches and lengths."""
+    """Other batches, lengths and numbers of units."""
     for batch, steps in SWEEP:
         for mode in MODES:
-            for name in NETWORKS:
+            for name in MAIN_NETWORKS:
+                yield cfc_case(name, batch, steps, mode, options)
+    for batch, steps in SMALL_SWEEP:
+        for mode in MODES:
+            for name in SMALL_NETWORKS:
                 yield cfc_case(name, batch, steps, mode, options)
 
 
@@ -397,7 +412,7 @@ def memory_table(console: Console, path: Path) -> None:
             ))  # fmt: skip
 
     for batch, steps, chunks in ((*MAIN, CHUNKS), (4, 4096, CHUNKS[:3])):
-        for name in NETWORKS:
+        for name in MAIN_NETWORKS:
             calls = {chunk: make_training(name, chunk, batch, steps) for chunk in chunks}
             peaks = {
                 chunk: peak_megabytes(make_training, name, chunk, batch, steps) for chunk in chunks

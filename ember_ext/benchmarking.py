@@ -49,6 +49,7 @@ class Case:
         gigabytes: of memory traffic that the work cannot do without, or 0.
         gigaflops: of arithmetic that the work cannot do without, or 0.
         dtype: of that arithmetic.
+        factors: what to multiply the times of some contenders by, which do a part of the work only.
     """
 
     config: str
@@ -58,6 +59,7 @@ class Case:
     gigabytes: float = 0.0
     gigaflops: float = 0.0
     dtype: torch.dtype = torch.float32
+    factors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -296,6 +298,8 @@ def _time_case(
         limit, unit = matmul_call(device, case.dtype), "GFLOP/s"
     calls = case.contenders | ({"limit": limit[0]} if limit else {})
     times = time_in_turns(calls, clock_of(device), seconds, least)
+    for name, factor in case.factors.items():
+        times[name] = [factor * seconds for seconds in times[name]]
     medians = {name: statistics.median(values) for name, values in times.items()}
     baseline = medians[next(iter(case.contenders))]
     for name in case.contenders:

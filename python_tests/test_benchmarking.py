@@ -166,6 +166,47 @@ def test_the_contenders_of_the_cfc_bench_agree(monkeypatch: pytest.MonkeyPatch) 
             call()
 
 
+@pytest.mark.parametrize("name", ["wired 32", "dense 64"])
+def test_the_contenders_of_the_cfc_bench_of_fewer_units_agree(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    bench = importlib.import_module("cfc_bench")
+    case = bench.cfc_case(name, 2, 3, "forward", bench.Options())
+    assert case.config.endswith(f"-> {name.split()[1]}")
+    case.verify()
+    for call in case.contenders.values():
+        call()
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+def test_the_contenders_of_the_ltc_bench_agree(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    bench = importlib.import_module("ltc_bench")
+    monkeypatch.setitem(bench.MOST_ENTRIES, mode, 20_000)
+    case = bench.ltc_case("AutoNCP(19, 4)", 2, 10, mode, bench.Options())
+    assert set(case.verify()) == {"ncps", bench.our_name(torch.device("cpu"))}
+    few = int(20_000 / 2 / (20 * 19 + 6 * 19 * 19))
+    assert case.factors == {f"ncps, by {few} of the steps": 10 / few}
+    for call in case.contenders.values():
+        call()
+    _, network = bench.networks("AutoNCP(19, 4)", "cpu")
+    wiring = network.rnn_cell._wiring
+    exist = abs(wiring.sensory_adjacency_matrix).sum() + 6 * abs(wiring.adjacency_matrix).sum()
+    assert bench.sigmoids(network, "forward") == exist
+    step = bench.step_case("AutoNCP(19, 4)", bench.Options())
+    step.verify()
+    for call in step.contenders.values():
+        call()
+
+
+def test_times_of_a_part_of_the_work_are_multiplied_up() -> None:
+    case = Case("c", "forward", {"a": lambda: None, "b": lambda: None}, dict, factors={"a": 1e6})
+    first, second = run_cases("op", [case], device=torch.device("cpu"), seconds=0.0)
+    assert first.median_ms > 1e3 * second.median_ms
+    assert second.speedup > 1e3
+
+
 @pytest.mark.parametrize("what", ["attention", "refractory"])
 def test_the_contenders_of_the_attention_bench_agree_in_bf16(
     monkeypatch: pytest.MonkeyPatch, what: str

@@ -228,7 +228,7 @@ def test_reproduce_looks_at_its_flags_first(
     assert not Path("runs").exists()
 
 
-BENCHES = ("attention_bench", "cfc_bench", "gate_bench", "kernel_times")
+BENCHES = ("attention_bench", "cfc_bench", "gate_bench", "kernel_times", "ltc_bench")
 
 
 def run_script(

@@ -94,14 +94,14 @@ EMBER_HD int64_t ltc_packed_size(const LtcScanParams& p) {
 
 // Elements of C that a thread of the CPU kernels works in.
 EMBER_HD int64_t ltc_scratch_size(const LtcScanParams& p, bool backward) {
-  const int64_t pieces = 48 * ltc_max_lanes, sources = p.inputs + 5 * p.units + 2;
+  const int64_t pieces = 48 * ltc_max_lanes, sources = p.inputs + 6 * p.units + 2;
   if (!backward) {
     // A single row has no lanes to itself.
     return ltc_pad(pieces + sources * (p.batch > 1 ? ltc_max_width : 1));
   }
   const int64_t tape = p.chunk ? (p.chunk * p.unfolds + 1) * p.units : 0;
   const int64_t synapses = p.sensory.count + p.recurrent.count;
-  const int64_t rows = sources + tape + 2 * p.inputs + 10 * p.units + p.sensory.count + 2;
+  const int64_t rows = sources + tape + 2 * p.inputs + 11 * p.units + p.sensory.count + 2;
   return ltc_pad(pieces + rows * ltc_max_width + (4 * synapses + 3 * p.units) * ltc_max_lanes);
 }
 

@@ -73,7 +73,7 @@ class Reverse {
     x_ = scratch_.take(p.inputs * width);
     grad_x_ = scratch_.take(p.inputs * width);
     for (C** state : {&state_, &before_, &after_, &grad_, &grad_before_, &sensory_denominator_,
-                      &grad_numerator_, &grad_denominator_, &grad_c_}) {
+                      &grad_numerator_, &grad_denominator_, &grad_c_, &c_}) {
       *state = scratch_.take(states);
     }
     opens_ = scratch_.take(states);
@@ -154,6 +154,7 @@ class Reverse {
       for (int r = 0; r < R; ++r) {
         const int64_t at = j * width + r * lanes<C>;
         store_vector(denominator[r], sensory_denominator_ + at);
+        store_vector(network_.cm[j] / load_vector(timespans_ + r * lanes<C>), c_ + at);
         for (C* sum : {grad_numerator_, grad_denominator_, grad_c_}) store_vector(V{}, sum + at);
       }
     }
@@ -190,7 +191,7 @@ class Reverse {
     open_synapses<R>(network_.recurrent, j, before_, denominator, opens_);
     for (int r = 0; r < R; ++r) {
       const int64_t at = j * width + r * lanes<C>;
-      const V c = network_.cm[j] / load_vector(timespans_ + r * lanes<C>);
+      const V c = load_vector(c_ + at);
       const V below = c + network_.gleak[j] +
                       (denominator[r] + load_vector(sensory_denominator_ + at)) + C(p_.eps);
       const V numerator =
@@ -297,9 +298,9 @@ class Reverse {
   const bool wants_weights_;
   C *running_, *timespans_;
   C *x_, *grad_x_;
-  C *state_, *before_, *after_;                      // around a solver step
-  C *grad_, *grad_before_;                           // of the state
-  C* sensory_denominator_;                           // sums over the sensory synapses
+  C *state_, *before_, *after_;  // around a solver step
+  C *grad_, *grad_before_;       // of the state
+  C *sensory_denominator_, *c_;  // sums over the sensory synapses; cm / (dt / unfolds)
   C *grad_numerator_, *grad_denominator_, *grad_c_;  // sums over the solver steps of a time step
   C *opens_, *sensory_opens_;  // how far synapses are open: a unit's own, all sensory ones
   C* tape_;

@@ -219,7 +219,8 @@ class LtcRowSolver {
   }
 
   void store_outputs(T* y) const {
-    const C *scale = static_cast<const C*>(p_.output_map), *shift = scale ? scale + p_.outputs : nullptr;
+    const C *scale = static_cast<const C*>(p_.output_map),
+            *shift = scale ? scale + p_.outputs : nullptr;
     for (int32_t i = 0; i < network_.places; ++i) {
       const int32_t j = network_.recurrent.target[i];
       if (j >= p_.outputs) continue;

@@ -22,6 +22,7 @@ class LtcSolver {
     next_ = scratch.take(p.units * width);
     numerator_ = scratch.take(p.units * width);
     denominator_ = scratch.take(p.units * width);
+    c_ = scratch.take(p.units * width);
     timespans_ = scratch.take(width);
   }
 
@@ -38,6 +39,7 @@ class LtcSolver {
         const int64_t at = j * width + r * lanes<C>;
         store_vector(numerator[r], numerator_ + at);
         store_vector(denominator[r], denominator_ + at);
+        store_vector(network_.cm[j] / load_vector(timespans_ + r * lanes<C>), c_ + at);
         store_vector(select<C>(load_vector(running + r * lanes<C>), load_vector(v + at)),
                      current_ + at);
       }
@@ -62,10 +64,9 @@ class LtcSolver {
     conduct<R>(network_.recurrent, j, current_, numerator, denominator);
     for (int r = 0; r < R; ++r) {
       const int64_t at = j * width + r * lanes<C>;
-      const V c = network_.cm[j] / load_vector(timespans_ + r * lanes<C>);
       const V next =
-          ltc_next_state(c, load_vector(current_ + at), network_.gleak[j], network_.current[j],
-                         numerator[r] + load_vector(numerator_ + at),
+          ltc_next_state(load_vector(c_ + at), load_vector(current_ + at), network_.gleak[j],
+                         network_.current[j], numerator[r] + load_vector(numerator_ + at),
                          denominator[r] + load_vector(denominator_ + at), C(p_.eps));
       store_vector(select<C>(load_vector(running + r * lanes<C>), next), next_ + at);
     }
@@ -76,7 +77,7 @@ class LtcSolver {
   const Group& group_;
   C *x_, *current_, *next_;
   C *numerator_, *denominator_;  // of the sensory synapses
-  C* timespans_;
+  C *c_, *timespans_;
 };
 
 }  // namespace EMBER_ISA
