@@ -69,3 +69,25 @@ def test_mixed_memory_takes_any_batch_and_length(kind: type[nn.Module], strict: 
     for batch, steps in ((1, 1), (2, 9)):
         x = torch.randn(batch, steps, 4)
         assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("kind", [CfC, LTC])
+@pytest.mark.parametrize("columns", [(), (1,)], ids=["[B, T]", "[B, T, 1]"])
+@torch.no_grad()
+def test_states_time_spans_and_lengths(kind: type[nn.Module], columns: tuple[int, ...]) -> None:
+    module = kind(4, AutoNCP(9, 2))
+
+    def draw(batch: int, steps: int) -> dict[str, Tensor]:
+        return {
+            "input": torch.randn(batch, steps, 4),
+            "hx": torch.randn(batch, 9),
+            "timespans": torch.rand(batch, steps, *columns),
+            "lengths": torch.randint(steps + 1, (batch,)),
+        }
+
+    b, t = Dim("B"), Dim("T")
+    shapes = {"input": {0: b, 1: t}, "hx": {0: b}, "timespans": {0: b, 1: t}, "lengths": {0: b}}
+    program = torch.export.export(module, (), draw(3, 5), dynamic_shapes=shapes)
+    for batch, steps in ((2, 9), (4, 2)):
+        arguments = draw(batch, steps)
+        assert_close(program.module()(**arguments), module(**arguments))

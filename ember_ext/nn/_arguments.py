@@ -144,14 +144,15 @@ def batch_major_timespans(
         leads, symbols = [(steps,)], f"[T] = {[steps]}"
     elif not batch_first:
         leads, symbols = [(steps, batch), (steps, 1)], f"[T, B] = {[steps, batch]} or [T, 1]"
-    shapes = {lead: lead for lead in leads}
-    shapes |= {(*lead, end): lead for lead in leads for end in (1, units) if end is not None}
+    # No dict: the sizes of an export or a trace have no hash to look up.
+    shapes = [(lead, lead) for lead in leads]
+    shapes += [((*lead, end), lead) for lead in leads for end in (1, units) if end is not None]
     if batched and not batch_first:
-        shapes[(steps,)] = (steps, 1)
-    if timespans.shape not in shapes:
+        shapes.append(((steps,), (steps, 1)))
+    lead = next((lead for shape, lead in shapes if timespans.shape == shape), None)
+    if lead is None:
         expected = f"a scalar, {symbols}, or with a last dimension 1{_or_units(units)}"
         fail(layer, "timespans", expected, list(timespans.shape))
-    lead = shapes[tuple(timespans.shape)]
     spans = timespans.reshape(*lead, 1 if timespans.dim() <= len(lead) else timespans.shape[-1])
     if not batched:
         spans = spans.unsqueeze(0)
