@@ -56,7 +56,7 @@ def test_shapes_of_ncps(
     order = (lambda v: v) if batch_first else (lambda v: v.transpose(0, 1))
     own = ours._span_units
     sizes = {"dense": 5, "one": 1, "wired": None, "even": 3, "full": 5}
-    assert own == (None if kind == "LTC" else sizes[name])
+    assert own == (ours.state_size if kind == "LTC" else sizes[name])
     generator = torch.Generator().manual_seed(0)
     for batch, steps in ((1, 4), (3, 4), (5, 4), (4, 4), (3, 1), (1, 1)):
         x = torch.randn(batch, steps, 4, generator=generator).double()

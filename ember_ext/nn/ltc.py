@@ -120,6 +120,10 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         return int(self.rnn_cell.sensory_size)
 
     @property
+    def _span_units(self) -> int | None:
+        return int(self.state_size)
+
+    @property
     def _output_width(self) -> int:
         return ltc_cell.output_width(self.rnn_cell)
 
@@ -195,6 +199,9 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         fixed: Tensor | float | None,
         spans: Sequence[Any],
     ) -> Advance:
+        if spans and isinstance(spans[0], Tensor) and spans[0].dim() and spans[0].shape[-1] != 1:
+            # Units with time spans of their own are for ncps' code.
+            return lambda t, h: self.rnn_cell.forward(inputs[t], h, spans[t])
         cell, ready = self.rnn_cell, Ready.of(self.rnn_cell)
         mapped = ltc_cell.map_inputs(cell, x).split(1, 1)
 
