@@ -268,6 +268,32 @@ CHANGES: list[Callable[[Any], None]] = [
 ]
 
 
+@pytest.mark.parametrize("name", [*NETWORKS, "LTC", "hooked", "projected"])
+def test_a_streamer_is_a_copy(name: str) -> None:
+    torch.manual_seed(5)
+    network: Any
+    if name == "LTC":
+        network = nn.LTC(4, AutoNCP(13, 3))
+    elif name == "projected":
+        network = nn.CfC(4, 6, proj_size=3)
+    else:
+        network = build("wired" if name == "hooked" else name)
+    if name == "hooked":
+        some_cell(network).ff1.register_forward_hook(lambda *_: None)
+    streamer = network.streamer()
+    x, spans = torch.rand(2, 4), torch.tensor([0.3, 2.0])
+    with torch.no_grad():
+        _, hx = network.step(x)
+    with torch.no_grad():
+        expected, expected_rows = network.step(x, hx, 0.7), network.step(x, hx, spans)
+        for _ in range(2):
+            torch.testing.assert_close(streamer.step(x, hx, 0.7), expected)
+            torch.testing.assert_close(streamer.step(x, hx, spans), expected_rows)
+            add_noise(network)
+        assert not torch.allclose(network.step(x, hx, 0.7)[0], expected[0])
+    assert not streamer.step(x.requires_grad_(), hx, 0.7)[0].requires_grad
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_step_follows(change: Callable[[Any], None], name: str) -> None:

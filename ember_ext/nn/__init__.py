@@ -1,5 +1,6 @@
 """Modules that own the raw parameters of the operators and their transforms."""
 
+from ember_ext.nn._streamer import Streamer
 from ember_ext.nn.accelerate import Acceleration, Deceleration, accelerate, decelerate
 from ember_ext.nn.cells import CfCCell, LTCCell, WiredCfCCell
 from ember_ext.nn.cfc import CfC
@@ -21,6 +22,7 @@ __all__ = [
     "LIFSelfAttention",
     "LTCCell",
     "RefractoryParameters",
+    "Streamer",
     "WiredCfCCell",
     "accelerate",
     "decelerate",

@@ -20,6 +20,7 @@ from ember_ext.nn._mixed_memory import memory_step
 from ember_ext.nn._packing import Packing
 from ember_ext.nn._plain import why_lstm_differs
 from ember_ext.nn._recorded import RecordedCells, record
+from ember_ext.nn._streamer import Streamer
 from ember_ext.ops._autocast import autocast_dtype
 from ember_ext.ops._sequence import as_lengths, check_timespans
 from ember_ext.reference.time_loop import records_loops
@@ -196,6 +197,13 @@ class LiquidLayer(Packing):
             span = span.unsqueeze(time_dim)
         y, hx = self.forward(input.unsqueeze(time_dim), hx, span)
         return (y.squeeze(time_dim) if self.return_sequences else y), hx
+
+    def streamer(self) -> Streamer:
+        """A copy of this layer for streaming, whose steps do not look for changed weights.
+
+        For weights that stay as they are, such as on a robot. `step` is always current.
+        """
+        return Streamer(self)
 
     def _run(
         self, x: Tensor, h: Tensor, timespans: Tensor | float, lengths: Tensor | None

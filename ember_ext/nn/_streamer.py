@@ -1,0 +1,57 @@
+"""`Streamer`: a copy of a liquid layer that takes steps without looking for changed weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ember_ext.nn._arguments import Hidden
+    from ember_ext.nn._liquid import LiquidLayer
+
+
+class Streamer:
+    """A copy of a liquid layer for streaming, made by the layer's `streamer()`.
+
+    It has the weights that the layer had when the copy was made, and does not follow later changes;
+    make a new one after them. In return a step does not read the weights a second time to compare
+    them. Where weights cannot be laid out, as on a GPU, with mixed memory or with hooks, it takes
+    the steps that the layer takes.
+    """
+
+    def __init__(self, layer: LiquidLayer) -> None:
+        self._layer = copy.deepcopy(layer).requires_grad_(False)
+        weight = next(self._layer.parameters())
+        x = weight.new_zeros(1, self._layer._features)
+        h = weight.new_zeros(1, int(self._layer.state_size))
+        self._laid_out = None if layer.use_mixed else self._layer._packed_for(x, h)
+
+    def step(
+        self, input: Tensor, hx: Hidden | None = None, timespan: Tensor | float | None = 1.0
+    ) -> tuple[Tensor, Hidden]:
+        """One time step, as the layer's `step` takes it, without a gradient.
+
+        Args:
+            input: [B, C], or [C] for a single sequence.
+            hx: the state. Default: zeros.
+            timespan: time since the previous step. Default: 1.
+
+        Returns:
+            The output and the new state.
+        """
+        laid_out = self._laid_out
+        with torch.no_grad():
+            if (
+                laid_out is not None
+                and type(timespan) is float
+                and isinstance(hx, Tensor)
+                and input.dim() == 2
+                and laid_out.takes(input, hx)
+            ):
+                result = laid_out.run(input, hx, timespan, checked=False)
+                if result is not None:
+                    return self._layer._read_out(result[0]), result[1]
+            return self._layer.step(input, hx, timespan)
