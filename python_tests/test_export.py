@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
+import ncps.torch
 import pytest
 import torch
 from ncps.wirings import AutoNCP
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.testing import assert_close
 
-from ember_ext.nn import LTC, CfC, LIFGate, LIFSelfAttention
+from ember_ext import accelerate
+from ember_ext.nn import LTC, CfC, CfCCell, LIFGate, LIFSelfAttention, LTCCell, WiredCfCCell
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
@@ -91,3 +95,114 @@ def test_states_time_spans_and_lengths(kind: type[nn.Module], columns: tuple[int
     for batch, steps in ((2, 9), (4, 2)):
         arguments = draw(batch, steps)
         assert_close(program.module()(**arguments), module(**arguments))
+
+
+@pytest.fixture(scope="module")
+def sequence() -> tuple[nn.Module, ExportedProgram]:
+    """A model of several layers, and the same exported."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LIFGate(4), CfC(4, AutoNCP(9, 2))).eval()
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(3, 5, 4),), dynamic_shapes=any_length())
+    return model, program
+
+
+def save_and_load(program: ExportedProgram) -> nn.Module:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file).module()
+
+
+@pytest.mark.parametrize(
+    "reopen",
+    [
+        save_and_load,
+        torch.export.unflatten,
+        lambda program: program.run_decompositions().module(),
+        lambda program: torch.compile(program.module(), backend="aot_eager"),
+    ],
+    ids=["saved", "unflattened", "decomposed", "compiled"],
+)
+@torch.no_grad()
+def test_what_is_done_to_exported_programs(
+    reopen: Callable[[ExportedProgram], Any], sequence: tuple[nn.Module, ExportedProgram]
+) -> None:
+    model, program = sequence
+    module = reopen(program)
+    for shape in ((2, 9, 4), (4, 130, 4)):
+        x = torch.randn(shape)
+        assert_close(module(x), model(x))
+
+
+def test_fx_takes_the_modules_as_leaves() -> None:
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+            return isinstance(m, CfC | LIFGate) or super().is_leaf_module(m, qualified_name)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cfc, self.gate = CfC(4, 6), LIFGate(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gate(self.cfc(x)[0])
+
+    model, x = Model(), torch.randn(2, 3, 4)
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert_close(traced(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*calls its cells:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:torch.ao")
+def test_dynamic_int8_quantisation_computes_what_ncps_does() -> None:
+    torch.manual_seed(0)
+    original = ncps.torch.CfC(4, 6).eval()
+    accelerated = copy.deepcopy(original)
+    accelerate(accelerated)
+    x = torch.randn(2, 3, 4)
+    actual, expected = (
+        torch.ao.quantization.quantize_dynamic(model, {nn.Linear})(x)[0]
+        for model in (accelerated, original)
+    )
+    assert (expected - original(x)[0]).abs().max() > 1e-4
+    assert_close(actual, expected)
+
+
+def test_torch_package(sequence: tuple[nn.Module, ExportedProgram]) -> None:
+    model, _ = sequence
+    file = io.BytesIO()
+    with torch.package.PackageExporter(file) as exporter:
+        exporter.extern(["ember_ext.**", "ncps.**", "torch.**", "numpy.**"])
+        exporter.save_pickle("model", "model.pkl", model)
+    file.seek(0)
+    loaded = torch.package.PackageImporter(file).load_pickle("model", "model.pkl")
+    x = torch.randn(2, 3, 4)
+    assert_close(loaded(x), model(x))
+
+
+CELLS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "cfc": (lambda: CfCCell(4, 6), 6),
+    "wired cfc": (lambda: WiredCfCCell(4, AutoNCP(9, 2)), 9),
+    "ltc": (lambda: LTCCell(AutoNCP(9, 2), 4), 9),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*PyTorch definitions")
+@pytest.mark.parametrize("name", CELLS)
+@torch.no_grad()
+def test_cells_take_any_batch(name: str) -> None:
+    build, units = CELLS[name]
+    cell = build()
+
+    def draw(batch: int) -> tuple[Tensor, ...]:
+        return torch.randn(batch, 4), torch.randn(batch, units), torch.rand(batch, 1)
+
+    exported = torch.export.export(cell, draw(3), dynamic_shapes=({0: Dim("B")},) * 3).module()
+    traced = torch.jit.trace(cell, draw(3))
+    assert "ember_ext::" not in str(traced.inlined_graph)
+    for batch in (1, 5):
+        arguments = draw(batch)
+        assert_close(exported(*arguments), cell(*arguments))
+        assert_close(traced(*arguments), cell(*arguments))

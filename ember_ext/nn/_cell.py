@@ -44,14 +44,14 @@ class LiquidCell(Packing):
         """
         if not (isinstance(x, Tensor) and isinstance(h, Tensor) and x.dim() == h.dim() == 2):
             return None
-        if isinstance(timespan, Tensor) and timespan.shape not in ((), (len(x), 1)):
+        if isinstance(timespan, Tensor) and timespan.shape not in ((), (x.shape[0], 1)):
             return None
         if not torch.is_grad_enabled():
             # Arguments that are not good are left to the operator, which complains.
             result = self._run_packed(x, h, timespan)
             if result is not None:
                 return result
-        if len(x) != len(h) or not self._takes(x, h) or self._calls_cells():
+        if x.shape[0] != h.shape[0] or not self._takes(x, h) or self._calls_cells():
             return None
         y, h = self._scan(x.unsqueeze(1), h, timespan)
         return y.squeeze(1), h
@@ -67,6 +67,6 @@ def row_timespan(timespan: Any, x: Any) -> Any:
     if isinstance(timespan, Tensor):
         if timespan.numel() == 1 and timespan.dim() <= 2:
             return timespan.reshape(())
-        rows = isinstance(x, Tensor) and x.dim() == 2 and timespan.shape == (len(x),)
+        rows = isinstance(x, Tensor) and x.dim() == 2 and timespan.shape == (x.shape[0],)
         return timespan.unsqueeze(1) if rows else timespan
     return float(timespan) if isinstance(timespan, Real) else timespan

@@ -235,7 +235,7 @@ class LiquidLayer(Packing):
             return self._last_output(h)
         if lengths is None:
             return y[:, -1]
-        last = y[torch.arange(len(y), device=y.device), (lengths - 1).clamp(min=0)]
+        last = y[torch.arange(y.shape[0], device=y.device), (lengths - 1).clamp(min=0)]
         return torch.where((lengths > 0)[:, None], last, self._last_output(h))
 
     def _calls_cells(self) -> bool:
