@@ -11,12 +11,12 @@
 #include "binding/device.h"
 
 // Every operator that this library has kernels for: X(<stem>).
-#define EMBER_FOR_EACH_CUDA_OPERATOR(X) \
-  X(lif_gate) X(lif_attention) X(refractory_lif_attention) X(cfc_scan)
+#define EMBER_FOR_EACH_KERNEL(X) \
+  X(lif_gate) X(lif_attention) X(refractory_lif_attention) X(cfc_scan) X(ltc_scan)
 #ifdef EMBER_CUDA
-#define EMBER_FOR_EACH_OPERATOR(X) EMBER_FOR_EACH_CUDA_OPERATOR(X)
+#define EMBER_FOR_EACH_OPERATOR(X) EMBER_FOR_EACH_KERNEL(X)
 #else
-#define EMBER_FOR_EACH_OPERATOR(X) EMBER_FOR_EACH_CUDA_OPERATOR(X) X(ltc_scan) X(watch)
+#define EMBER_FOR_EACH_OPERATOR(X) EMBER_FOR_EACH_KERNEL(X) X(watch)
 #endif
 
 namespace {

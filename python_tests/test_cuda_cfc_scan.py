@@ -111,7 +111,7 @@ def test_launches_are_those_of_the_report(dtype: str, heads: int) -> None:
     assert len(typical) == 2
     for architecture, limits in LIMITS.items():
         before = len(cuda_shim.operators().launches())
-        with cuda_shim.cfc_scan.shared_memory(limits.shared_per_block):
+        with cuda_shim.shared_memory(limits.shared_per_block):
             results(on_shim, one)
         seen = set()
         for launch in cuda_shim.operators().launches()[before:]:
@@ -136,7 +136,7 @@ def test_results_do_not_depend_on_what_fits_in_shared_memory(options: dict[str, 
         used = set()
         for limit in limits:
             before = len(cuda_shim.operators().launches())
-            with cuda_shim.cfc_scan.shared_memory(limit):
+            with cuda_shim.shared_memory(limit):
                 values = results(on_shim, one)
             launches = cuda_shim.operators().launches()[before:]
             used.add(max(launch.shared_bytes for launch in launches))

@@ -36,9 +36,10 @@ struct LtcScanParams {
   void* y;                 // T [batch, steps, outputs], written by forward
   void* h_last;            // C [batch, units], written by forward
 
-  // What forward leaves for backward, in slots of C [units, batch]. With chunk = 0 slot 0 is h0 and
-  // slot 1 + t * unfolds + k the state after solver step k of time step t; else slot i is the state
-  // at the start of chunk i. Null if nothing is wanted. Rows that have ended leave anything.
+  // What forward leaves for backward, C [slots, units, batch] on a CPU, [batch, slots, units] on a
+  // GPU. With chunk = 0 slot 0 is h0 and slot 1 + t * unfolds + k the state after solver step k of
+  // time step t; else slot i is the state at the start of chunk i. Null if nothing is wanted. Rows
+  // that have ended leave anything.
   void* saved;
   int64_t chunk;
 
@@ -48,7 +49,8 @@ struct LtcScanParams {
   void* grad_h0;            // C [batch, units]
   void* grad_timespans;     // C [batch, steps]
 
-  void* workspace;  // on the CPU ltc_workspace() elements of C
+  // ltc_workspace() elements of C, on a GPU those of the launchers' ltc_scan_workspace().
+  void* workspace;
 
   // CPU only: the network as ltc_scan_pack() laid it out, ltc_packed_size() elements of C; null to
   // have forward lay it out. With it, C [2, inputs] and [2, outputs] scale and shift inputs and

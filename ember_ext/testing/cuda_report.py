@@ -481,9 +481,110 @@ def _cfc_workloads() -> list[Workload]:
     return list({workload.kernel: workload for workload in workloads}.values())
 
 
+@dataclass(frozen=True)
+class LTCNetwork:
+    """A liquid time-constant network and its input, with the usual six solver steps."""
+
+    name: str
+    batch: int
+    steps: int
+    inputs: int
+    units: int
+    recurrent: int
+    sensory: int
+    """Synapses of either kind."""
+
+    def pieces(self, fp64: bool) -> tuple[int, bool]:
+        """How many pieces the recurrent synapses are cut into, and whether registers hold them."""
+        # csrc/cuda/ltc_scan.cu, piece_size_of.
+        sizes = (4, 8, max(16, self.recurrent // 2048))
+        for size in sizes:
+            pieces = self.recurrent // size + self.units
+            if self.recurrent == self.units**2:
+                pieces = self.units * -(-self.units // size)
+            if size <= 8 and pieces <= (256 if fp64 else 512):
+                return pieces, True
+        return pieces, False
+
+
+LTC_NETWORKS = (
+    LTCNetwork("AutoNCP(32, 4)", 32, 100, 20, 32, 117, 160),
+    LTCNetwork("AutoNCP(192, 128)", 64, 256, 128, 192, 2028, 2432),
+    LTCNetwork("192 units, dense", 64, 256, 128, 192, 192 * 192, 128 * 192),
+)
+
+
+def _ltc_workloads() -> Iterator[Workload]:
+    """The scans of all networks; what is not recurrent, of the second."""
+    unfolds = 6
+    for kind, width in _KINDS.items():
+        compute, fp64 = max(width, 4), width == 8
+        for network in LTC_NETWORKS:
+            pieces, held = network.pieces(fp64)
+            units, synapses = network.units, network.recurrent
+            cells = network.batch * network.steps
+            threads = (256 if fp64 else 512) if not held else -(-pieces // 32) * 32
+            shape = f"ltc {[network.batch, network.steps, network.inputs]}, {network.name}"
+            # What the sensory synapses add to, the states that are kept, and y.
+            moved = cells * units * (2 * compute + unfolds * compute + width)
+            # What a unit's values take, and what each synapse contributes.
+            vectors = (5 + 7 + 16 // compute) * units + pieces + (synapses if held else 0)
+            # A sigmoid is an exponential, a division and three more operations.
+            for name, values, amount, work in (
+                ("forward", 4 * units + 2 * pieces, moved, 24),
+                ("backward", vectors, moved + cells * units * 2 * unfolds * compute, 30),
+            ):
+                yield Workload(
+                    f"ltc_scan_{name}_kernel<{kind}, {str(held).lower()}>",
+                    shape,
+                    threads,
+                    values * compute,
+                    amount,
+                    cells * unfolds * synapses * work,
+                    fp64,
+                    blocks=network.batch,
+                )
+    yield from _ltc_gradient_workloads(LTC_NETWORKS[1], unfolds)
+
+
+def _ltc_gradient_workloads(network: LTCNetwork, unfolds: int) -> Iterator[Workload]:
+    cells, units, inputs = network.batch * network.steps, network.units, network.inputs
+    shape = f"ltc {[network.batch, network.steps, inputs]}, {network.name}"
+    for kind, compute in (("double", 8), ("float", 4)):
+        fp64 = compute == 8
+        for narrow, width in _KINDS.items():
+            if (width == 8) != fp64:
+                continue
+            for arguments in dict.fromkeys((f"{narrow}, {kind}", f"{kind}, {narrow}")):
+                elements = cells * inputs
+                yield Workload(
+                    f"ltc_scan_transpose_kernel<{arguments}>",
+                    shape,
+                    128,
+                    32 * 33 * compute,
+                    elements * (width + compute),
+                    elements,
+                )
+        columns, gradients = cells * unfolds, 4 * network.recurrent + 3 * units
+        for name, shared, values, work in (
+            ("list", 0, 12 * network.recurrent, 0),
+            ("sensory", 0, cells * (inputs + 2 * units), 24 * cells * network.sensory),
+            ("input", 0, cells * (2 * inputs + 2 * units), 28 * cells * network.sensory),
+            ("weights", 0, 3 * columns * units, 32 * columns * network.recurrent),
+            ("units", 12 * compute, 3 * cells * units, 3 * cells * units),
+            ("timespans", 0, cells * units, 2 * cells * units),
+            ("sum", 0, 17 * gradients, 16 * gradients),
+            ("synapse_gradients", 0, 4 * network.recurrent, 4 * network.recurrent),
+            ("unit_gradients", 0, 3 * units, 3 * units),
+        ):
+            kernel = f"ltc_scan_{name}_kernel<{kind}>"
+            yield Workload(kernel, shape, 128, shared, values * compute, work, fp64)
+
+
 WORKLOADS = (
     *_gate_workloads(),
     *_attention_workloads(),
     *_refractory_workloads(),
     *_cfc_workloads(),
+    *_ltc_workloads(),
 )

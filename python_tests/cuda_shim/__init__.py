@@ -8,6 +8,7 @@ as a fault.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,7 +17,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,17 @@ def _bits(value: Tensor) -> Tensor:
 def operators(architecture: int = 80) -> Shim:
     """The launchers of all operators, their kernels compiled for an architecture."""
     return Shim([HERE / "entry.cpp", *sorted(SOURCES.glob("cuda/*.cu"))], architecture)
+
+
+@contextlib.contextmanager
+def shared_memory(bytes_of_block: int) -> Iterator[None]:
+    """Let blocks have more or less shared memory than those of sm_75."""
+    limit = operators().library.cuda_shim_limit_shared
+    limit(bytes_of_block)
+    try:
+        yield
+    finally:
+        limit(64 << 10)
 
 
 def fill(params: ctypes.Structure, addresses: dict[str, int | None]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -209,14 +207,3 @@ def cfc_scan(
         chunk_size or 0, (lengths, dropout_scale, *numbers), x, h0, spans, decay, *maps
     )
     return y, h_last.to(x.dtype)
-
-
-@contextlib.contextmanager
-def shared_memory(bytes_of_block: int) -> Iterator[None]:
-    """Let blocks have more or less shared memory than those of sm_75."""
-    limit = cuda_shim.operators().library.cuda_shim_limit_shared
-    limit(bytes_of_block)
-    try:
-        yield
-    finally:
-        limit(64 << 10)

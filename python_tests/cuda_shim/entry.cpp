@@ -4,6 +4,7 @@
 #include "../../csrc/common/cfc_scan.h"
 #include "../../csrc/common/lif_attention.h"
 #include "../../csrc/common/lif_gate.h"
+#include "../../csrc/common/ltc_scan.h"
 #include "../../csrc/common/refractory_lif_attention.h"
 
 #define ENTRY(name, Params)                             \
@@ -63,6 +64,24 @@ extern "C" int64_t ember_cfc_scan_tape_size(const ember::CfcScanParams* p) {
 }
 extern "C" size_t ember_cfc_scan_params_size() {
   return sizeof(ember::CfcScanParams);
+}
+
+ENTRY(ltc_scan_forward, LtcScanParams)
+ENTRY(ltc_scan_backward, LtcScanParams)
+
+namespace ember {
+namespace cuda {
+int64_t ltc_scan_workspace(const LtcScanParams&, bool backward);
+}
+}  // namespace ember
+extern "C" int64_t ember_ltc_scan_workspace(const ember::LtcScanParams* p, int backward) {
+  return ember::cuda::ltc_scan_workspace(*p, backward);
+}
+extern "C" int64_t ember_ltc_scan_saved_size(const ember::LtcScanParams* p) {
+  return ember::ltc_saved_size(*p);
+}
+extern "C" size_t ember_ltc_scan_params_size() {
+  return sizeof(ember::LtcScanParams);
 }
 
 ENTRY(refractory_lif_attention_forward, RefractoryLifAttentionParams)
