@@ -9,9 +9,15 @@ import torch
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """What autocast rounds to on a device type; None where it is off."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if _is_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+@torch.compiler.assume_constant_result
+def _is_available(device_type: str) -> bool:
+    """Whether there is an autocast for a device type; torch 2.10 cannot trace the question."""
+    return bool(torch.amp.is_autocast_available(device_type))
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
