@@ -37,9 +37,9 @@ constexpr const char* schemas[] = {
     "Tensor steepness, Tensor? mask, Tensor? seed, float dropout_p, bool is_causal, float scale, "
     "float eps, bool tf32, bool summary) -> (Tensor, Tensor, Tensor, Tensor)",
     "lif_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
-    "Tensor threshold, Tensor leak, Tensor steepness, Tensor row_stats, Tensor? mask, "
-    "Tensor? seed, float dropout_p, bool is_causal, float scale, float eps, bool tf32) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor threshold, Tensor leak, Tensor steepness, Tensor? out, Tensor row_stats, "
+    "Tensor? mask, Tensor? seed, float dropout_p, bool is_causal, float scale, float eps, "
+    "bool tf32) -> (Tensor, Tensor, Tensor, Tensor)",
     "refractory_lif_attention(Tensor query, Tensor key, Tensor value, Tensor threshold, "
     "Tensor leak, Tensor steepness, Tensor within, Tensor across, Tensor? previous_load, "
     "Tensor? past_probabilities, Tensor? past_weights, Tensor? seed, float dropout_p, "

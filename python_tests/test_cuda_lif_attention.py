@@ -24,7 +24,7 @@ from ember_ext.reference.lif_attention import (
     visible_keys,
 )
 from ember_ext.testing import DTYPES, Sample, assert_close, attention_samples, check_sample
-from ember_ext.testing.lif_attention import attention_tensors, close_gates
+from ember_ext.testing.lif_attention import attention_tensors, close_gates, gradient_scales
 from ember_ext.testing.sample import run
 
 operator = cuda_shim.operator_fixture(cuda_shim.lif_attention.lif_attention, lif_attention)
@@ -39,6 +39,44 @@ def samples(dtype: torch.dtype) -> list[Sample]:
         if all(one.tensors[name].numel() for name in ("query", "key"))
         and one.tensors["query"].shape[2] * one.tensors["key"].shape[2] <= pairs_at_most
     ]
+
+
+HALF_TYPES = (torch.bfloat16, torch.float16)
+
+
+def half_samples(dtype: torch.dtype) -> list[Sample]:
+    """Whole tiles and ragged ones of the kernels with scores in registers, and their limits."""
+    generator = torch.Generator().manual_seed(3)
+    # batch, heads, key and value heads, queries, keys, head size, causal, dropout
+    cases = [
+        (1, 2, 1, 130, 130, 64, True, 0.0),
+        (1, 2, 2, 129, 65, 128, False, 0.0),
+        (2, 2, 1, 65, 100, 128, True, 0.3),
+        (1, 2, 1, 150, 70, 40, True, 0.0),
+        (1, 1, 1, 33, 200, 64, False, 0.2),
+        (1, 2, 2, 70, 131, 96, True, 0.0),
+    ]
+    result = []
+    for shape in cases:
+        *sizes, causal, dropout_p = shape
+        batch, heads, _, queries, keys, _ = sizes
+        tensors = attention_tensors(*sizes, dtype, generator)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"is_causal": causal, "dropout_p": dropout_p}
+        if dropout_p:
+            options["seed"] = torch.tensor(7)
+        result.append(Sample(f"{shape}", tensors, options, gradient_scales(tensors)))
+        mask = torch.rand(batch, heads, queries, keys, generator=generator) < 0.6
+        mask[:, :, queries // 3] = False
+        if keys < 100:
+            masked = f"{shape}, masked"
+            result.append(Sample(masked, tensors, {**options, "attn_mask": mask}, result[-1].scale))
+    tensors = dict(tensors)
+    tensors["query"] = 100 * tensors["query"]
+    tensors["key"] = 10 * tensors["key"]
+    # Each row sees one key only, so that the softmax has all but no gradient.
+    scales = gradient_scales(tensors) | {"d query": 1.0, "d key": 1.0}
+    result.append(Sample("scores up to 2e4", tensors, {"scale": -0.5}, scales))
+    return result
 
 
 class TF32Products(TorchDispatchMode):
@@ -72,6 +110,35 @@ def tf32() -> Iterator[None]:
 def test_matches_reference(operator: Any, dtype: torch.dtype) -> None:
     for one in samples(dtype):
         check_sample(operator, reference.lif_attention, one)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_scores_in_registers(operator: Any, dtype: torch.dtype) -> None:
+    for one in half_samples(dtype):
+        check_sample(operator, reference.lif_attention, one)
+
+
+@pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_rows_that_are_not_aligned(dtype: torch.dtype) -> None:
+    """They take other kernels, which need not end in the same bits."""
+    operator = functools.partial(cuda_shim.lif_attention.lif_attention, pad=1)
+    before = len(cuda_shim.operators().launches())
+    for one in half_samples(dtype)[:2]:
+        check_sample(operator, reference.lif_attention, one)
+    launches = cuda_shim.operators().launches()[before:]
+    assert launches
+    assert not any("_half_" in launch.kernel for launch in launches)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_nan_stays_in_its_row_of_whole_tiles(operator: Any, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = attention_tensors(1, 2, 2, 130, 200, 64, dtype, generator)
+    tensors["query"][0, 1, 117] = torch.nan
+    bad = operator(**tensors, is_causal=False).isnan().any(-1)
+    assert bad[0, 1, 117]
+    assert bad.sum() == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,17 +228,19 @@ def test_gates_that_open_for_some_rows_only(
 def test_drops_the_same_weights_as_the_cpu(operator: Any, dtype: torch.dtype) -> None:
     """With the unit matrix for values the output is the matrix of weights."""
     generator = torch.Generator().manual_seed(2)
-    tensors = attention_tensors(2, 3, 3, 70, 70, 70, dtype, generator)
-    tensors["value"] = torch.eye(70, dtype=dtype).expand(2, 3, 70, 70)
-    options = {"is_causal": False, "dropout_p": 0.4, "seed": torch.tensor(2**62 + 5)}
-    kept = operator(**tensors, **options) != 0
-    assert torch.equal(kept, lif_attention(**tensors, **options) != 0)
-    assert torch.equal(kept, dropout_keep(options["seed"], kept.shape, 0.4))
+    for tokens in (70, 72):  # of which the latter are whole pieces, for some kernels
+        tensors = attention_tensors(2, 3, 3, tokens, tokens, tokens, dtype, generator)
+        tensors["value"] = torch.eye(tokens, dtype=dtype).expand(2, 3, tokens, tokens)
+        options = {"is_causal": False, "dropout_p": 0.4, "seed": torch.tensor(2**62 + 5)}
+        kept = operator(**tensors, **options) != 0
+        assert torch.equal(kept, lif_attention(**tensors, **options) != 0)
+        assert torch.equal(kept, dropout_keep(options["seed"], kept.shape, 0.4))
 
 
 def test_repeats_bit_by_bit(operator: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         one = next(s for s in samples(dtype) if s.tensors["query"].shape == (2, 4, 65, 33))
+        one = half_samples(dtype)[2] if dtype == torch.bfloat16 else one
         first, second = run(operator, one), run(operator, one)
         for name, value in first.items():
             assert torch.equal(value, second[name]), name

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ember_ext.testing import cuda_report
+from ember_ext.testing import cuda_report, machine_code
 
 SOURCES = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
 
@@ -23,6 +23,72 @@ ptxas info    : Function properties for _Z1qPf
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 255 registers, used 0 barriers
 """
+
+
+# A loop over tiles, with a loop of two turns of 8 scores in it, and copies on one way around.
+_TURN = """\
+.L_x_1:
+        /*0010*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+        /*0020*/                   MUFU.EX2 R1, R1 ;
+        /*0030*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0040*/              @!P0 BRA `(.L_x_1) ;
+"""
+SASS = f"""
+//--------------------- .text._Z1kPf --------------------------
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0008*/               @P1 BRA `(.L_x_1) ;
+        /*0009*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR4][R2.64] ;
+{_TURN}        /*0050*/               @P2 BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_parses_machine_code() -> None:
+    (blocks,) = machine_code.parse(SASS).values()
+    assert [len(block.instructions) for block in blocks if block.instructions] == [1, 1, 1, 4, 1, 1]
+    inner = next(i for i, block in enumerate(blocks) if block.count("HMMA"))
+    assert machine_code.shortest_cycle(blocks, inner) == [inner]
+    copies = next(i for i, block in enumerate(blocks) if block.count("LDGSTS"))
+    around = [len(blocks[i].instructions) for i in machine_code.shortest_cycle(blocks, copies)]
+    assert around == [1, 4, 1, 1]
+    assert machine_code.shortest_cycle(blocks, 0) == []
+    kinds = [machine_code.kind(instruction) for instruction in blocks[inner].instructions]
+    assert kinds == ["matrix", "exponential", "shared", "other"]
+
+
+def test_time_of_units() -> None:
+    kinds = dict.fromkeys(machine_code.KINDS, 0.0) | {"matrix": 2.0, "exponential": 1.0}
+    cost = machine_code.Cost("k", "", kinds, shared_bytes=64)
+    units = machine_code.Units("toy", 10, 1e9, matrix=1024, bytes=1e12)
+    seconds = machine_code.unit_seconds(cost, 1e9, 1e9, units)
+    assert seconds == pytest.approx(
+        {
+            "issue": 1e9 * 3 / 128 / 1e10,
+            "exponential": 1e9 / 16 / 1e10,
+            "matrix": 1e9 * 2 * 64 / 1024 / 1e10,
+            "shared": 1e9 * 64 / 128 / 1e10,
+            "memory": 1e-3,
+        }
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None or machine_code.find_nvdisasm() is None,
+    reason="no nvcc or nvdisasm",
+)
+@pytest.mark.timeout(900)
+def test_instructions_of_attention_in_16_bits() -> None:
+    source = next(source for source in SOURCES if source.stem == "lif_attention")
+    costs = machine_code.whole_tile_loops(machine_code.disassemble(source, 90))
+    assert len(costs) == 8
+    for element in ("__nv_bfloat16", "__half"):
+        mine = [cost for cost in costs if f"<{element}," in cost.kernel]
+        assert sum(cost.instructions for cost in mine) <= 110
+        # Three products forward and eight backward, in which the scores are computed twice each.
+        assert sum(cost.kinds["matrix"] for cost in mine) == pytest.approx(11.125)
+    assert len(machine_code.attention_rows(costs)) == 32
 
 
 def test_parses_ptxas() -> None:

@@ -44,6 +44,15 @@ def test_sound_product_passes(faulty: cuda_shim.Shim) -> None:
     assert torch.equal(run(faulty, "sound_product")[:32], (a @ a.T).flatten()[:32])
 
 
+def test_sound_copy_passes(faulty: cuda_shim.Shim) -> None:
+    assert torch.equal(run(faulty, "sound_copy"), torch.arange(64.0).roll(32).flip(0))
+
+
+def test_sound_fragments_pass(faulty: cuda_shim.Shim) -> None:
+    a = (torch.arange(64.0) - 32).repeat(4).view(16, 16)
+    assert torch.equal(run(faulty, "sound_fragments").view(8, 8), a[:8] @ a[:8].T)
+
+
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [
@@ -55,6 +64,13 @@ def test_sound_product_passes(faulty: cuda_shim.Shim) -> None:
         ("misaligned", "misaligned access"),
         ("divergent_product", "some wait for their warp in faulty.cu"),
         ("misaligned_product", "not aligned to 32 bytes"),
+        ("unawaited_copy", "depends on the order of threads"),
+        ("copy_over_what_is_read", "depends on the order of threads"),
+        ("misaligned_copy", "memory that is not aligned to 16 bytes"),
+        ("abandoned_copy", "leaves with copies under way"),
+        ("divergent_fragments", "some wait for their warp in faulty.cu"),
+        ("misaligned_fragments", "shared memory that is not aligned to 16 bytes"),
+        ("fragments_past_the_end", "past the block's shared memory"),
     ],
 )
 def test_fault_is_found(faulty: cuda_shim.Shim, kernel: str, message: str) -> None:

@@ -116,10 +116,11 @@ def test_opcheck(extras: bool) -> None:
     arguments = (*detached, mask, seed, *options)
     torch.library.opcheck(operators.lif_attention_forward.default, (*arguments, extras))
     out, row_stats, _, _ = operators.lif_attention_forward(*arguments, False)
-    torch.library.opcheck(
-        operators.lif_attention_backward.default,
-        (torch.randn_like(out), *detached, row_stats, mask, seed, *options),
-    )
+    for kept in (out, None):
+        torch.library.opcheck(
+            operators.lif_attention_backward.default,
+            (torch.randn_like(out), *detached, kept, row_stats, mask, seed, *options),
+        )
 
 
 @needs_kernels

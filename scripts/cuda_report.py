@@ -2,18 +2,57 @@
 
     python scripts/cuda_report.py                    # every architecture; takes minutes
     python scripts/cuda_report.py --arch 80 --arch 90
+    python scripts/cuda_report.py --scores           # what attention in bf16 issues per score
 
-Needs nvcc and no GPU. Fails if a kernel spills registers or a typical launch does not fit.
+Needs nvcc and no GPU, and for --scores nvdisasm (pip install nvidia-cuda-nvdisasm). Fails if a
+kernel spills registers or a typical launch does not fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from pathlib import Path
 
 from ember_ext.command_line import prepare_output
-from ember_ext.testing import cuda_report
+from ember_ext.testing import cuda_report, machine_code
+
+SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+
+
+def report_scores(architecture: int, out: Path) -> int:
+    """Print and write what the loops of attention in 16 bits issue, and return the exit code."""
+    kernels = machine_code.disassemble(SOURCES / "lif_attention.cu", architecture)
+    rows = machine_code.attention_rows(machine_code.whole_tile_loops(kernels))
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    columns = ("instructions per score", *(key for key in rows[0] if key.startswith("us ")))
+    print(f"{'kernel':62} {'loop':10} {'shape':18} {'gpu':14} {'; '.join(columns)}")
+    for row in rows:
+        numbers = " ".join(f"{row[column]:8}" for column in columns)
+        print(f"{row['kernel']:62} {row['loop']:10} {row['shape']:18} {row['gpu']:14} {numbers}")
+    for kind in ("__nv_bfloat16", "__half"):
+        for shape in machine_code.SHAPES:
+            for units in machine_code.UNITS:
+                mine = [
+                    row
+                    for row in rows
+                    if f"<{kind}," in str(row["kernel"])
+                    and row["gpu"] == units.name
+                    and row["shape"] == str([*shape, 64])
+                ]
+                count = sum(float(row["instructions per score"]) for row in mine)
+                least = sum(float(row["us at least"]) for row in mine)
+                line = f"{kind} {[*shape, 64]} {units.name}: {count:.1f} a score, {least:.0f} us"
+                if units.name.startswith("H200"):
+                    measured = sum(machine_code.MEASURED[p, shape] for p in ("forward", "backward"))
+                    line += f" at least; PyTorch's ungated attention takes {1e3 * measured:.0f} us"
+                print(line)
+    print(f"{out} written")
+    return 0
 
 
 def main() -> int:
@@ -27,9 +66,21 @@ def main() -> int:
         choices=cuda_report.ARCHITECTURES,
         help="compute capability, such as 80; may be repeated (default: all)",
     )
-    architectures = parser.parse_args().arch or cuda_report.ARCHITECTURES
-    sources = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
+    parser.add_argument(
+        "--scores", action="store_true", help="report instructions per score of attention only"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/results/attention_instructions.csv"),
+        help="where --scores writes its table (default: %(default)s)",
+    )
+    options = parser.parse_args()
+    architectures = options.arch or cuda_report.ARCHITECTURES
+    sources = sorted(SOURCES.glob("*.cu"))
     try:
+        if options.scores:
+            return report_scores((options.arch or [90])[0], options.out)
         kernels = [k for s in sources for k in cuda_report.compile_kernels(s, architectures)]
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -76,12 +76,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_forward(
   return {out, row_stats, sums, load};
 }
 
-// Gradients of query, key and value, and of the gates' parameters, [3, H].
+// Gradients of query, key and value, and of the gates' parameters, [3, H]. `out` is forward's
+// output, which saves kernels that take it a sweep.
 std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_backward(
     const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& threshold, const Tensor& leak, const Tensor& steepness, const Tensor& row_stats_,
-    const MaybeTensor& mask, const MaybeTensor& seed, double dropout, bool causal, double scale,
-    double eps, bool tf32) {
+    const Tensor& threshold, const Tensor& leak, const Tensor& steepness, const MaybeTensor& out_,
+    const Tensor& row_stats_, const MaybeTensor& mask, const MaybeTensor& seed, double dropout,
+    bool causal, double scale, double eps, bool tf32) {
   AttentionInputs<LifAttentionParams> inputs(query, key, value, threshold, leak, steepness, mask,
                                              seed, dropout, causal, scale, eps);
   LifAttentionParams& p = inputs.p;
@@ -101,6 +102,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_attention_backward(
         row_stats.scalar_type() == gates.scalar_type());
   p.row_stats = const_cast<void*>(row_stats.const_data_ptr());
   p.grad_out = describe(grad_out);
+  MaybeTensor out;
+  if (out_) {
+    check_like(*out_, inputs.query, {p.batch, p.heads, p.queries, p.size});
+    check(out_->scalar_type() == inputs.query.scalar_type());
+    out = dense_rows(*out_);
+    p.out = describe(*out);
+  }
   p.grad_query = describe(grad_query);
   p.grad_key = describe(grad_key);
   p.grad_value = describe(grad_value);

@@ -30,7 +30,7 @@ struct LifAttentionParams {
   int64_t mask_strides[4];            // in elements; 0 where the mask is broadcast
   const int64_t* seed;                // scalar, or null without dropout
 
-  AttentionTensor out;  // T, written by forward
+  AttentionTensor out;  // T, written by forward; CUDA: read by backward, or null
   // Of each row: its largest score m, 1 / sum of exp(score - m), and 1 / (sum of w + eps); zeros
   // for a row without visible keys. Written by forward and read by backward.
   void* row_stats;  // C [3, B, H, Q]

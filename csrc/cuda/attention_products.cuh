@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "../common/lif_attention.h"
+#include "matrix_units.cuh"
 #include "pack.cuh"
 #include "team.cuh"
 
@@ -91,16 +92,6 @@ struct AttentionRows {
     return result;
   }
 };
-
-// Whether matrix units take T where the code is compiled for; for fp32 these round to tf32.
-template <typename T>
-constexpr bool has_matrix_units() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  return std::is_same<T, float16>::value;
-#else
-  return !std::is_same<T, double>::value;
-#endif
-}
 
 // Blocks that share a multiprocessor: 128 registers a thread, and on sm_75 all of its shared
 // memory.

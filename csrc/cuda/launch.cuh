@@ -17,10 +17,11 @@ __host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// The block's dynamic shared memory, aligned for 16-byte accesses and for matrix units.
+// The block's dynamic shared memory, aligned for 16-byte accesses, for matrix units and for tiles
+// whose addresses are put together from bits (attention_fragments.cuh).
 template <typename T>
 __device__ __forceinline__ T* shared_memory() {
-  extern __shared__ __align__(32) unsigned char shared_bytes[];
+  extern __shared__ __align__(256) unsigned char shared_bytes[];
   return reinterpret_cast<T*>(shared_bytes);
 }
 

@@ -1,23 +1,72 @@
 // Launchers of LIF attention's kernels.
+#include <initializer_list>
 #include <type_traits>
 
 #include "lif_attention.cuh"
+#include "lif_attention_half.cuh"
 
 namespace ember {
 namespace cuda {
 namespace {
 
+// What the kernels for 16-bit types in registers hold at most.
+constexpr int64_t kHalfSize = 128;
+
+template <typename T>
+constexpr bool is_half() {
+  return sizeof(T) == 2;
+}
+bool may_be_half(const LifAttentionParams& p) {
+  return (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.size <= kHalfSize &&
+         p.size % 8 == 0;
+}
+
 struct Scratch {
-  int64_t row_gradients;  // in bytes, like the rest
+  int64_t gates;  // in bytes, like the rest
   int64_t bytes;
 };
 
-// Backward's scratch: gate partials [B, H, tiles, 3], then row gradients [2, B, H, Q].
+// Backward's scratch: row gradients [2, B, H, Q], or a HalfQuery for each row, then gate partials
+// [B, H, tiles, 3].
 Scratch backward_scratch(const LifAttentionParams& p) {
   const int64_t pairs = p.batch * p.heads;
-  const int64_t gates = pairs * attention_tiles(p.queries) * 3 * int64_t(sizeof(double));
-  const int64_t element = p.dtype == DType::f64 ? 8 : 4;
-  return {gates, gates + 2 * pairs * p.queries * element};
+  const int64_t row = p.dtype == DType::f64 || may_be_half(p) ? 16 : 8;
+  static_assert(sizeof(HalfQuery) == 16, "as large as two numbers of fp64");
+  const int64_t rows = pairs * p.queries * row;
+  return {rows, rows + pairs * attention_tiles(p.queries) * 3 * int64_t(sizeof(double))};
+}
+
+// Calls `body` with the number of columns, as a type, that the kernels for 16-bit types hold.
+template <typename Body>
+cudaError_t dispatch_size(const LifAttentionParams& p, const Body& body) {
+  if (p.size <= 64) return body(std::integral_constant<int, 64>());
+  return body(std::integral_constant<int, 128>());
+}
+
+// Whether these kernels run: with rows that they can copy, and on a GPU for which their code is
+// more than an empty shell. Others take any of what they leave to backward.
+template <typename T>
+cudaError_t runs_half(const LifAttentionParams& p, std::initializer_list<AttentionTensor> others,
+                      bool& runs) {
+  runs = is_half<T>() && may_be_half(p);
+  for (const AttentionTensor* t : {&p.query, &p.key, &p.value}) runs = runs && copies_whole(*t);
+  for (const AttentionTensor& t : others) runs = runs && copies_whole(t);
+  if (!runs) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  const cudaError_t status =
+      cleared(cudaFuncGetAttributes(&attributes, lif_attention_half_forward_kernel<bfloat16, 64>));
+  runs = status == cudaSuccess && attributes.ptxVersion >= 80;
+  return status;
+}
+
+template <typename T>
+cudaError_t half_forward(const LifAttentionParams& p, cudaStream_t stream) {
+  return dispatch_size(p, [&](auto size) {
+    constexpr int kSize = decltype(size)::value;
+    return launch(lif_attention_half_forward_kernel<T, kSize>,
+                  p.batch * p.heads * attention_tiles(p.queries), kFragmentThreads,
+                  kHalfForwardBytes<kSize>, stream, p, HalfOptions(p));
+  });
 }
 
 template <typename T, bool matrix_units>
@@ -25,9 +74,17 @@ cudaError_t forward(const LifAttentionParams& p, cudaStream_t stream) {
   using C = compute_t<T>;
   const int64_t pairs = p.batch * p.heads;
   const size_t shared = attention_shared_bytes<T, matrix_units>();
-  cudaError_t status = launch(lif_attention_forward_kernel<T, matrix_units>,
-                              pairs * attention_tiles(p.queries) * attention_columns(p),
-                              kAttentionThreads, shared, stream, p, dropout_of(p));
+  bool half = false;
+  cudaError_t status = runs_half<T>(p, {p.out}, half);
+  if (status != cudaSuccess) return status;
+  if constexpr (is_half<T>()) {
+    if (half) status = half_forward<T>(p, stream);
+  }
+  if (!half) {
+    status = launch(lif_attention_forward_kernel<T, matrix_units>,
+                    pairs * attention_tiles(p.queries) * attention_columns(p), kAttentionThreads,
+                    shared, stream, p, dropout_of(p));
+  }
   if (status != cudaSuccess || !p.summary) return status;
   double* partials = static_cast<double*>(p.scratch);
   status = launch(lif_attention_summary_kernel<T, matrix_units>, pairs * attention_tiles(p.keys),
@@ -38,22 +95,53 @@ cudaError_t forward(const LifAttentionParams& p, cudaStream_t stream) {
 }
 
 template <typename T, bool matrix_units>
-cudaError_t backward(const LifAttentionParams& p, cudaStream_t stream) {
+cudaError_t wide_backward(const LifAttentionParams& p, double* gate_partials, cudaStream_t stream) {
   using C = compute_t<T>;
   const size_t shared = attention_shared_bytes<T, matrix_units>();
   const AttentionDropout keep = dropout_of(p);
-  double* gate_partials = static_cast<double*>(p.scratch);
-  C* row_gradients =
-      reinterpret_cast<C*>(static_cast<char*>(p.scratch) + backward_scratch(p).row_gradients);
+  C* row_gradients = static_cast<C*>(p.scratch);
   const int64_t columns = attention_columns(p);
-  cudaError_t status =
+  const cudaError_t status =
       launch(lif_attention_backward_queries_kernel<T, matrix_units>,
              p.batch * p.heads * attention_tiles(p.queries) * columns, kAttentionThreads, shared,
              stream, p, keep, row_gradients, gate_partials);
   if (status != cudaSuccess) return status;
-  status = launch(lif_attention_backward_keys_kernel<T, matrix_units>,
-                  p.batch * p.groups * attention_tiles(p.keys) * columns, kAttentionThreads, shared,
-                  stream, p, keep, static_cast<const C*>(row_gradients));
+  return launch(lif_attention_backward_keys_kernel<T, matrix_units>,
+                p.batch * p.groups * attention_tiles(p.keys) * columns, kAttentionThreads, shared,
+                stream, p, keep, static_cast<const C*>(row_gradients));
+}
+
+template <typename T>
+cudaError_t half_backward(const LifAttentionParams& p, double* gate_partials, cudaStream_t stream) {
+  return dispatch_size(p, [&](auto size) {
+    constexpr int kSize = decltype(size)::value;
+    const HalfOptions options(p);
+    HalfQuery* rows = static_cast<HalfQuery*>(p.scratch);
+    const cudaError_t status =
+        launch(lif_attention_half_backward_queries_kernel<T, kSize>,
+               p.batch * p.heads * attention_tiles(p.queries), kFragmentThreads,
+               kHalfQueriesBytes<kSize>, stream, p, options, rows, gate_partials);
+    if (status != cudaSuccess) return status;
+    return launch(lif_attention_half_backward_keys_kernel<T, kSize>,
+                  p.batch * p.groups * attention_tiles(p.keys), kFragmentThreads,
+                  kHalfKeysBytes<kSize>, stream, p, options, static_cast<const HalfQuery*>(rows));
+  });
+}
+
+template <typename T, bool matrix_units>
+cudaError_t backward(const LifAttentionParams& p, cudaStream_t stream) {
+  using C = compute_t<T>;
+  double* gate_partials =
+      reinterpret_cast<double*>(static_cast<char*>(p.scratch) + backward_scratch(p).gates);
+  bool half = false;
+  cudaError_t status =
+      runs_half<T>(p, {p.out, p.grad_out, p.grad_query, p.grad_key, p.grad_value}, half);
+  if (status != cudaSuccess) return status;
+  if (half && p.out.data) {
+    if constexpr (is_half<T>()) status = half_backward<T>(p, gate_partials, stream);
+  } else {
+    status = wide_backward<T, matrix_units>(p, gate_partials, stream);
+  }
   if (status != cudaSuccess) return status;
   return launch(lif_attention_sum_gates_kernel<C>, p.heads, kAttentionThreads, kReductionBytes,
                 stream, p, static_cast<const double*>(gate_partials));

@@ -14,7 +14,9 @@
 // Scores are computed 64 x 64 at a time (attention_products.cuh), sizes above 64 piece by piece,
 // and each 64 columns of a result are a block of their own. With `matrix_units` products of 16-bit
 // types and, on request, of fp32 run on the GPU's matrix units, which take weights and gradients of
-// scores rounded to T, or to tf32; everything else stays in C.
+// scores rounded to T, or to tf32; everything else stays in C. Of 16-bit types these kernels take
+// what those of lif_attention_half.cuh leave: more than 128 columns, rows that are not aligned, and
+// sm_75.
 #pragma once
 
 #include "../common/lif_attention.h"

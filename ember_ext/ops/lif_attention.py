@@ -191,6 +191,14 @@ def _tf32(query: Tensor) -> bool:
     return query.is_cuda and query.dtype == torch.float32 and _allows_tf32()
 
 
+def _backward_reads_out(query: Tensor) -> bool:
+    """Whether the gradient's kernel takes forward's output, which saves it a sweep over the keys.
+
+    Elsewhere the output is not kept, and may be changed in place.
+    """
+    return query.is_cuda and query.element_size() == 2 and query.shape[3] <= 128
+
+
 @torch.compiler.assume_constant_result
 def _allows_tf32() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
@@ -242,12 +250,13 @@ def _register() -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, mask, seed = inputs[:8]
         *ctx.options, _ = inputs[8:]
-        ctx.save_for_backward(*tensors, output[1], mask, seed)
+        out = output[0] if _backward_reads_out(tensors[0]) else None
+        ctx.save_for_backward(*tensors, out, output[1], mask, seed)
 
     def backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         if _gradients.are_differentiated():
-            definition = functools.partial(_defined, saved[7:], ctx.options)
+            definition = functools.partial(_defined, saved[8:], ctx.options)
             tensors, wanted = saved[:6], ctx.needs_input_grad[:6]
             gradients = _gradients.of_definition(_OP, definition, tensors, wanted, (grad_out,))
             return *gradients, *(None,) * 8

@@ -325,9 +325,35 @@ def _attention_workloads() -> Iterator[Workload]:
                 f"lif_attention_{name}_kernel", kind, units, products, 40, arrays * array
             )
 
+    yield from _half_workloads()
     partials = batch * heads * (tokens // 64)
     yield from _sums("lif_attention_sum_gates_kernel", 3 * partials, heads)
     yield from _sums("lif_attention_sum_summary_kernel", 6 * partials, batch * heads)
+
+
+def _half_workloads() -> Iterator[Workload]:
+    """The kernels for 16-bit types whose scores stay in registers, for heads of 64 and 128."""
+    batch, heads, tokens, _ = _ATTENTION
+    pairs = batch * heads * tokens * (tokens + 1) / 2
+    for columns, rows, in_registers in ((64, 64, True), (128, 16, False)):
+        # csrc/cuda/lif_attention_half.cuh, half_shared_bytes(): four tiles, and rows that are kept.
+        tiles, kept = 4 * rows * 2 * columns, 0 if in_registers else 64 * 2 * columns
+        array = batch * heads * tokens * columns * 2
+        for name, products, work, arrays, shared in (
+            ("forward", 3, 35, 4, tiles + kept),
+            ("backward_queries", 4, 45, 7, tiles + 2 * kept + 64 * 4),
+            ("backward_keys", 4, 40, 6, tiles + 2 * kept + 2 * rows * 16),
+        ):
+            for kind in ("__nv_bfloat16", "__half"):
+                yield Workload(
+                    f"lif_attention_half_{name}_kernel<{kind}, {columns}>",
+                    f"attention {[batch, heads, tokens, columns]}, causal",
+                    128,
+                    shared,
+                    arrays * array,
+                    pairs * work,
+                    products=pairs * 2 * columns * products,
+                )
 
 
 def _sums(kernel: str, terms: int, blocks: int) -> Iterator[Workload]:

@@ -93,6 +93,17 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int by
   return cuda_shim::allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
 }
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+#ifdef __CUDA_ARCH__
+template <typename... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
+  attributes->ptxVersion = __CUDA_ARCH__ / 10;
+  return cudaSuccess;
+}
+#endif
+
 template <typename... P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments,
                              size_t shared, cudaStream_t) {

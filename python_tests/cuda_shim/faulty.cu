@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 #include <mma.h>
 
+#include "../../csrc/cuda/matrix_units.cuh"
 #include "../../csrc/cuda/team.cuh"
 
 namespace ember {
@@ -92,6 +93,75 @@ __global__ void unloaded_product(const float* in, float* out) {
   multiply(in, out, 0, false, true);
 }
 
+// Brings 64 values to shared memory by copies of 16 bytes, then the same with their halves swapped,
+// and reverses these. Every fourth thread copies.
+__device__ void copy(const float* in, float* out, int source, bool waits, bool meets, bool leaves) {
+  float* shared = shared_memory<float>();
+  const int i = int(threadIdx.x);
+  const auto start = [&](int from) {
+    if (i % 4 == 0) copy_async(shared_address(shared + i), in + from + source, true);
+    commit_copies();
+  };
+  start(i);
+  wait_for_copies<0>();
+  __syncthreads();
+  const float first = shared[63 - i];
+  if (meets) __syncthreads();
+  start((i + 32) % 64);
+  if (waits) {
+    wait_for_copies<0>();
+  } else {
+    wait_for_copies<1>();
+  }
+  __syncthreads();
+  out[i] = first == in[63 - i] ? shared[63 - i] : NAN;
+  if (!leaves) wait_for_copies<0>();
+}
+__global__ void sound_copy(const float* in, float* out) {
+  copy(in, out, 0, true, true, false);
+}
+__global__ void unawaited_copy(const float* in, float* out) {
+  copy(in, out, 0, false, true, false);
+}
+__global__ void copy_over_what_is_read(const float* in, float* out) {
+  copy(in, out, 0, true, false, false);
+}
+__global__ void misaligned_copy(const float* in, float* out) {
+  copy(in, out, 1, true, true, false);
+}
+__global__ void abandoned_copy(const float* in, float* out) {
+  copy(in, out, 0, false, true, true);
+}
+
+// Writes 64 of the 128 products of a [16, 16] with b [8, 16], small whole numbers, transposed.
+__device__ void multiply_fragments(const float* in, float* out, int offset, bool takes_part) {
+  bfloat16* shared = shared_memory<bfloat16>();
+  for (int i = int(threadIdx.x); i < 256; i += 64) narrow(in[i % 64] - 32, shared[i]);
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  const int lane = int(threadIdx.x);
+  const uint32_t rows = shared_address(shared);
+  uint32_t a[4], b[4];
+  load_matrices(a, rows + uint32_t(lane % 16 * 32 + lane / 16 * 16 + offset));
+  // Columns of b are rows in memory: pieces (0, 0) and (0, 1) of these.
+  if (takes_part) load_matrices(b, rows + uint32_t(lane % 8 * 32 + lane / 8 % 2 * 16));
+  float sums[4] = {};
+  multiply_add<bfloat16>(sums, a, b[0], b[1], sums);
+  for (int n = 0; n < 2; ++n) out[(lane % 4 * 2 + n) * 8 + lane / 4] = sums[n];
+}
+__global__ void sound_fragments(const float* in, float* out) {
+  multiply_fragments(in, out, 0, true);
+}
+__global__ void divergent_fragments(const float* in, float* out) {
+  multiply_fragments(in, out, 0, threadIdx.x != 7);
+}
+__global__ void misaligned_fragments(const float* in, float* out) {
+  multiply_fragments(in, out, 8, true);
+}
+__global__ void fragments_past_the_end(const float* in, float* out) {
+  multiply_fragments(in, out, 512, true);
+}
+
 }  // namespace cuda
 }  // namespace ember
 
@@ -116,3 +186,12 @@ FAULT(sound_product, 256)
 FAULT(divergent_product, 256)
 FAULT(misaligned_product, 256)
 FAULT(unloaded_product, 256)
+FAULT(sound_copy, 64)
+FAULT(unawaited_copy, 64)
+FAULT(copy_over_what_is_read, 64)
+FAULT(misaligned_copy, 64)
+FAULT(abandoned_copy, 64)
+FAULT(sound_fragments, 128)
+FAULT(divergent_fragments, 128)
+FAULT(misaligned_fragments, 128)
+FAULT(fragments_past_the_end, 128)

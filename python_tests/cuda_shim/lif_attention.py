@@ -94,11 +94,15 @@ def run(
     p: Params,
     inputs: dict[str, Tensor | None],
     outputs: dict[str, Tensor],
+    pad: int | None = None,
 ) -> dict[str, Tensor]:
-    """Call a launcher with `inputs` and return `outputs`, by the names of the parameters."""
-    # Padded tokens: rows that are not next to each other. Whole packs start at whole packs, others
-    # at odd addresses.
-    pad = 8 if p.size % 8 == 0 else 1
+    """Call a launcher with `inputs` and return `outputs`, by the names of the parameters.
+
+    Tokens have `pad` elements between them. Default: whole packs start at whole packs, others at
+    odd addresses.
+    """
+    if pad is None:
+        pad = 8 if p.size % 8 == 0 else 1
     strided = {
         k: torch.nn.functional.pad(t, (0, pad)) if k in _WITH_STRIDES and t is not None else t
         for k, t in inputs.items()
@@ -129,7 +133,8 @@ def scratch(name: str, p: Params, backward: bool) -> Tensor:
     """The scratch memory that a call of the operator `name` needs."""
     size = getattr(cuda_shim.operators().library, f"ember_{name}_scratch_bytes")
     size.restype = ctypes.c_int64
-    return torch.empty(size(ctypes.byref(p), int(backward)) // 8 + 1, dtype=torch.float64)
+    # Aligned to 16 bytes, as arrays end where a page does.
+    return torch.empty(size(ctypes.byref(p), int(backward)) // 16 * 2 + 2, dtype=torch.float64)
 
 
 class _Attention(torch.autograd.Function):
@@ -156,8 +161,9 @@ class _Attention(torch.autograd.Function):
             p.summary = 1  # for the scratch's size; replaced below
             outputs["scratch"] = scratch("lif_attention", p, False)
         shim = cuda_shim.operators(options["architecture"])
-        results = run(shim, "lif_attention_forward", p, inputs, outputs)
-        ctx.inputs, ctx.options, ctx.row_stats = inputs, options, results["row_stats"]
+        results = run(shim, "lif_attention_forward", p, inputs, outputs, options["pad"])
+        ctx.inputs, ctx.options = inputs, options
+        ctx.left = {"out": results["out"], "row_stats": results["row_stats"]}
         if not options["return_summary"]:
             return results["out"]
         ctx.mark_non_differentiable(results["summary"], results["load"])
@@ -170,9 +176,11 @@ class _Attention(torch.autograd.Function):
         outputs = {f"grad_{name}": inputs[name] for name in ("query", "key", "value")}
         outputs["grad_gates"] = inputs["leak"].new_empty(3, inputs["leak"].numel())
         outputs["scratch"] = scratch("lif_attention", p, True)
-        extra = {"grad_out": grad_out, "row_stats": ctx.row_stats}
+        extra = {"grad_out": grad_out, **ctx.left}
         shim = cuda_shim.operators(ctx.options["architecture"])
-        results = run(shim, "lif_attention_backward", p, {**inputs, **extra}, outputs)
+        results = run(
+            shim, "lif_attention_backward", p, {**inputs, **extra}, outputs, ctx.options["pad"]
+        )
         gradients = [results[f"grad_{name}"] for name in ("query", "key", "value")]
         return *gradients, *results["grad_gates"], None
 
@@ -193,8 +201,12 @@ def lif_attention(
     seed: Tensor | None = None,
     return_summary: bool = False,
     architecture: int = 80,
+    pad: int | None = None,
 ) -> Tensor | tuple[Tensor, AttentionSummary]:
-    """As ember_ext.ops.lif_attention, with kernels compiled for `architecture`."""
+    """As ember_ext.ops.lif_attention, with kernels compiled for `architecture`.
+
+    Tokens have `pad` elements between them: see `run`.
+    """
     compute = torch.promote_types(query.dtype, torch.float32)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
@@ -207,6 +219,7 @@ def lif_attention(
         "seed": seed,
         "return_summary": return_summary,
         "architecture": architecture,
+        "pad": pad,
     }
     gate = [p.to(compute) for p in (threshold, leak, steepness)]
     result = _Attention.apply(query, key, value, *gate, options)

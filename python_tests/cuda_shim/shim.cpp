@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "ptx.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -35,7 +36,7 @@ constexpr size_t kSharedMost = 227 * 1024, kSharedGuard = 4096;  // the H100's l
 
 namespace ember {
 namespace cuda {
-alignas(32) unsigned char shared_bytes[kSharedMost + kSharedGuard];
+alignas(256) unsigned char shared_bytes[kSharedMost + kSharedGuard];
 }  // namespace cuda
 }  // namespace ember
 
@@ -51,6 +52,14 @@ constexpr unsigned char kPoison = 0xff;  // NaN in every floating type, -1 in th
 enum class State { ready, at_barrier, at_warp, done };
 enum Order { forward, reverse, shuffled };
 
+// A copy to shared memory that has been started.
+struct Copy {
+  unsigned char* to;
+  const void* from;
+  bool exists;  // else zeros are written
+  int group;    // how many groups had been ended before
+};
+
 struct Thread {
   State state;
   Place place;
@@ -59,6 +68,8 @@ struct Thread {
   void (*together)(void* const* arguments);  // called there with all values, unless null
   uint64_t received[32];                     // taken from it
   bool condition;                            // handed in at block_or
+  std::vector<Copy> copies;                  // under way
+  int groups;                                // of copies that have been ended
   bool started;                              // whether `resume` holds a point to go on from
   jmp_buf resume;
   ucontext_t start;
@@ -66,6 +77,7 @@ struct Thread {
 
 Thread threads[kMostThreads];
 int current;
+size_t block_shared;  // bytes that the block has
 bool block_condition;
 jmp_buf scheduler;
 sigjmp_buf escape;
@@ -129,6 +141,7 @@ void yield(State state, Place place) {
 void fibre() {
   for (;;) {
     (*body)();
+    if (!threads[current].copies.empty()) fail("a thread leaves with copies under way");
     yield(State::done, {});
   }
 }
@@ -227,7 +240,12 @@ std::vector<int> in_order(int n) {
 
 void run_block(int count, unsigned block_threads_x, size_t shared) {
   memset(shared_bytes, kPoison, std::min(shared + kSharedGuard, sizeof(shared_bytes)));
-  for (int i = 0; i < count; ++i) threads[i].state = State::ready;
+  block_shared = shared;
+  for (int i = 0; i < count; ++i) {
+    threads[i].state = State::ready;
+    threads[i].copies.clear();
+    threads[i].groups = 0;
+  }
   for (;;) {
     for (int i : in_order(count)) {
       if (threads[i].state == State::ready) resume(i, block_threads_x);
@@ -270,6 +288,46 @@ void meet(void* argument, void (*together)(void* const* arguments), Place place)
   threads[current].value = reinterpret_cast<uint64_t>(argument);
   threads[current].together = together;
   yield(State::at_warp, place);
+}
+
+uint32_t shared_address(const void* shared) {
+  return uint32_t(static_cast<const unsigned char*>(shared) - shared_bytes);
+}
+
+unsigned char* shared_place(uint32_t address, size_t bytes, Place place) {
+  if (address % 16 != 0) fault("shared memory that is not aligned to 16 bytes", place);
+  if (address + bytes > block_shared) fault("access past the block's shared memory", place);
+  return shared_bytes + address;
+}
+
+void copy_async(uint32_t to, const void* from, bool exists) {
+  const Place place{__FILE__, __LINE__};
+  unsigned char* const target = shared_place(to, 16, place);
+  if (exists && reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    fault("a copy from memory that is not aligned to 16 bytes", place);
+  }
+  memset(target, kPoison, 16);
+  threads[current].copies.push_back({target, from, exists, threads[current].groups});
+}
+
+void commit_copies() {
+  ++threads[current].groups;
+}
+
+void wait_for_copies(int under_way) {
+  std::vector<Copy>& copies = threads[current].copies;
+  const int end = threads[current].groups - under_way;
+  for (const Copy& copy : copies) {
+    if (copy.group >= end) continue;
+    if (copy.exists) {
+      memcpy(copy.to, copy.from, 16);
+    } else {
+      memset(copy.to, 0, 16);
+    }
+  }
+  copies.erase(std::remove_if(copies.begin(), copies.end(),
+                              [end](const Copy& copy) { return copy.group < end; }),
+               copies.end());
 }
 
 void fault(const char* what, Place place) {
