@@ -1,6 +1,6 @@
-// Sums of many terms. Adding n terms one by one errs by up to n / 3 units in the last place, for the
-// roundings of equal terms do not cancel. So each lane of a vector adds few terms, and their sums
-// are added up in something better than the terms' type.
+// Sums of many terms. Adding n terms one by one errs by up to n / 3 units in the last place, for
+// the roundings of equal terms do not cancel. So each lane of a vector adds few terms, and their
+// sums are added up in something better than the terms' type.
 #pragma once
 
 #include "vector.h"
