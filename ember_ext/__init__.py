@@ -1,4 +1,4 @@
-"""Fused LIF gates, LIF attention and CfC recurrences for PyTorch.
+"""Fused LIF gates, LIF attention, and CfC and LTC networks for PyTorch.
 
 The operators live in `ember_ext.ops`, the modules in `ember_ext.nn`, and the definition of every
 operator, in plain PyTorch, in `ember_ext.reference`.

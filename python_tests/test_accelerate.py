@@ -220,7 +220,8 @@ def test_parametrised_weights_are_followed() -> None:
 
 def test_nothing_to_do() -> None:
     assert str(ember_ext.accelerate(nn.Linear(2, 2))) == (
-        "no ncps.torch.CfC or ncps.torch.LTC found"
+        "no ncps.torch.CfC or ncps.torch.LTC or ncps.torch.CfCCell or "
+        "ncps.torch.LTCCell or ncps.torch.WiredCfCCell found"
     )
 
 

@@ -342,7 +342,11 @@ def test_a_wiring_that_was_not_built(options: dict[str, Any]) -> None:
         nn.LTCCell(AutoNCP(9, 2), **options)
 
 
-def test_solver_steps_below_one() -> None:
-    cell = build(nn, "LTCCell", ode_unfolds=0)
-    with pytest.raises(ValueError, match="ode_unfolds must be an integer >= 1, got 0"):
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("unfolds", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("6", TypeError)]
+)
+def test_bad_numbers_of_solver_steps(unfolds: Any, error: type[Exception], grad: bool) -> None:
+    cell = build(nn, "LTCCell", ode_unfolds=unfolds)
+    with torch.set_grad_enabled(grad), pytest.raises(error, match="LTCCell: ode_unfolds must be"):
         cell(torch.zeros(1, INPUTS), torch.zeros(1, STATES))

@@ -441,6 +441,16 @@ def test_inference_follows_the_weights(kind: str, units: Any, mixed_memory: bool
 
 @every_layer
 @pytest.mark.parametrize("grad", [True, False])
+def test_integers_are_promoted_as_by_ncps(kind: str, grad: bool) -> None:
+    theirs, ours = pair_of(kind, 4, 6)
+    x = torch.randint(0, 3, (3, 5, 4))
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours.step(x[:, 0])[1], theirs(x[:, :1])[1])
+
+
+@every_layer
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("mixed_memory", [False, True])
 def test_time_spans_of_other_types(kind: str, grad: bool, mixed_memory: bool) -> None:
     network, x = LAYERS[kind](4, 6, mixed_memory=mixed_memory), torch.randn(3, 5, 4)

@@ -505,6 +505,5 @@ def test_spectral_norm_of_both_kinds() -> None:
     torch.manual_seed(0)
     torch.nn.utils.spectral_norm(old.rnn_cell, "mu", n_power_iterations=50)
     _native._warn.cache_clear()
-    _native._warn.cache_clear()
     with pytest.warns(UserWarning, match="nn.LTC calls its cells step by step.*rnn_cell has hooks"):
         torch.testing.assert_close(old(x)[0], new(x)[0], rtol=1e-4, atol=1e-5)

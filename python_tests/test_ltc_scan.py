@@ -650,6 +650,7 @@ WEIGHTS = LTCWeights(**ltc_weights(INPUTS, UNITS, torch.Generator().manual_seed(
             r"synapses.recurrent must be \[3, E\], got \[2, 3\]",
         ),
         ({"ode_unfolds": 0}, ValueError, "ode_unfolds must be an integer >= 1, got 0"),
+        ({"ode_unfolds": 2**62}, ValueError, "ode_unfolds must be at most"),
         ({"ode_unfolds": 2.5}, ValueError, "ode_unfolds must be an integer >= 1, got 2.5"),
         ({"eps": -1.0}, ValueError, "eps must be a finite number >= 0, got -1.0"),
         ({"outputs": 6}, ValueError, r"outputs must be within \[0, S\] = \[0, 5\], got 6"),

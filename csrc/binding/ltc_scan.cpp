@@ -41,7 +41,7 @@ struct LtcArguments : Arguments {
                 const Tensor& timespans, const MaybeTensor& lengths, int64_t unfolds, double eps,
                 int64_t chunk) {
     const ScalarType compute = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-    expect(unfolds >= 1);
+    expect(unfolds >= 1 && unfolds <= ltc_max_unfolds);
     expect(timespans, p.batch * p.steps, compute);
     expect(lengths, p.batch, ScalarType::Long);
     p.unfolds = unfolds;
@@ -82,6 +82,7 @@ struct LtcArguments : Arguments {
     LtcSynapses s{};
     s.count = index.size(1);
     s.num_sources = sources;
+    expect(s.count <= ltc_max_synapses);
     expect(index, 3 * s.count, ScalarType::Long);
     expect(weights, 4 * s.count, compute);
     s.sources = static_cast<const int64_t*>(hold(index));

@@ -60,6 +60,10 @@ struct LtcScanParams {
   const void* output_map;
 };
 
+// Beyond these, sizes and offsets would overflow.
+constexpr int64_t ltc_max_unfolds = int64_t(1) << 30;
+constexpr int64_t ltc_max_synapses = int64_t(1) << 26;
+
 inline namespace EMBER_ISA {
 
 // Every piece of memory begins at a line of the cache.

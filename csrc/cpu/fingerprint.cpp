@@ -3,8 +3,8 @@
 // Every 32-bit word goes into one of many running states, state = rotate(state ^ word, 7) + c. That
 // is one-to-one in the state and in the word, and so is all that follows: a change of one word, or
 // of words of one state of which the last differs in effect, always changes the result. Other
-// changes go unnoticed once in 2^64 times. Plain sums would miss changes of the same bit in many
-// words, such as the signs of a whole matrix.
+// changes go unnoticed once in 2^32 times or more rarely. Plain sums would miss changes of the same
+// bit in many words, such as the signs of a whole matrix.
 //
 // The value depends on the instruction set, so it is for comparison within one process only.
 #include "fingerprint.h"

@@ -80,7 +80,9 @@ struct LtcValues {
 template <typename C>
 EMBER_HD int64_t ltc_vectors(const LtcList& list, bool backward) {
   const int64_t units = list.units, pieces = list.num_pieces();
-  return backward ? (5 + LtcValues<C>::kSize) * units + pieces : 4 * units + 2 * pieces;
+  // Even, so that the pairs that backward keeps here are aligned in every row's part.
+  return backward ? ((5 + LtcValues<C>::kSize) * units + pieces + 1) / 2 * 2
+                  : 4 * units + 2 * pieces;
 }
 EMBER_HD int64_t ltc_numbers(const LtcList& list, bool backward, bool held) {
   return backward ? (held ? 1 : 2) * int64_t(list.count) : 0;

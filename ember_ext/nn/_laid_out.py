@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ class LaidOut:
         state: width of its state, S.
         dtype: of its weights.
     """
+
+    positive_timespans: ClassVar[bool] = False
+    """Whether a time span of 0 is not a good one."""
 
     def __init__(
         self,
@@ -136,7 +139,8 @@ class LaidOut:
         """As `Runner.run`, or None if a time span is not a good one."""
         if isinstance(timespans, Tensor):
             shape = x.shape[:-1]
-            good = (timespans >= 0) & timespans.isfinite()
+            good = timespans > 0 if self.positive_timespans else timespans >= 0
+            good = good & timespans.isfinite()
             if not bool(good.all()):
                 if lengths is None or timespans.numel() == 1:
                     return None
@@ -147,12 +151,13 @@ class LaidOut:
             timespans = timespans.expand(shape)
         else:
             # Weights for a single time span are a quarter less work, and a copy: one is kept.
-            if self._fixed is None and 0 <= timespans < math.inf:
-                self._fixed = timespans, self.lay_out(timespans)
             if self._fixed is not None and self._fixed[0] == timespans:
                 return self._fixed[1].run(x, h, None, lengths, checked=checked)
-            if not 0 <= timespans < math.inf:
+            if not 0 <= timespans < math.inf or (self.positive_timespans and timespans == 0):
                 return None
+            if self._fixed is None:
+                self._fixed = timespans, self.lay_out(timespans)
+                return self._fixed[1].run(x, h, None, lengths, checked=checked)
             timespans = h.new_full(x.shape[:-1], timespans)
         if self._varying is None:
             self._varying = self.lay_out(None)

@@ -21,6 +21,8 @@ class LaidOutLTC(LaidOut):
         owner: the layer whose `rnn_cell` it is; None for a cell of its own.
     """
 
+    positive_timespans = True
+
     def __init__(self, cell: Any, owner: nn.Module | None = None) -> None:
         super().__init__(
             owner,
@@ -47,34 +49,18 @@ class LaidOutLTC(LaidOut):
         with torch.no_grad():
             weights, synapses = ltc_cell.Ready.of(cell)
             outputs = ltc_cell.output_width(cell)
+            ode_unfolds, eps = ltc_cell.check_solver("LTCCell", cell._ode_unfolds, cell._epsilon)
             return PackedLTC(
                 weights,
                 synapses,
                 input_map=_affine(ltc_cell.mapping(cell, "input")),
                 output_map=_affine(ltc_cell.mapping(cell, "output")),
                 timespan=timespan,
-                ode_unfolds=int(cell._ode_unfolds),
-                eps=float(cell._epsilon),
+                ode_unfolds=ode_unfolds,
+                eps=eps,
                 outputs=outputs,
                 watch=self.watch,
             )
-
-    def run(
-        self,
-        x: Tensor,
-        h: Tensor,
-        timespans: Tensor | float,
-        lengths: Tensor | None = None,
-        *,
-        checked: bool = True,
-    ) -> tuple[Tensor, Tensor] | None:
-        """As `LaidOut.run`; a time span of 0 is not a good one."""
-        if isinstance(timespans, Tensor):
-            if bool((timespans == 0).any()):
-                return None
-        elif timespans == 0:
-            return None
-        return super().run(x, h, timespans, lengths, checked=checked)
 
 
 def _affine(mapping: Sequence[Tensor]) -> Tensor | None:

@@ -112,8 +112,9 @@ class LiquidLayer(Packing):
             input: [B, T, C], or [T, B, C] without `batch_first`, or [T, C] for a single sequence.
             hx: initial state, [B, S], or [S] for a single sequence; with mixed memory a pair of
                 such. Default: zeros.
-            timespans: time since the previous step, ≥ 0: a number, or a tensor shaped as the input
-                without C, or with C = 1; with B = 1 for all rows alike. Default: 1.
+            timespans: time since the previous step, ≥ 0, of an LTC > 0: a number, or a tensor
+                shaped as the input without C, or with C = 1; with B = 1 for all rows alike; or with
+                one for each unit, which goes step by step. Default: 1.
             lengths: [B], integers of any kind: row b ends after `lengths[b]` steps. Its state is
                 frozen from there on and its outputs are zero before the output layer. What the
                 input and the time spans hold there does not matter. Default: all T.
@@ -128,6 +129,8 @@ class LiquidLayer(Packing):
         x = input if batched else input.unsqueeze(0)
         if batched and not self.batch_first:
             x = x.transpose(0, 1)
+        if not (x.is_floating_point() or self.use_mixed):
+            x = x.to(self._weights_dtype(x))  # as ncps, by promotion
         h, c = _arguments.initial_state(
             layer, x, hx, size=int(self.state_size), mixed=self.use_mixed, batched=batched
         )
@@ -265,7 +268,7 @@ class LiquidLayer(Packing):
             lengths=lengths,
             units=timespans.shape[-1] if _spans_of_units(timespans) else 1,  # type: ignore[union-attr]
         )
-        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
+        dtype = self._weights_dtype(x)
         if x.dtype != dtype and autocast_dtype(x.device.type) is None:
             expected = f"of the weights' dtype {dtype}"
             _arguments.fail(self.layer_name, "input", expected, x.dtype, TypeError)
@@ -308,6 +311,9 @@ class LiquidLayer(Packing):
             outputs.append(value)
         y = torch.stack(outputs, 1) if outputs else x.new_empty(x.shape[0], 0, self._output_width)
         return y, h, c
+
+    def _weights_dtype(self, x: Tensor) -> torch.dtype:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
 
     def _records_steps(self, x: Tensor) -> bool:
         """Whether the steps on x, [B, T, C], are recorded as a loop, and what they do is known."""

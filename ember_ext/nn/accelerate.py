@@ -74,7 +74,7 @@ class Acceleration(_Exchange):
     """
 
     _verb = "accelerated"
-    _kinds = " or ".join(f"ncps.torch.{kind.__name__}" for kind in ACCELERATED)
+    _kinds = " or ".join(f"ncps.torch.{kind.__name__}" for kind in _EVERY_KIND)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Deceleration(_Exchange):
     """
 
     _verb = "back to ncps"
-    _kinds = " or ".join(f"ember_ext.nn.{kind.__name__}" for kind in ACCELERATED.values())
+    _kinds = " or ".join(f"ember_ext.nn.{kind.__name__}" for kind in _EVERY_KIND.values())
 
 
 def accelerate(model: nn.Module) -> Acceleration:

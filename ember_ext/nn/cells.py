@@ -19,7 +19,7 @@ from ember_ext.reference.ltc_scan import LTCWeights
 
 
 class _CfCSteps(LiquidCell):
-    """What both cells share."""
+    """What the two CfC cells share."""
 
     def _why_cells_differ(self) -> str | None:
         reason = why_cells_differ(self)
@@ -83,8 +83,8 @@ class LTCCell(LiquidCell, ncps.torch.LTCCell):  # type: ignore[misc]
 
     Constructor, initial values, state-dict keys and results are those of ncps. A step is one call
     of an operator; without gradients on a CPU, from weights that are laid out once and compared by
-    their content at each step. A cell one of whose functions was replaced runs the code of ncps.
-    `LTC` runs a sequence at once.
+    their content at each step. A cell that was hooked or pruned, or one of whose functions was
+    replaced, runs the code of ncps. `LTC` runs a sequence at once.
 
     ncps keeps its parameters twice: as the module's, and in a dict that its `forward` reads. What
     replaces a parameter of the module is lost on that dict: `torch.func.functional_call`,

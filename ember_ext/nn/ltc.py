@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import ncps.torch
@@ -45,10 +43,11 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         - Arguments are checked, with messages that say what was expected. A time span must be above
           0: the cell divides by it.
 
-    A cell that does more than apply its weights, because one of its functions was replaced, is
-    called step by step as in ncps, and a warning says once why. torch.compile, export,
-    `torch.func` and masks that require a gradient have all synapses computed, those that do not
-    exist with a weight of zero; else the cost is that of the synapses that exist.
+    A cell that does more than apply its weights, because it was pruned or hooked, or one of its
+    functions was replaced, is called step by step as in ncps, and a warning says once why.
+    torch.compile, export, `torch.func` and masks that require a gradient have all synapses
+    computed, those that do not exist with a weight of zero; else the cost is that of the synapses
+    that exist.
 
     Additions: `step` for streaming, `lengths` for padded batches, and `chunk_size`.
 
@@ -97,7 +96,7 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
             units = count("LTC", "units", units)
         if input_size is not None or not isinstance(units, Wiring):
             input_size = count("LTC", "input_size", input_size)
-        ode_unfolds, epsilon = check_solver("LTC", ode_unfolds, epsilon)
+        ode_unfolds, epsilon = ltc_cell.check_solver("LTC", ode_unfolds, epsilon)
         if chunk_size is not None:
             chunk_size = count("LTC", "chunk_size", chunk_size)
         super().__init__(
@@ -223,16 +222,3 @@ def check_wiring(layer: str, argument: str, inputs: int | None, units: Any) -> N
         fail(layer, argument, expected, inputs)
     if units.output_dim is None:
         fail(layer, "units", "a wiring with an output_dim", None)
-
-
-def check_solver(layer: str, ode_unfolds: Any, epsilon: Any) -> tuple[int, float]:
-    """`ode_unfolds` and `epsilon`, or an error that says what they must be."""
-    ode_unfolds = count(layer, "ode_unfolds", ode_unfolds)
-    if ode_unfolds < 1:
-        fail(layer, "ode_unfolds", ">= 1", ode_unfolds)
-    if not isinstance(epsilon, Real):
-        fail(layer, "epsilon", "a real number", type(epsilon).__name__, TypeError)
-    epsilon = float(epsilon)
-    if not 0 <= epsilon < math.inf:
-        fail(layer, "epsilon", "finite and >= 0", epsilon)
-    return ode_unfolds, epsilon

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import ncps.torch
@@ -12,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ember_ext import _native
-from ember_ext.nn._arguments import fail
+from ember_ext.nn._arguments import count, fail
 from ember_ext.nn._cell import LiquidCell
 from ember_ext.nn._plain import OURS, why_differs, why_part_differs
 from ember_ext.ops import _checks
@@ -179,6 +181,19 @@ def _list(cell: Any, masks: tuple[Tensor, Tensor]) -> _Listed | None:
     return listed
 
 
+def check_solver(layer: str, ode_unfolds: Any, epsilon: Any) -> tuple[int, float]:
+    """`ode_unfolds` and `epsilon`, or an error that says what they must be."""
+    ode_unfolds = count(layer, "ode_unfolds", ode_unfolds)
+    if ode_unfolds < 1:
+        fail(layer, "ode_unfolds", ">= 1", ode_unfolds)
+    if not isinstance(epsilon, Real):
+        fail(layer, "epsilon", "a real number", type(epsilon).__name__, TypeError)
+    epsilon = float(epsilon)
+    if not 0 <= epsilon < math.inf:
+        fail(layer, "epsilon", "finite and >= 0", epsilon)
+    return ode_unfolds, epsilon
+
+
 def map_inputs(cell: Any, x: Tensor) -> Tensor:
     """A cell's input mapping of x, [..., I]."""
     return mapped(x, *mapping(cell, "input"))
@@ -232,6 +247,7 @@ def scan(
         lengths: as `ltc_scan` takes them.
         chunk_size: as `ltc_scan` takes it.
     """
+    ode_unfolds, eps = check_solver("LTCCell", cell._ode_unfolds, cell._epsilon)
     return ltc_scan(
         u,
         ready.weights,
@@ -239,8 +255,8 @@ def scan(
         synapses=ready.synapses,
         timespans=timespans,
         lengths=lengths,
-        ode_unfolds=int(cell._ode_unfolds),
-        eps=float(cell._epsilon),
+        ode_unfolds=ode_unfolds,
+        eps=eps,
         outputs=output_width(cell),
         chunk_size=chunk_size,
     )

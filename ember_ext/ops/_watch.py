@@ -17,7 +17,7 @@ class WeightsChangedError(RuntimeError):
 class Watch:
     """Keeps a fingerprint of tensors, which packed weights are compared with at each use.
 
-    The content decides, whoever wrote it and by whatever way: an optimiser, `.data`, NumPy, another
+    The content decides, whoever wrote it and in whatever way: an optimiser, `.data`, NumPy, another
     process. Reading it costs about what reading the packed weights costs.
 
     `torch.utils.swap_tensors` refuses a tensor for as long as it is watched.

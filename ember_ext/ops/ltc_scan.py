@@ -20,6 +20,9 @@ _OP = "ltc_scan"
 MAX_KEPT = 1 << 27
 """The most numbers, of all states after solver steps, that are kept by default."""
 DEFAULT_CHUNK = 64
+MAX_UNFOLDS = 1 << 30
+MAX_SYNAPSES = 1 << 26
+"""The most synapses between units, and from inputs, that the kernels' offsets can count."""
 
 
 def ltc_synapses(mask: Tensor, sensory_mask: Tensor) -> LTCSynapses:
@@ -95,7 +98,7 @@ def ltc_scan(
         lengths: [B], integers within [0, T]: row b ends after `lengths[b]` steps. Its state
             is frozen from there on, its outputs are zero, and no gradient passes. What input and
             time spans hold there, NaN for instance, has no influence. Default: all T.
-        ode_unfolds: solver steps per time step, at least 1. Default: 6.
+        ode_unfolds: solver steps per time step, from 1 to 2^30. Default: 6.
         eps: added to the denominator, at least 0. Default: 1e-8.
         outputs: how many units' states to return, beginning with the first. Default: all S.
         chunk_size: time steps for which the backward pass keeps the states of all solver steps at
@@ -319,9 +322,14 @@ def _check(
         _check_fits("h0", h0, "[B, S]", (batch, units), x)
     if synapses is not None:
         _check_synapses(synapses, x)
+    elif max(units, inputs) * units > MAX_SYNAPSES:
+        expected = f"given for a network of more than {MAX_SYNAPSES} pairs of units or inputs"
+        _checks.fail(_OP, "synapses", expected, None)
     if isinstance(ode_unfolds, bool) or not isinstance(ode_unfolds, int) or ode_unfolds < 1:
         _checks.fail(_OP, "ode_unfolds", "an integer >= 1", repr(ode_unfolds))
-    if not isinstance(eps, float | int) or not 0 <= eps < math.inf:
+    if ode_unfolds > MAX_UNFOLDS:
+        _checks.fail(_OP, "ode_unfolds", f"at most {MAX_UNFOLDS}", ode_unfolds)
+    if isinstance(eps, bool) or not isinstance(eps, float | int) or not 0 <= eps < math.inf:
         _checks.fail(_OP, "eps", "a finite number >= 0", repr(eps))
     if outputs is not None and (not isinstance(outputs, int) or not 0 <= outputs <= units):
         _checks.fail(_OP, "outputs", f"within [0, S] = [0, {units}]", repr(outputs))
@@ -346,6 +354,8 @@ def _check_synapses(synapses: Any, x: Tensor) -> None:
             _checks.fail(_OP, argument, "an int64 tensor", got, TypeError)
         if value.dim() != 2 or value.shape[0] != 3:
             _checks.fail(_OP, argument, "[3, E]", list(value.shape))
+        if value.shape[1] > MAX_SYNAPSES:
+            _checks.fail(_OP, argument, f"at most {MAX_SYNAPSES} synapses", value.shape[1])
         _checks.check_device(_OP, argument, value, x, "x")
 
 
