@@ -42,6 +42,15 @@ def check_shape(
         fail(op, argument, f"{symbols} = {list(shape)}", list(value.shape))
 
 
+def check_fits(
+    op: str, argument: str, value: Tensor, symbols: str, shape: tuple[int, ...], x: Tensor
+) -> None:
+    """Raise unless `value` is a floating tensor, has `shape`, and is on the device of x."""
+    check_tensor(op, argument, value)
+    check_shape(op, argument, value, symbols, shape)
+    check_device(op, argument, value, x, "x")
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that an operator on `dtype` computes and keeps its parameters in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

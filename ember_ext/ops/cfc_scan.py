@@ -346,11 +346,11 @@ def _check(
     for name, vector in vectors:
         if vector is None:
             _checks.fail(_OP, f"weights.{name}", f"given in mode {mode!r}", None)
-        _check_fits(f"weights.{name}", vector, "[H]", (hidden,), x)
+        _checks.check_fits(_OP, f"weights.{name}", vector, "[H]", (hidden,), x)
     if weights.mask is not None:
-        _check_fits("weights.mask", weights.mask, "[H, Z]", (hidden, width), x)
+        _checks.check_fits(_OP, "weights.mask", weights.mask, "[H, Z]", (hidden, width), x)
     if h0 is not None:
-        _check_fits("h0", h0, "[B, H]", (batch, hidden), x)
+        _checks.check_fits(_OP, "h0", h0, "[B, H]", (batch, hidden), x)
     if dropout_scale is not None:
         if len(weights.backbone) < 2:
             _checks.fail(_OP, "dropout_scale", "None with fewer than two backbone layers", "one")
@@ -359,25 +359,17 @@ def _check(
             _checks.fail(_OP, "weights.backbone", "of one width U with dropout_scale", widths)
         units = widths[0]
         shape = (batch, steps, len(weights.backbone) - 1, units)
-        _check_fits("dropout_scale", dropout_scale, "[B, T, layers - 1, U]", shape, x)
+        _checks.check_fits(_OP, "dropout_scale", dropout_scale, "[B, T, layers - 1, U]", shape, x)
         if dropout_scale.requires_grad and torch.is_grad_enabled():
             _checks.fail(_OP, "dropout_scale", "detached, as it gets no gradient", "requires_grad")
-
-
-def _check_fits(
-    argument: str, value: Tensor, symbols: str, shape: tuple[int, ...], x: Tensor
-) -> None:
-    _checks.check_tensor(_OP, argument, value)
-    _checks.check_shape(_OP, argument, value, symbols, shape)
-    _checks.check_device(_OP, argument, value, x, "x")
 
 
 def _check_affine(
     argument: str, affine: Affine, symbols: str, out: int, width: int, x: Tensor
 ) -> None:
     _count_outputs(argument, affine)
-    _check_fits(f"{argument}.weight", affine.weight, symbols, (out, width), x)
-    _check_fits(f"{argument}.bias", affine.bias, "[out]", (out,), x)
+    _checks.check_fits(_OP, f"{argument}.weight", affine.weight, symbols, (out, width), x)
+    _checks.check_fits(_OP, f"{argument}.bias", affine.bias, "[out]", (out,), x)
 
 
 def _count_outputs(argument: str, affine: object) -> int:

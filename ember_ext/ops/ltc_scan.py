@@ -317,9 +317,9 @@ def _check(
             symbols, shape = "[I, S]", (inputs, units)
         else:
             symbols, shape = "[S, S]", (units, units)
-        _check_fits(f"weights.{name}", value, symbols, shape, x)
+        _checks.check_fits(_OP, f"weights.{name}", value, symbols, shape, x)
     if h0 is not None:
-        _check_fits("h0", h0, "[B, S]", (batch, units), x)
+        _checks.check_fits(_OP, "h0", h0, "[B, S]", (batch, units), x)
     if synapses is not None:
         _check_synapses(synapses, x)
     elif max(units, inputs) * units > MAX_SYNAPSES:
@@ -333,14 +333,6 @@ def _check(
         _checks.fail(_OP, "eps", "a finite number >= 0", repr(eps))
     if outputs is not None and (not isinstance(outputs, int) or not 0 <= outputs <= units):
         _checks.fail(_OP, "outputs", f"within [0, S] = [0, {units}]", repr(outputs))
-
-
-def _check_fits(
-    argument: str, value: Tensor, symbols: str, shape: tuple[int, ...], x: Tensor
-) -> None:
-    _checks.check_tensor(_OP, argument, value)
-    _checks.check_shape(_OP, argument, value, symbols, shape)
-    _checks.check_device(_OP, argument, value, x, "x")
 
 
 def _check_synapses(synapses: Any, x: Tensor) -> None:
