@@ -545,3 +545,30 @@ def test_public_names() -> None:
     _, summary = lif_attention(q, q, q, *torch.ones(3, 1), return_summary=True)
     assert type(summary) is ember_ext.ops.AttentionSummary
     assert ember_ext.lif_attention is lif_attention
+
+
+@pytest.mark.parametrize("operator", [ember_ext.lif_attention, reference.lif_attention])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("mask_heads", [1, 4])
+def test_padding_under_a_mask_does_not_matter(
+    operator: Callable[..., Any], groups: int, mask_heads: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 7, 5, generator=generator)
+    key, value = torch.randn(2, 2, groups, 9, 5, generator=generator)
+    gates = torch.tensor([[0.1] * 4, [0.6] * 4, [5.0] * 4])
+    mask = torch.rand(2, mask_heads, 7, 9, generator=generator) < 0.7
+    mask[..., 0] = True
+    mask[..., 6:] = False
+    mask[:, :, 5] = False
+    results = []
+    for padding in (0.0, float("nan"), float("inf")):
+        q, k, v = query.clone(), key.clone(), value.clone()
+        q[:, :, 5], k[:, :, 6:], v[:, :, 6:] = padding, padding, padding
+        leaves = [t.requires_grad_() for t in (q, k, v, *gates.clone())]
+        out = operator(*leaves, attn_mask=mask, is_causal=False)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+    assert not results[0][0][:, :, 5].any()

@@ -17,6 +17,7 @@ from ember_ext.reference.lif_attention import (
     attention_probabilities,
     summarize,
     visible_keys,
+    without_hidden,
 )
 
 _OP = "lif_attention"
@@ -99,7 +100,8 @@ def lif_attention(
         leak: λ, [H], within [0, 1].
         steepness: k, [H], finite and > 0.
         attn_mask: booleans, broadcastable to [B, H, Tq, Tk], True where a key may be seen; with
-            `is_causal` both conditions must hold. Default: None.
+            `is_causal` both conditions must hold. What lies at a query that sees no key, and at a
+            key that no query sees, NaN for instance, has no influence. Default: None.
         dropout_p: probability of dropping a weight, within [0, 1). The others are divided by
             1 - dropout_p. Default: 0.
         is_causal: query i sees key j where j <= i + Tk - Tq: the last query stands at the last key.
@@ -127,6 +129,7 @@ def lif_attention(
     seed = _attention.draw_seed(query, dropout_p, seed)
     scale = _attention.default_scale(query) if scale is None else scale
     if attn_mask is not None:
+        query, key, value = without_hidden(query, key, value, attn_mask)
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     if not _native.runs(query.device.type, _OP):
         if _checks.is_readable(query):

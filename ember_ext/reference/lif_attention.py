@@ -58,12 +58,31 @@ def lif_attention(
     The arguments are those described there; dropout needs a seed. With `return_weights` the result
     is (out, w), w before dropout, [B, H, Tq, Tk], in fp32 (fp64 for fp64 input).
     """
+    if attn_mask is not None:
+        query, key, value = without_hidden(query, key, value, attn_mask)
     visible = visible_keys(query, key, attn_mask, is_causal)
     p = attention_probabilities(query, key, visible, scale)
     theta, lam, k = (v.to(p.dtype).view(-1, 1, 1) for v in (threshold, leak, steepness))
     w = gate_probabilities(p, theta, lam, k, eps)
     out = weighted_sum(w, value, dropout_p, seed).to(query.dtype)
     return (out, w) if return_weights else out
+
+
+def without_hidden(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros in place of queries that see no key, and of keys and values that no query sees.
+
+    These are padding, which may hold NaN, and a weight of 0 does not silence that.
+    """
+    heads, groups = query.shape[1], key.shape[1]
+    mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+    seen = mask.any(-2)
+    if groups != heads and seen.shape[1] > 1:
+        seen = seen.unflatten(1, (groups, heads // groups)).any(2)
+    seen = seen.unsqueeze(-1)
+    sees = mask.any(-1, keepdim=True)
+    return torch.where(sees, query, 0), torch.where(seen, key, 0), torch.where(seen, value, 0)
 
 
 def visible_keys(
