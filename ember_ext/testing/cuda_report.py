@@ -554,7 +554,8 @@ def _ltc_workloads() -> Iterator[Workload]:
             # What the sensory synapses add to, the states that are kept, and y.
             moved = cells * units * (2 * compute + unfolds * compute + width)
             # What a unit's values take, and what each synapse contributes.
-            vectors = (5 + 7 + 16 // compute) * units + pieces + (synapses if held else 0)
+            vectors = -(-((5 + 7 + 16 // compute) * units + pieces) // 2) * 2
+            vectors += synapses if held else 0
             # A sigmoid is an exponential, a division and three more operations.
             for name, values, amount, work in (
                 ("forward", 4 * units + 2 * pieces, moved, 24),
