@@ -8,10 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-# Spinning threads of a test and of the processes that it starts would fight for the cores. torch
-# reads this when it is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import pytest
 import torch
 from torch import Tensor

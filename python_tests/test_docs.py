@@ -1,28 +1,162 @@
-"""The Python blocks of docs/deployment.md run, in order, as one program."""
+"""What the documentation names exists; `conftest.py` in the root runs its code blocks."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "optional-dependencies"
+]
+PUBLIC_MODULES = ["ember_ext", "ember_ext.nn", "ember_ext.ops", "ember_ext.reference"]
+PUBLIC_MODULES += ["ember_ext.models", "ember_ext.testing"]
+COMMAND_PREFIXES = ("torchrun", "python", "pip", "uv")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("page", ["deployment"])
-def test_python_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks marked `notest` are too slow here; `test_aoti.py` and `test_onnx.py` do the same."""
-    monkeypatch.chdir(tmp_path)
-    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
-    blocks = [
-        # Padded, so that an error names the line of the page.
-        "\n" * text.count("\n", 0, match.start(1)) + match.group(1)
-        for match in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+def shell_commands() -> Iterator[tuple[str, str]]:
+    """Each command in the shell blocks and tables of all pages, with its page."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = [
+            line
+            for block in re.findall(r"^```(?:sh|bash)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+            for line in block.replace("\\\n", " ").splitlines()
+        ]
+        lines += re.findall(r"`((?:python|pip|torchrun) [^`\n]*)`", text)
+        for line in lines:
+            for command in re.split(r"&&|;", line):
+                yield str(page.relative_to(ROOT)), command.strip()
+
+
+def arguments(command: str) -> list[str]:
+    """Words of a shell command without its comment, and without variables before it."""
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        del words[0]
+    return words
+
+
+def help_of(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code in (0, None)
+    return str(capsys.readouterr().out)
+
+
+def commands_by_script() -> dict[str, list[tuple[str, list[str]]]]:
+    scripts: dict[str, list[tuple[str, list[str]]]] = {}
+    for page, command in shell_commands():
+        words = arguments(command)
+        for index, word in enumerate(words):
+            if word.endswith(".py") and words[0] in ("python", "torchrun"):
+                scripts.setdefault(word, []).append((page, words[index + 1 :]))
+    return scripts
+
+
+SCRIPTS = commands_by_script()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_have_the_flags_that_pages_use(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = ROOT / script
+    assert path.is_file(), f"{SCRIPTS[script][0][0]} names {script}"
+    flags = {
+        (word.partition("=")[0], page)
+        for page, words in SCRIPTS[script]
+        for word in words
+        if word.startswith("--")
+    }
+    if not flags - {(flag, page) for flag, page in flags if flag == "--help"}:
+        return
+    known = set(re.findall(r"--[a-z0-9][a-z0-9-]*", help_of(path, monkeypatch, capsys)))
+    for flag, page in flags:
+        assert flag in known, f"{page}: {script} has no {flag}"
+
+
+def test_pip_lines_name_extras_that_exist() -> None:
+    found = 0
+    for page, command in shell_commands():
+        if not re.match(r"(uv )?pip install", command):
+            continue
+        for extras in re.findall(r"(?:\.|ember-ext|ember_ext)\[([a-z,-]+)\]", command):
+            for extra in extras.split(","):
+                assert extra in EXTRAS, f"{page}: no extra {extra}"
+                found += 1
+    assert found
+
+
+def test_modules_that_pages_run_exist() -> None:
+    for page, command in shell_commands():
+        words = arguments(command)
+        if words[:2] == ["python", "-m"] and words[2].startswith("ember_ext"):
+            name = words[2]
+            assert (ROOT / name.replace(".", "/")).exists(), f"{page}: {command}"
+
+
+def documented() -> dict[int, set[str]]:
+    """What the pages of the API reference describe: the object's id, with the names it is under."""
+    names: dict[int, set[str]] = {}
+    module = ""
+    for page in sorted((DOCS / "api").glob("*.md")):
+        for directive, name in re.findall(
+            r"^\.\. (currentmodule|autofunction|autoclass|autodata|autoexception):: (\S+)",
+            page.read_text(encoding="utf-8"),
+            re.MULTILINE,
+        ):
+            if directive == "currentmodule":
+                module = name
+            else:
+                thing = getattr(importlib.import_module(module), name)
+                names.setdefault(id(thing), set()).add(f"{module}.{name}")
+    return names
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES)
+def test_reference_has_every_public_name(module: str) -> None:
+    described = documented()
+    imported = importlib.import_module(module)
+    missing = [
+        name
+        for name in imported.__all__
+        if name != "__version__"
+        and not inspect.ismodule(getattr(imported, name))
+        and id(getattr(imported, name)) not in described
     ]
-    assert blocks
-    names: dict[str, object] = {"__name__": page}
-    for block in blocks:
-        exec(compile(block, f"{page}.md", "exec"), names)
+    assert not missing, f"{module} has {missing}, which docs/api does not"
+
+
+def test_every_page_is_in_a_table_of_contents() -> None:
+    listed = {"index"}
+    for page in PAGES[1:]:
+        for block in re.findall(
+            r"^```\{toctree\}\n(.*?)^```$",
+            page.read_text(encoding="utf-8"),
+            re.DOTALL | re.MULTILINE,
+        ):
+            folder = page.parent.relative_to(DOCS)
+            listed |= {
+                (folder / line).as_posix() for line in block.splitlines() if line and line[0] != ":"
+            }
+    assert listed == {page.relative_to(DOCS).with_suffix("").as_posix() for page in PAGES[1:]}

@@ -1,8 +1,12 @@
 """The paper's two language models: a Transformer and its continuous-time counterpart.
 
-    >>> model = LiquidEmber(LiquidEmberConfig(n_layer=2, n_embd=128, cfc_units=192))
-    >>> logits, loss, _ = model(idx, targets)
-    >>> text = model.generate(prompt, max_new_tokens=500)
+    >>> import torch
+    >>> from ember_ext.models import LiquidEmber, LiquidEmberConfig
+    >>> model = LiquidEmber(LiquidEmberConfig(n_layer=2, n_embd=16, cfc_units=24, vocab_size=65))
+    >>> tokens = torch.randint(65, (4, 33))
+    >>> logits, loss, _ = model(tokens[:, :-1], tokens[:, 1:])
+    >>> model.generate(tokens[:1, :5], max_new_tokens=7).shape
+    torch.Size([1, 12])
 
 Names are nanoGPT's where it has one. Under every condition of one random seed the weights that
 conditions share start out equal.

@@ -1,7 +1,9 @@
 """Training of the paper's language models: presets, the loop, run folders and their command lines.
 
->>> config = preset_config("cfc", "quick")
->>> summary = train(config, load_text("shakespeare"), RunFolder("runs/mine"))
+A run from Python::
+
+config = preset_config("cfc", "quick")
+summary = train(config, load_text("shakespeare"), RunFolder("runs/mine"))
 """
 
 from ember_ext.training.config import (

@@ -1,0 +1,68 @@
+"""The documentation: `sphinx-build -W -b html docs build/docs`, after `pip install ".[docs]"`.
+
+The build reads nothing from the network. Formulae become MathML, so that the pages need no script
+from elsewhere either. `python -m pytest docs README.md` runs the code blocks of the pages.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The docstrings come from this folder, and the compiled library from the installed package.
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
+
+import ember_ext  # noqa: E402
+
+project = "ember-ext"
+author = "the ember-ext developers"
+project_copyright = author
+release = version = ember_ext.__version__
+
+extensions = [
+    "mathml",
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_ext"]
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "fieldlist"]
+myst_heading_anchors = 3
+
+# A name in single backticks links to what it names, and is plain code where it names nothing, such
+# as an argument. Whoever writes a role, as in :class:`LIFGate`, is told of names that do not exist.
+default_role = "py:obj"
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:obj", ".*"),
+    ("py:.*", r"(torch|ncps|numpy|collections|typing|pathlib|optional)\b.*"),
+    ("py:class", r"(Any|Callable|Generator|Iterable|Iterator|Literal|Mapping|NamedTuple|Path)"),
+    ("py:class", r"(Self|Sequence|Tensor|Wiring|bool|dict|float|int|list|str|tuple|type)"),
+    ("py:exc", ".*(Error|Warning)"),
+]
+
+autodoc_default_options = {"members": True}
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 80
+python_use_unqualified_type_names = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_admonition_for_examples = False
+napoleon_use_ivar = True
+
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+html_theme = "furo"
+html_title = f"{project} {release}"
+html_static_path = ["_static"]
+html_css_files = ["ember.css"]
+html_math_renderer = "mathml"
+html_show_sphinx = False
