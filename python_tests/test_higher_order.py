@@ -423,7 +423,9 @@ def test_a_scan_keeps_its_input_once() -> None:
 def test_parameters_frozen_after_the_forward_pass() -> None:
     """As in adversarial training, where two networks take turns."""
     gate, x = nn.LIFGate(FEATURES).double(), torch.randn(4, FEATURES).double().requires_grad_()
-    theta, lam, k = (p.detach().requires_grad_() for p in gate.effective())
+    theta, lam, k = (
+        p.detach().requires_grad_() for p in (gate.threshold, gate.leak, gate.steepness)
+    )
     y = ops.lif_gate(x, theta, lam, k)
     theta.requires_grad_(False)
     (slope,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)

@@ -419,15 +419,15 @@ def test_module_weights_are_those_it_applies(refractory: Any) -> None:
 
 def test_module_parameters() -> None:
     names = set(nn.LIFSelfAttention(12, 3).state_dict())
-    gates = {"gate.threshold", "gate.leak", "gate.steepness"}
+    gates = {"gate.raw_threshold", "gate.raw_leak", "gate.raw_steepness"}
     assert names == {"c_attn.weight", "c_proj.weight"} | gates
     refractory = nn.LIFSelfAttention(12, 3, refractory="paper", bias=True)
     assert set(refractory.state_dict()) - names == {
-        "c_attn.bias", "c_proj.bias", "gate.within", "gate.across",
+        "c_attn.bias", "c_proj.bias", "gate.raw_within", "gate.raw_across",
     }  # fmt: skip
     fixed = nn.LIFSelfAttention(12, 3, learnable=False, preset="released")
     assert not dict(fixed.gate.named_parameters())
-    assert fixed.gate.effective()[0].tolist() == pytest.approx([0.1] * 3)
+    assert fixed.gate.threshold.tolist() == pytest.approx([0.1] * 3)
 
 
 # Bad input.

@@ -359,7 +359,7 @@ def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
 def test_module_presets() -> None:
     seed, released = nn.LIFGate(5), nn.LIFGate(5, preset="released")
     for gate, theta, lam, norm in ((seed, 0.0, 0.731, "l2"), (released, 0.001, 0.881, None)):
-        values = [float(p[0].detach()) for p in gate.effective()]
+        values = [p[0].item() for p in (gate.threshold, gate.leak, gate.steepness)]
         assert values == pytest.approx([theta, lam, 2.127], abs=1e-3)
         assert gate.norm == norm
         assert sum(p.numel() for p in gate.parameters()) == 15
@@ -368,8 +368,8 @@ def test_module_presets() -> None:
 def test_fixed_module_has_buffers_only() -> None:
     gate = nn.LIFGate(4, preset="released", learnable=False)
     assert not list(gate.parameters())
-    assert set(gate.state_dict()) == {"threshold", "leak", "steepness"}
-    assert gate.effective()[0].tolist() == pytest.approx([0.1] * 4)
+    assert set(gate.state_dict()) == {"raw_threshold", "raw_leak", "raw_steepness"}
+    assert gate.threshold.tolist() == pytest.approx([0.1] * 4)
 
 
 def test_module_learns_and_loads() -> None:
@@ -379,7 +379,7 @@ def test_module_learns_and_loads() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in gate.parameters())
     other = nn.LIFGate(6, unit_dim=1, norm="l1")
     with torch.no_grad():
-        gate.leak += 1
+        gate.raw_leak += 1
     other.load_state_dict(gate.state_dict())
     assert torch.equal(other(x), gate(x))
 

@@ -103,7 +103,7 @@ def test_cfc_metrics_use_one_virtual_gate_for_all(condition: Any) -> None:
         assert metrics[measure] == metrics[f"virtual_{measure}"]
     with torch.no_grad():
         for gate in model.gates().values():
-            gate.threshold.fill_(1e6)
+            gate.raw_threshold.fill_(1e6)
     after = collect_metrics(model, torch.randint(11, (3, 12)), "released")
     assert after["fire_rate"] == after["always_on"] == [0.0, 0.0]
     assert after["selective"] == [1.0, 1.0]

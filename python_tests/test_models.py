@@ -159,7 +159,7 @@ def test_conditions_drop_the_same_elements(build: Any, conditions: tuple[str, ..
         torch.manual_seed(42)
         model = build(condition, dropout=0.3)
         for gate in model.gates().values():
-            gate.leak.data.fill_(100.0)
+            gate.raw_leak.data.fill_(100.0)
         logits[condition] = model(idx)[0]
         next_draws.append(torch.rand(()).item())
     assert len(set(next_draws)) == 1
@@ -369,7 +369,7 @@ def test_every_parameter_gets_a_gradient(build: Any, condition: str, gate_preset
         if p.requires_grad and (p.grad is None or not p.grad.any())
     }
     # Nothing precedes the first layer, so its cross-layer coupling has nothing to act on.
-    dead = {"blocks.0.attn.gate.across"} if condition == "lif-refractory" else set()
+    dead = {"blocks.0.attn.gate.raw_across"} if condition == "lif-refractory" else set()
     assert without == dead
 
 
@@ -429,7 +429,7 @@ def test_gates_are_named_after_their_modules(build: Any, condition: str) -> None
     place, units = ("attn.gate", 2) if build is ember else ("gate", 8)
     assert list(gates) == [f"blocks.{i}.{place}" for i in range(n_layer)]
     for gate in gates.values():
-        threshold, leak, steepness = gate.effective()
+        threshold, leak, steepness = gate.threshold, gate.leak, gate.steepness
         assert threshold.shape == leak.shape == steepness.shape == (units,)
 
 

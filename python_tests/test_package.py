@@ -47,7 +47,7 @@ import ember_ext
 from ember_ext import nn, reference
 gate, x = nn.LIFGate(5), torch.randn(4, 5, requires_grad=True)
 y = gate(x)
-assert torch.equal(y, reference.lif_gate(x, *gate.effective(), norm="l2"))
+assert torch.equal(y, reference.lif_gate(x, gate.threshold, gate.leak, gate.steepness, norm="l2"))
 y.sum().backward()
 gate(x)
 """

@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
@@ -197,6 +198,26 @@ def test_signal_stops_cleanly_and_resuming_is_bit_identical(
     assert curve(stopped) == curve(whole)
     assert stopped.best.read_bytes() == whole.best.read_bytes()
     assert stopped.sample.read_text() == whole.sample.read_text()
+
+
+def test_a_run_of_an_earlier_version_goes_on_bit_identically(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    """Its checkpoints call the raw parameters of gates by other names."""
+    config = tiny(condition="lif-refractory")
+    whole, earlier = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "earlier")
+    train(config, corpus, whole)
+    with pytest.raises(StopRequested):
+        train(config, corpus, earlier, reporter=StopAfter(7, signal.SIGINT))
+    for path in (earlier.last, earlier.best):
+        with safetensors.safe_open(path, framework="pt") as file:
+            names, header = file.keys(), file.metadata()
+            tensors = {name.replace(".raw_", "."): file.get_tensor(name) for name in names}
+        assert tensors.keys() - names, "nothing was renamed"
+        safetensors.torch.save_file(tensors, path, header)
+    train(config, corpus, earlier, resume=True)
+    assert curve(earlier) == curve(whole)
+    assert earlier.best.read_bytes() == whole.best.read_bytes()
 
 
 def test_resuming_a_finished_run_changes_nothing(corpus: Corpus, folder: RunFolder) -> None:
@@ -543,7 +564,7 @@ def test_spoilt_gates_are_diagnosed_and_not_saved(
         def step(self, step: int, loss: float, tokens_per_second: float) -> None:
             if step == 3:
                 with torch.no_grad():
-                    getattr(next(iter(models[0].gates().values())), name).fill_(value)
+                    getattr(next(iter(models[0].gates().values())), f"raw_{name}").fill_(value)
 
     models: list[Any] = []
     monkeypatch.setattr(

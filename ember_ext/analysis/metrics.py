@@ -124,8 +124,11 @@ def collect_metrics(
     """
     gates = {}
     for name, gate in model.gates().items():
-        threshold, leak, steepness = (value.tolist() for value in gate.effective())
-        gates[name] = {"threshold": threshold, "leak": leak, "steepness": steepness}
+        gates[name] = {
+            "threshold": gate.threshold.tolist(),
+            "leak": gate.leak.tolist(),
+            "steepness": gate.steepness.tolist(),
+        }
     if isinstance(model, Ember):
         measures = (attention_entropy, attention_support, first_token_mass)
         # One window and layer at a time: all weights would take far more than a training step.
@@ -152,8 +155,7 @@ def collect_metrics(
 
 def _firing(x: Tensor, gate: LIFParameters) -> dict[str, float]:
     """What the neurons of x [B, T, N] do behind a gate, means over neurons."""
-    threshold, _, steepness = gate.effective()
-    firing = fire_mask(x.abs(), threshold, steepness)
+    firing = fire_mask(x.abs(), gate.threshold, gate.steepness)
     rate = fire_rate(firing)
     by_neuron = {
         "fire_rate": rate,

@@ -38,30 +38,38 @@ class RefractoryParameters(LIFParameters):
         learnable: as `LIFParameters`; the couplings are always learnt.
 
     Attributes:
-        within, across: raw couplings, [num_units], float32.
+        raw_within, raw_across: what is learnt, [num_units], float32.
     """
+
+    _effective = (*LIFParameters._effective, "within", "across")
 
     def __init__(
         self, num_units: int, *, preset: PresetName = "seed", learnable: bool = True
     ) -> None:
         super().__init__(num_units, preset=preset, learnable=learnable)
-        self.within = nn.Parameter(torch.empty(num_units))
-        self.across = nn.Parameter(torch.empty(num_units))
+        self.raw_within = nn.Parameter(torch.empty(num_units))
+        self.raw_across = nn.Parameter(torch.empty(num_units))
         self._reset_couplings()
 
     def reset_parameters(self) -> None:
         """Fill the raw values with the preset's constants; draws no random numbers."""
         super().reset_parameters()
-        if hasattr(self, "across"):  # not yet when the gate's own values are filled first
+        if "raw_across" in self._parameters:  # not yet when the gate's own values are filled first
             self._reset_couplings()
 
     def _reset_couplings(self) -> None:
-        for raw in (self.within, self.across):
+        for raw in (self.raw_within, self.raw_across):
             nn.init.constant_(raw, REFRACTORY_RAW)
 
-    def couplings(self) -> tuple[Tensor, Tensor]:
-        """The couplings within a layer and across layers, [num_units] each."""
-        return F.softplus(self.within), torch.sigmoid(self.across)
+    @property
+    def within(self) -> Tensor:
+        """The coupling within a layer, [num_units], above 0; differentiable."""
+        return F.softplus(self.raw_within)
+
+    @property
+    def across(self) -> Tensor:
+        """The coupling across layers, [num_units], within (0, 1); differentiable."""
+        return torch.sigmoid(self.raw_across)
 
 
 class AttentionCache(NamedTuple):
@@ -244,7 +252,7 @@ class LIFSelfAttention(SelfAttention):
         past: RefractoryState | None,
     ) -> tuple[Tensor, Tensor | None, RefractoryState | None]:
         """See `SelfAttention.attend`."""
-        gates = self.gate.effective()
+        gates = self.gate.threshold, self.gate.leak, self.gate.steepness
         if not isinstance(self.gate, RefractoryParameters):
             y = ops.lif_attention(query, key, value, *gates, dropout_p=self.dropout_p)
             return y, previous_load, None
@@ -259,7 +267,8 @@ class LIFSelfAttention(SelfAttention):
             key,
             value,
             *gates,
-            *self.gate.couplings(),
+            self.gate.within,
+            self.gate.across,
             mode=self.refractory,
             previous_load=previous_load,
             past=past,
@@ -271,7 +280,7 @@ class LIFSelfAttention(SelfAttention):
         p = super().weights(x, previous_load, gated)
         if not gated:
             return p
-        gates = self.gate.effective()
+        gates = self.gate.threshold, self.gate.leak, self.gate.steepness
         if not isinstance(self.gate, RefractoryParameters):
             threshold, leak, steepness = (v.to(p.dtype).view(-1, 1, 1) for v in gates)
             return gate_probabilities(p, threshold, leak, steepness, 1e-8)
@@ -281,7 +290,8 @@ class LIFSelfAttention(SelfAttention):
             query,
             key,
             *gates,
-            *self.gate.couplings(),
+            self.gate.within,
+            self.gate.across,
             mode=self.refractory,
             previous_load=previous_load,
         )

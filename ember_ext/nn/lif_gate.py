@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ class GatePreset:
     Leak and steepness have one transform everywhere: λ = sigmoid(raw), k = softplus(raw).
     """
 
-    threshold: float
-    leak: float
-    steepness: float
+    raw_threshold: float
+    raw_leak: float
+    raw_steepness: float
     threshold_scale: float
     """θ = threshold_scale · |raw|; 0 stands for θ = raw."""
     norm: Norm | None
@@ -38,16 +39,77 @@ class GatePreset:
 
 GATE_PRESETS: dict[str, GatePreset] = {
     # The paper's text, section 2.1: θ starts at 0, λ at 0.73, and the gate preserves ‖x‖.
-    "seed": GatePreset(threshold=0.0, leak=1.0, steepness=2.0, threshold_scale=0.0, norm="l2"),
+    "seed": GatePreset(
+        raw_threshold=0.0, raw_leak=1.0, raw_steepness=2.0, threshold_scale=0.0, norm="l2"
+    ),
     # The code behind the published numbers: θ starts at 0.001, λ at 0.881; no norm on activations.
-    "released": GatePreset(threshold=0.01, leak=2.0, steepness=2.0, threshold_scale=0.1, norm=None),
+    "released": GatePreset(
+        raw_threshold=0.01, raw_leak=2.0, raw_steepness=2.0, threshold_scale=0.1, norm=None
+    ),
 }
 
 FIXED_RAW_THRESHOLD = 1.0
 """The raw threshold of the paper's non-learnable control."""
 
+_RAW_PREFIX = "raw_"
+_FORMERLY_PLAIN = ("threshold", "leak", "steepness", "within", "across")
+"""What names of tensors in earlier checkpoints lacked the prefix."""
 
-class LIFParameters(nn.Module):
+
+def current_name(name: str) -> str:
+    """The name in a state dict of today of what `name` was in an earlier one.
+
+    Raw parameters of gates used to be called by what are now the names of the effective values.
+    """
+    path, dot, last = name.rpartition(".")
+    return f"{path}{dot}{_RAW_PREFIX}{last}" if last in _FORMERLY_PLAIN else name
+
+
+class GateParameters(nn.Module):
+    """Raw parameters, and read-only properties with the effective values that are made of them.
+
+    The raw parameter of the property `leak` is called `raw_leak`, and so on.
+    """
+
+    _effective: ClassVar[tuple[str, ...]] = ()
+    """The names of these properties."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._effective:
+            self._refuse_to_set(name)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter; see `torch.nn.Module.register_parameter`."""
+        if name in self._effective:
+            self._refuse_to_set(name)
+        super().register_parameter(name, param)
+
+    def _refuse_to_set(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"ember_ext.nn.{type(self).__name__}: {name} is computed from {_RAW_PREFIX}{name} and "
+            f"cannot be set; change {_RAW_PREFIX}{name} in its place"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in self._effective:
+            old, new = f"{prefix}{name}", f"{prefix}{_RAW_PREFIX}{name}"
+            # `load_state_dict` hands on a copy, which may be changed.
+            if old in state_dict and new not in state_dict:
+                state_dict[new] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        kinds: tuple[dict[str, Any], ...] = (self._parameters, self._buffers)
+        for tensors in kinds:
+            for name in [name for name in tensors if name in self._effective]:
+                tensors[_RAW_PREFIX + name] = tensors.pop(name)
+
+
+class LIFParameters(GateParameters):
     """Raw threshold, leak and steepness of `num_units` gates, and their transforms.
 
     Args:
@@ -58,16 +120,18 @@ class LIFParameters(nn.Module):
             fixed control. Default: True.
 
     Attributes:
-        threshold, leak, steepness: raw values, [num_units], float32.
+        raw_threshold, raw_leak, raw_steepness: what is learnt, [num_units], float32.
 
     Raises:
         TypeError: `num_units` is not an integer.
         ValueError: an unknown preset, or a negative `num_units`.
     """
 
-    threshold: Tensor
-    leak: Tensor
-    steepness: Tensor
+    _effective: ClassVar[tuple[str, ...]] = ("threshold", "leak", "steepness")
+
+    raw_threshold: Tensor
+    raw_leak: Tensor
+    raw_steepness: Tensor
 
     def __init__(
         self, num_units: int, *, preset: PresetName = "seed", learnable: bool = True
@@ -85,7 +149,7 @@ class LIFParameters(nn.Module):
         self.num_units = num_units
         self.preset = preset
         self.learnable = learnable
-        for raw in ("threshold", "leak", "steepness"):
+        for raw in ("raw_threshold", "raw_leak", "raw_steepness"):
             value = torch.empty(num_units)
             if learnable:
                 self.register_parameter(raw, nn.Parameter(value))
@@ -96,18 +160,25 @@ class LIFParameters(nn.Module):
     def reset_parameters(self) -> None:
         """Fill the raw values with the preset's constants; draws no random numbers."""
         values = GATE_PRESETS[self.preset]
-        threshold = values.threshold if self.learnable else FIXED_RAW_THRESHOLD
-        nn.init.constant_(self.threshold, threshold)
-        nn.init.constant_(self.leak, values.leak)
-        nn.init.constant_(self.steepness, values.steepness)
+        threshold = values.raw_threshold if self.learnable else FIXED_RAW_THRESHOLD
+        nn.init.constant_(self.raw_threshold, threshold)
+        nn.init.constant_(self.raw_leak, values.raw_leak)
+        nn.init.constant_(self.raw_steepness, values.raw_steepness)
 
-    def effective(self) -> tuple[Tensor, Tensor, Tensor]:
-        """θ, λ and k, [num_units] each, as the operators take them."""
-        return (
-            GATE_PRESETS[self.preset].effective_threshold(self.threshold),
-            torch.sigmoid(self.leak),
-            F.softplus(self.steepness),
-        )
+    @property
+    def threshold(self) -> Tensor:
+        """θ, [num_units], as the operators take it; differentiable."""
+        return GATE_PRESETS[self.preset].effective_threshold(self.raw_threshold)
+
+    @property
+    def leak(self) -> Tensor:
+        """λ, [num_units], within (0, 1), as the operators take it; differentiable."""
+        return torch.sigmoid(self.raw_leak)
+
+    @property
+    def steepness(self) -> Tensor:
+        """k, [num_units], above 0, as the operators take it; differentiable."""
+        return F.softplus(self.raw_steepness)
 
     def extra_repr(self) -> str:
         """The arguments that tell one gate from another."""
@@ -148,7 +219,9 @@ class LIFGate(LIFParameters):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gated `x`; see `ember_ext.ops.lif_gate`."""
-        return ops.lif_gate(x, *self.effective(), norm=self.norm, unit_dim=self.unit_dim)
+        return ops.lif_gate(
+            x, self.threshold, self.leak, self.steepness, norm=self.norm, unit_dim=self.unit_dim
+        )
 
     def extra_repr(self) -> str:
         """The arguments that tell one gate from another."""

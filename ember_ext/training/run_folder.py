@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ember_ext.data import Corpus, Vocabulary
 from ember_ext.files import remove_leftovers, write_atomically
+from ember_ext.nn.lif_gate import current_name
 from ember_ext.records import RecordError, check_record, parse_json, read_json
 from ember_ext.training.config import (
     LATER_FIELDS,
@@ -327,8 +328,8 @@ class RunFolder:
     def _read_tensors(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                names = file.keys()
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+                tensors = {current_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return tensors, file.metadata() or {}
         except (OSError, safetensors.SafetensorError) as error:
             raise RunError(
                 f"{path} is damaged: expected a safetensors file, got one that cannot be read: "

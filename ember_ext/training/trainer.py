@@ -364,7 +364,7 @@ class _Training:
             if not bool(parameter.isfinite().all()):
                 return f"{name} is not finite"
         for name, gate in self.model.gates().items():
-            threshold, leak, steepness = gate.effective()
+            threshold, leak, steepness = gate.threshold, gate.leak, gate.steepness
             if not bool(threshold.isfinite().all() & leak.isfinite().all()):
                 return f"a threshold or leak of {name} is not finite"
             if not bool((steepness.isfinite() & (steepness > 0)).all()):
