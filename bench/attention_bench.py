@@ -39,6 +39,7 @@ from ember_ext.benchmarking import (
     write_csv,
 )
 from ember_ext.command_line import at_least, one_of
+from ember_ext.machine import processor
 from ember_ext.models import Ember, EmberConfig
 from ember_ext.reference.lif_attention import (
     attention_probabilities,
@@ -320,7 +321,8 @@ def memory_table(options: Options, path: Path, console: Console) -> None:
     table = Table("config", "contender", f"peak MB beyond the {beyond}")
     table.columns[2].justify = "right"
     shapes = [None] if options.what == "model" else chosen_shapes(options)
-    rows: list[tuple[str, str, str]] = []
+    rows: list[tuple[str, ...]] = []
+    where = processor(torch.device(options.device)), str(torch.get_num_threads())
     for shape in shapes:
         names = MODEL_CONTENDERS
         if shape is not None:
@@ -330,17 +332,19 @@ def memory_table(options: Options, path: Path, console: Console) -> None:
         for name in names:
             dtype = getattr(torch, options.dtype)
             peak = peak_megabytes(make_measured, options.what, name, shape, options.device, dtype)
-            rows.append((config, name, f"{peak:.1f}"))
-            table.add_row(*rows[-1])
+            rows.append((config, name, f"{peak:.1f}", *where))
+            table.add_row(*rows[-1][:3])
         table.add_section()
     console.print(table)
     kept: list[tuple[str, ...]] = []
     if options.append and path.exists():
         with path.open(encoding="utf-8", newline="") as file:
-            measured = {row[:2] for row in rows}
-            kept = [row for row in map(tuple, csv.reader(file)) if row[:2] not in measured][1:]
+            measured = {(*row[:2], row[3]) for row in rows}
+            earlier = [tuple(row) for row in csv.reader(file)][1:]
+            kept = [row for row in earlier if (*row[:2], row[3]) not in measured]
+    columns = ("config", "contender", "megabytes", "device", "threads")
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("config", "contender", "megabytes"), *kept, *rows])
+        csv.writer(file).writerows([columns, *kept, *rows])
 
 
 def main(options: Options) -> None:

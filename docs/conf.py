@@ -22,6 +22,7 @@ project_copyright = author
 release = version = ember_ext.__version__
 
 extensions = [
+    "bench_tables",
     "mathml",
     "myst_parser",
     "sphinx.ext.autodoc",

@@ -6,6 +6,7 @@ from docutils import nodes
 from math_core import LatexError, LatexToMathML
 from sphinx.application import Sphinx
 from sphinx.util import logging
+from sphinx.util.math import get_node_equation_number
 from sphinx.writers.html5 import HTML5Translator
 
 LOGGER = logging.getLogger(__name__)
@@ -36,9 +37,11 @@ def _visit_inline(translator: HTML5Translator, node: nodes.math) -> None:
 
 
 def _visit_block(translator: HTML5Translator, node: nodes.math_block) -> None:
-    identifier = f' id="{node["ids"][0]}"' if node["ids"] else ""
+    # Sphinx puts a numbered formula into a container that has its identifiers.
+    number = get_node_equation_number(translator, node) if node["number"] else ""
+    label = f'<span class="eqno">({number})</span>' if number else ""
     formula = _mathml(node, display=True)
-    translator.body.append(f'<div class="formula"{identifier}>{formula}</div>\n')
+    translator.body.append(f'<div class="formula">{label}{formula}</div>\n')
     raise nodes.SkipNode
 
 
