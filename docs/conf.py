@@ -25,6 +25,7 @@ extensions = [
     "bench_tables",
     "mathml",
     "myst_parser",
+    "paper_results",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",

@@ -18,9 +18,9 @@ its rate. Names of contenders are patterns as of files.
     :columns: network; chunk_size = time steps in a chunk; peak MB
     ```
 
-has columns of the file as they are. With `group` and `sum` it adds up a column of milliseconds over
-the lines that agree in the columns `group`. Every line ends with the machine, which `machine` names
-for files that do not.
+has columns of the file as they are. With `sum` it adds up a column of milliseconds over the lines
+that agree in the other columns. Every line names its machine, in small type; `machine` does so for
+files that do not.
 
 The role {bench}`cfc.csv; config=...; contender=...` is one time, {bench}`speedup of cfc.csv; ...`
 how many times as fast that is, and any other column is taken as it is. The role
@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import fnmatch
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,14 @@ Cell = tuple[str, ...]
 
 
 def make_table(headings: list[str], lines: list[list[Cell]], numbers: int) -> nodes.table:
-    """A table whose columns from `numbers` on, but for the last, are aligned to the right."""
+    """A table whose columns from `numbers` on are aligned to the right."""
     group = nodes.tgroup(cols=len(headings))
     group += [nodes.colspec(colwidth=1) for _ in headings]
 
     def row(cells: list[Cell]) -> nodes.row:
         result = nodes.row()
         for index, cell in enumerate(cells):
-            is_number = numbers <= index < len(headings) - 1
-            entry = nodes.entry(classes=["bench-number"] if is_number else [])
+            entry = nodes.entry(classes=["bench-number"] if index >= numbers else [])
             for level, text in enumerate(cell):
                 classes = ["bench-spread"] if level else []
                 entry += nodes.paragraph("", text, classes=classes)
@@ -115,36 +115,28 @@ class BenchTimes(_BenchDirective):
         contenders, faster, share, rate = (
             named(self.options.get(name, "")) for name in ("contenders", "faster", "share", "rate")
         )
-        with_mode = "mode=" not in self.options.get("where", "")
-        headings = ["", "mode"] if with_mode else [""]
-        labels = len(headings)
-        headings += [heading for _, heading in contenders]
-        names = dict(contenders)
-        headings += [
-            "speed-up" if heading == name and len(faster) == 1 else f"speed-up, {names.get(name)}"
-            if heading == name else heading
-            for name, heading in faster
-        ]  # fmt: skip
-        headings += [heading for _, heading in (*share, *rate)]
+        columns: list[tuple[str, str, Callable[[Row], Cell]]] = []
+        for name, heading in contenders:
+            columns.append((name, heading, _time))
+            columns += [
+                (name, "speed-up" if words == name else words, _faster)
+                for pattern, words in faster
+                if pattern == name
+            ]
+        columns += [(name, heading, _share) for name, heading in share]
+        columns += [(name, heading, _rate) for name, heading in rate]
         lines = []
         for same in _grouped(rows):
-            columns = [
-                *((_pick(same, name), _time) for name, _ in contenders),
-                *((_pick(same, name), _faster) for name, _ in faster),
-                *((_pick(same, name), _share) for name, _ in share),
-                *((_pick(same, name), _rate) for name, _ in rate),
-            ]
-            if not any(row for row, _ in columns):
-                continue
-            first = same[0]
-            label: list[Cell] = [(first["config"],)]
-            label += [(first["mode"].replace("+", " + "),)] if with_mode else []
-            cells = [write(row) if row else ("–",) for row, write in columns]
-            lines.append([*label, *cells, (machine(first, None),)])
+            found = [(_pick(same, name), write) for name, _, write in columns]
+            if any(row for row, _ in found):
+                first = same[0]
+                small = f"{first['mode'].replace('+', ' + ')}; {machine(first, None)}"
+                cells = [write(row) if row else ("–",) for row, write in found]
+                lines.append([(first["config"], small), *cells])
         for pattern, _ in contenders:
             if not any(fnmatch.fnmatchcase(row["contender"], pattern) for row in rows):
                 raise self.error(f"{self.arguments[0]} has no contender {pattern!r}")
-        return [make_table([*headings, "machine"], lines, labels)]
+        return [make_table(["", *(heading for _, heading, _ in columns)], lines, 1)]
 
 
 def _grouped(rows: list[Row]) -> list[list[Row]]:
@@ -190,7 +182,7 @@ class BenchTable(_BenchDirective):
     """Columns of a file."""
 
     option_spec = dict.fromkeys(
-        ("where", "columns", "group", "sum", "machine"), directives.unchanged_required
+        ("where", "columns", "sum", "machine"), directives.unchanged_required
     )
 
     def run(self) -> list[nodes.Node]:
@@ -198,26 +190,19 @@ class BenchTable(_BenchDirective):
         rows = self.rows()
         columns = named(self.options["columns"])
         headings = [heading for _, heading in columns]
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in rows:
+            groups.setdefault(tuple(row[name] for name, _ in columns), []).append(row)
+        summed = named(self.options.get("sum", ""))
         lines: list[list[Cell]] = []
-        if "sum" in self.options:
-            summed, heading = named(self.options["sum"])[0]
-            groups: dict[tuple[str, ...], list[Row]] = {}
-            for row in rows:
-                groups.setdefault(tuple(row[name] for name, _ in columns), []).append(row)
-            headings.append(heading)
-            for same in groups.values():
-                total = sum(float(row[summed]) for row in same)
-                lines.append([
-                    *((same[0][name],) for name, _ in columns), (measurements.duration(total),),
-                    (machine(same[0], self.options.get("machine")),),
-                ])  # fmt: skip
-        else:
-            for row in rows:
-                lines.append([
-                    *((row[name] or "–",) for name, _ in columns),
-                    (machine(row, self.options.get("machine")),),
-                ])  # fmt: skip
-        return [make_table([*headings, "machine"], lines, self._labels(rows, columns))]
+        for values, same in groups.items():
+            first, *others = values
+            cells: list[Cell] = [(value or "–",) for value in others]
+            for name, _ in summed:
+                cells.append((measurements.duration(sum(float(row[name]) for row in same)),))
+            lines.append([(first, machine(same[0], self.options.get("machine"))), *cells])
+        headings += [heading for _, heading in summed]
+        return [make_table(headings, lines, self._labels(rows, columns))]
 
     def _labels(self, rows: list[Row], columns: list[tuple[str, str]]) -> int:
         """How many columns at the left are not numbers."""

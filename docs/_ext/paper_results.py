@@ -1,0 +1,149 @@
+"""What the pages say of the paper, taken by the build from the committed reports.
+
+Reports lie in `bench/results/SUITE`, with their numbers in `numbers.json`.
+
+    ```{paper-claims} xs
+    ```
+
+lists each claim with its verdict and the evidence, and
+
+    ```{paper-table} xs 3.1
+    :columns: Condition; Gate; Val loss
+    ```
+
+is one of the report's tables. The role {paper}`xs; supported` counts the claims with a verdict,
+{paper}`xs; claims` all of them, and {paper}`xs; planned` and {paper}`xs; runs` the runs that the
+suite has and that were made. The page of each report is copied to `reports/SUITE.html`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
+SUITES = ("xs", "quick")
+VERDICTS = ("supported", "not supported", "not testable at this scale")
+
+
+def numbers(suite: str, environment: BuildEnvironment) -> dict[str, Any]:
+    """The numbers of a suite's report, which the page depends on from now on."""
+    path = RESULTS / suite / "numbers.json"
+    environment.note_dependency(str(path))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _table(headings: list[str], lines: list[list[str]]) -> nodes.table:
+    group = nodes.tgroup(cols=len(headings))
+    group += [nodes.colspec(colwidth=1) for _ in headings]
+
+    def row(cells: list[str]) -> nodes.row:
+        entries = (nodes.entry("", nodes.paragraph("", cell)) for cell in cells)
+        return nodes.row("", *entries)
+
+    group += nodes.thead("", row(headings))
+    group += nodes.tbody("", *(row(line) for line in lines))
+    return nodes.table("", group, classes=["paper"])
+
+
+class PaperClaims(SphinxDirective):
+    """Every claim of a report, those with one verdict together."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """For each verdict a rubric and a list."""
+        claims = numbers(self.arguments[0], self.env)["claims"]
+        result: list[nodes.Node] = []
+        for verdict in VERDICTS:
+            chosen = [claim for claim in claims if claim["verdict"] == verdict]
+            result.append(nodes.rubric("", f"{verdict.capitalize()}: {len(chosen)}"))
+            items = []
+            for claim in chosen:
+                statement = nodes.paragraph("", f"{claim['statement']} ")
+                statement += nodes.emphasis("", f"({claim['source']})")
+                evidence = nodes.paragraph("", claim["evidence"], classes=["paper-evidence"])
+                items.append(nodes.list_item("", statement, evidence))
+            result.append(nodes.bullet_list("", *items))
+        return result
+
+
+class PaperTable(SphinxDirective):
+    """A table of a report."""
+
+    required_arguments = 2
+    option_spec = {"columns": directives.unchanged_required}  # noqa: RUF012
+
+    def run(self) -> list[nodes.Node]:
+        """The table, with the columns that were asked for."""
+        suite, number = self.arguments
+        tables = {table["number"]: table for table in numbers(suite, self.env)["tables"]}
+        if number not in tables:
+            raise self.error(f"the report of suite {suite} has no table {number}")
+        table = tables[number]
+        wanted = self.options.get("columns", "; ".join(table["columns"]))
+        headings = [name.strip() for name in wanted.split(";")]
+        if unknown := set(headings) - set(table["columns"]):
+            raise self.error(f"table {number} of suite {suite} has no columns {sorted(unknown)}")
+        places = [table["columns"].index(name) for name in headings]
+        return [_table(headings, [[row[place] for place in places] for row in table["rows"]])]
+
+
+class PaperNumber(SphinxRole):
+    """How many claims have a verdict, or how many runs there are."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """The number as text."""
+        suite, _, what = (part.strip() for part in self.text.partition(";"))
+        try:
+            found = numbers(suite, self.env)
+            if what in VERDICTS:
+                count = sum(claim["verdict"] == what for claim in found["claims"])
+            elif what == "runs":
+                # Runs beyond the planned ones count, too.
+                count = len(found["runs"])
+            else:
+                count = len({"claims": found["claims"], "planned": found["planned"]}[what])
+        except (KeyError, OSError) as error:
+            problem = self.inliner.reporter.error(f"paper: {error!r}", line=self.lineno)
+            return [self.inliner.problematic(self.rawtext, self.rawtext, problem)], [problem]
+        return [nodes.Text(str(count))], []
+
+
+class PaperReport(SphinxRole):
+    """A link to the copy of a report."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """The link."""
+        text, _, suite = (part.strip() for part in self.text.partition(";"))
+        depth = self.env.docname.count("/")
+        link = nodes.reference("", text, refuri=f"{'../' * depth}reports/{suite}.html")
+        return [link], []
+
+
+def copy_reports(app: Sphinx, exception: Exception | None) -> None:
+    """Copy the pages of the reports into the built site."""
+    if exception is None and app.builder.format == "html":
+        folder = Path(app.outdir) / "reports"
+        folder.mkdir(exist_ok=True)
+        for suite in SUITES:
+            shutil.copyfile(RESULTS / suite / "report.html", folder / f"{suite}.html")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register directives and roles."""
+    app.add_directive("paper-claims", PaperClaims)
+    app.add_directive("paper-table", PaperTable)
+    app.add_role("paper", PaperNumber())
+    app.add_role("paper-report", PaperReport())
+    app.connect("build-finished", copy_reports)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
