@@ -117,7 +117,7 @@ def ungated(
 
 def fused(*leaves: Tensor, dropout_p: float) -> tuple[Tensor]:
     """`ember_ext.lif_attention` of the first six leaves."""
-    return (ember_ext.lif_attention(*leaves[:6], dropout_p=dropout_p),)
+    return (ember_ext.lif_attention(*leaves[:6], dropout_p=dropout_p, is_causal=True),)
 
 
 def eager_refractory(
@@ -133,7 +133,7 @@ def fused_refractory(*leaves: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]
     """`ember_ext.ops.refractory_lif_attention`, without the sums to carry on from."""
     *tensors, previous_load = leaves
     out, load, _ = ember_ext.ops.refractory_lif_attention(
-        *tensors, previous_load=previous_load, dropout_p=dropout_p
+        *tensors, previous_load=previous_load, dropout_p=dropout_p, is_causal=True
     )
     return out, load
 
@@ -143,8 +143,10 @@ def exact_results(what: What, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     doubles = [leaf.double() for leaf in leaves]
     if what == "refractory":
         *tensors, previous_load = doubles
-        return reference.refractory_lif_attention(*tensors, previous_load=previous_load)[:2]
-    out = reference.lif_attention(*doubles)
+        return reference.refractory_lif_attention(
+            *tensors, previous_load=previous_load, is_causal=True
+        )[:2]
+    out = reference.lif_attention(*doubles, is_causal=True)
     assert isinstance(out, Tensor)
     return (out,)
 

@@ -71,15 +71,15 @@ def attention_passes(device: torch.device, scale: int) -> Iterator[tuple[str, Ca
             tensors = attention_tensors(rows, 6, 6, length, length, 64, dtype, generator)
             leaves = [tensor.to(device).requires_grad_() for tensor in tensors.values()]
             name = f"{list(leaves[0].shape)} {str(dtype)[6:]} dropout={dropout_p}"
-            kept = {"dropout_p": dropout_p}
+            kept = {"dropout_p": dropout_p, "is_causal": True}
             yield f"lif_attention {name}", gradients(ember_ext.lif_attention, leaves, **kept)
-            sdpa = gradients(F.scaled_dot_product_attention, leaves[:3], is_causal=True, **kept)
+            sdpa = gradients(F.scaled_dot_product_attention, leaves[:3], **kept)
             yield f"SDPA {name}", sdpa
         tensors = refractory_tensors(batch, 6, 6, tokens, 0, 64, dtype, generator)
         leaves = [tensor.to(device).requires_grad_() for tensor in tensors.values()]
         name = f"{list(leaves[0].shape)} {str(dtype)[6:]}"
         operator = ember_ext.ops.refractory_lif_attention
-        yield f"refractory_lif_attention {name}", gradients(operator, leaves)
+        yield f"refractory_lif_attention {name}", gradients(operator, leaves, is_causal=True)
 
 
 def gate_passes(device: torch.device, scale: int) -> Iterator[tuple[str, Call]]:

@@ -21,7 +21,9 @@ MODULES: dict[str, Callable[[float], torch.nn.Module]] = {
     "gate without norm": lambda p: nn.LIFGate(FEATURES, preset="released"),
     "attention": lambda p: nn.LIFSelfAttention(FEATURES, 2, dropout=p),
     "refractory causal": lambda p: nn.LIFSelfAttention(FEATURES, 2, dropout=p, refractory="causal"),
-    "refractory paper": lambda p: nn.LIFSelfAttention(FEATURES, 2, dropout=p, refractory="paper"),
+    "refractory look-ahead": lambda p: nn.LIFSelfAttention(
+        FEATURES, 2, dropout=p, refractory="look_ahead"
+    ),
     "dense cfc": lambda p: nn.CfC(
         FEATURES, FEATURES, backbone_units=7, backbone_layers=2, backbone_dropout=p
     ),

@@ -107,9 +107,9 @@ def test_a_default_device_is_for_new_tensors_only() -> None:
     gate = [torch.full((2,), value) for value in (0.1, 0.5, 2.0)]
     query = torch.randn(1, 2, 5, 4, requires_grad=True)
     network, x = MODULES["dense cfc"](0.0), torch.randn(2, 5, FEATURES)
-    expected = ops.lif_attention(query, query, query, *gate), network(x)[0]
+    expected = ops.lif_attention(query, query, query, *gate, is_causal=True), network(x)[0]
     with torch.device("meta"):
-        actual = ops.lif_attention(query, query, query, *gate), network(x)[0]
+        actual = ops.lif_attention(query, query, query, *gate, is_causal=True), network(x)[0]
         (slope,) = torch.autograd.grad(actual[0].sin().sum(), query)
     assert slope.device.type == "cpu"
     assert_close(actual, expected)

@@ -182,7 +182,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
             ("lif", "causal"),
             ("lif-fixed", "causal"),
             ("lif-refractory", "causal"),
-            ("lif-refractory", "paper"),
+            ("lif-refractory", "look_ahead"),
             ("qwen-gate", "causal"),
         )
     },

@@ -397,9 +397,11 @@ def test_evidence_says_which_way_refractory_thresholds_look() -> None:
     assert claim.verdict == SUPPORTED
     assert "mode 'causal' look at the past only" in claim.evidence
     for run in results:
-        run.config["refractory_mode"] = "paper"
+        run.config["refractory_mode"] = "look_ahead"
     evidence = judged(results)["refractory-better"].evidence
-    assert "mode 'paper' look ahead, so that this is not the loss of a language model" in evidence
+    assert (
+        "mode 'look_ahead' look ahead, so that this is not the loss of a language model" in evidence
+    )
 
 
 @pytest.mark.parametrize(

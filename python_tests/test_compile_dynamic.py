@@ -35,14 +35,14 @@ def heads(query: Tensor) -> Tensor:
 
 
 def attention(x: Tensor, **floats: float) -> Tensor:
-    return ops.lif_attention(heads(x), heads(x), heads(x), *GATE, seed=SEED, **floats)
+    q = heads(x)
+    return ops.lif_attention(q, q, q, *GATE, is_causal=True, seed=SEED, **floats)
 
 
 def refractory(mode: Any, x: Tensor, **floats: float) -> Tensor:
     q = heads(x)
-    return ops.refractory_lif_attention(q, q, q, *GATE, *COUPLINGS, mode=mode, seed=SEED, **floats)[
-        0
-    ]
+    options: dict[str, Any] = {"is_causal": True, "mode": mode, "seed": SEED}
+    return ops.refractory_lif_attention(q, q, q, *GATE, *COUPLINGS, **options, **floats)[0]
 
 
 def gate(x: Tensor, **floats: float) -> Tensor:
@@ -53,7 +53,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "lif_gate": gate,
     "lif_attention": attention,
     "causal": functools.partial(refractory, "causal"),
-    "paper": functools.partial(refractory, "paper"),
+    "look_ahead": functools.partial(refractory, "look_ahead"),
 }
 
 FLOATS = [

@@ -75,7 +75,7 @@ def half_samples(dtype: torch.dtype) -> list[Sample]:
     tensors["key"] = 10 * tensors["key"]
     # Each row sees one key only, so that the softmax has all but no gradient.
     scales = gradient_scales(tensors) | {"d query": 1.0, "d key": 1.0}
-    result.append(Sample("scores up to 2e4", tensors, {"scale": -0.5}, scales))
+    result.append(Sample("scores up to 2e4", tensors, {"is_causal": True, "scale": -0.5}, scales))
     return result
 
 
@@ -145,7 +145,7 @@ def test_nan_stays_in_its_row_of_whole_tiles(operator: Any, dtype: torch.dtype) 
 def test_nan_stays_in_its_row(operator: Any, dtype: torch.dtype) -> None:
     tensors = attention_tensors(1, 2, 2, 70, 70, 16, dtype, torch.Generator().manual_seed(0))
     tensors["query"][0, 1, 17] = torch.nan
-    bad = operator(**tensors).isnan().any(-1)
+    bad = operator(**tensors, is_causal=True).isnan().any(-1)
     assert bad[0, 1, 17]
     assert bad.sum() == 1
 
@@ -167,7 +167,7 @@ def test_summary(operator: Any, dtype: torch.dtype) -> None:
                 t["query"],
                 t["key"],
                 one.options.get("attn_mask"),
-                one.options.get("is_causal", True),
+                one.options["is_causal"],
             )
             p = attention_probabilities(t["query"], t["key"], visible, one.options.get("scale"))
             compute = torch.promote_types(precision, torch.float32)
@@ -219,9 +219,9 @@ def test_gates_that_open_for_some_rows_only(
     tensors = attention_tensors(1, 2, 2, 70, 70, 8, dtype, generator)
     close_gates(tensors, steepness, threshold)
     exact = {name: value.double() for name, value in tensors.items()}
-    expected = reference.lif_attention(**exact, eps=0.0)
-    eager = reference.lif_attention(**tensors, eps=0.0)
-    assert_close("out", operator(**tensors, eps=0.0), eager, expected)
+    expected = reference.lif_attention(**exact, is_causal=True, eps=0.0)
+    eager = reference.lif_attention(**tensors, is_causal=True, eps=0.0)
+    assert_close("out", operator(**tensors, is_causal=True, eps=0.0), eager, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -24,7 +24,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "gate": lambda: LIFGate(4),
     "attention": lambda: LIFSelfAttention(4, 2),
     "causal refractory": lambda: LIFSelfAttention(4, 2, refractory="causal"),
-    "paper refractory": lambda: LIFSelfAttention(4, 2, refractory="paper"),
+    "look-ahead refractory": lambda: LIFSelfAttention(4, 2, refractory="look_ahead"),
     "dense cfc": lambda: CfC(4, 6, backbone_units=8),
     "wired cfc": lambda: CfC(4, AutoNCP(9, 2)),
     "ltc": lambda: LTC(4, AutoNCP(9, 2)),

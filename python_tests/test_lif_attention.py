@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ember_ext
-from ember_ext import _native, nn, reference
+from ember_ext import _native, nn, ops, reference
 from ember_ext.nn import AttentionCache
 from ember_ext.ops import lif_attention
 from ember_ext.reference.lif_attention import attention_probabilities as probabilities
@@ -67,7 +68,7 @@ def test_matches_reference_on_a_gpu(dtype: torch.dtype) -> None:
 def test_matches_reference_over_a_long_sequence() -> None:
     generator = torch.Generator().manual_seed(0)
     values = attention_tensors(1, 2, 1, 1100, 1201, 8, torch.float32, generator)
-    options = {"dropout_p": 0.1, "seed": torch.tensor(7)}
+    options = {"is_causal": True, "dropout_p": 0.1, "seed": torch.tensor(7)}
     sample = Sample("long", values, options, gradient_scales(values))
     check_sample(lif_attention, reference.lif_attention, sample)
 
@@ -81,7 +82,7 @@ def test_every_instruction_set(isa: str, assert_matches_with: Callable[[str, str
 def test_gates_that_pass_everything_leave_plain_attention() -> None:
     values = tensors(queries=50, size=16, dtype=torch.float64)
     values["leak"] = torch.ones(2, dtype=torch.float64)
-    actual = lif_attention(**values, eps=0.0)
+    actual = lif_attention(**values, is_causal=True, eps=0.0)
     expected = F.scaled_dot_product_attention(
         values["query"], values["key"], values["value"], is_causal=True
     )
@@ -130,8 +131,8 @@ def test_compiles_without_recompiling_for_new_sizes(
     compiled, graphs = counted_compile(lif_attention)
     for i, (batch, queries) in enumerate([(2, 7), (3, 9), (4, 11), (5, 13)]):
         leaves = {n: v.requires_grad_() for n, v in tensors(batch, queries=queries).items()}
-        out = compiled(**leaves)
-        expected = lif_attention(**leaves)
+        out = compiled(**leaves, is_causal=True)
+        expected = lif_attention(**leaves, is_causal=True)
         assert torch.equal(out, expected)
         for a, b in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
             assert torch.equal(a, b)
@@ -150,7 +151,11 @@ def test_repeats_to_the_bit(assert_repeats: Callable[[Callable[[], list[Tensor]]
 
         def run(leaves: dict[str, Tensor] = leaves) -> list[Tensor]:
             out, summary = lif_attention(
-                **leaves, dropout_p=0.1, seed=torch.tensor(1), return_summary=True
+                **leaves,
+                is_causal=True,
+                dropout_p=0.1,
+                seed=torch.tensor(1),
+                return_summary=True,
             )
             return [out, *summary, *gradients(out, leaves)]
 
@@ -170,10 +175,10 @@ def test_no_result_depends_on_uninitialised_memory() -> None:
 def test_autocast_rounds_inputs_and_keeps_the_gates(dtype: torch.dtype) -> None:
     values = tensors(queries=20)
     with torch.autocast("cpu", dtype):
-        actual = lif_attention(**values)
+        actual = lif_attention(**values, is_causal=True)
     low = {n: v.to(dtype) if v.dim() == 4 else v for n, v in values.items()}
     assert actual.dtype == dtype
-    assert torch.equal(actual, lif_attention(**low))
+    assert torch.equal(actual, lif_attention(**low, is_causal=True))
     double = {name: value.double() for name, value in values.items()}
     with torch.autocast("cpu", dtype):
         assert lif_attention(**double).dtype == torch.float64
@@ -209,7 +214,7 @@ def test_dropout_follows_torch_s_seed() -> None:
 
     def draw(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return lif_attention(**values, dropout_p=0.4)
+        return lif_attention(**values, is_causal=True, dropout_p=0.4)
 
     assert torch.equal(draw(0), draw(0))
     assert not torch.equal(draw(0), draw(1))
@@ -225,7 +230,9 @@ def test_large_scores(dtype: torch.dtype, scale: float) -> None:
     values = tensors(1, 2, 40, size=8)
     values["query"] *= scale / 3
     values = {n: v.to(dtype) if v.dim() == 4 else v for n, v in values.items()}
-    sample = Sample(f"{scale}", values, {}, dict.fromkeys(gradient_scales(values), 10.0))
+    sample = Sample(
+        f"{scale}", values, {"is_causal": True}, dict.fromkeys(gradient_scales(values), 10.0)
+    )
     check_sample(lif_attention, reference.lif_attention, sample)
 
 
@@ -236,9 +243,9 @@ def test_tiny_probabilities_keep_their_gradients() -> None:
     values["key"] = torch.tensor([0.0, -69.0]).view(1, 1, 2, 1)
     values["value"] = torch.tensor([1.0, 1e30]).view(1, 1, 2, 1)
     leaves = {name: value.double().requires_grad_() for name, value in values.items()}
-    exact = gradients(reference.lif_attention(**leaves), leaves)
+    exact = gradients(reference.lif_attention(**leaves, is_causal=True), leaves)
     leaves = {name: value.requires_grad_() for name, value in values.items()}
-    out = lif_attention(**leaves)
+    out = lif_attention(**leaves, is_causal=True)
     for actual, expected in zip(gradients(out, leaves), exact, strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -251,7 +258,7 @@ def test_queries_that_see_nothing_give_zeros(dtype: torch.dtype, eps: float) -> 
     mask = torch.ones(70, 70, dtype=torch.bool)
     mask[[0, 5, 69]] = False
     mask[:, 3] = False
-    out = lif_attention(**leaves, attn_mask=mask, eps=eps)
+    out = lif_attention(**leaves, is_causal=True, attn_mask=mask, eps=eps)
     assert (out[:, :, [0, 5, 69]] == 0).all()
     results = gradients(out, leaves)
     assert all(g.isfinite().all() for g in results)
@@ -263,7 +270,7 @@ def test_queries_that_see_nothing_give_zeros(dtype: torch.dtype, eps: float) -> 
 def test_nan_stays_in_its_row() -> None:
     values = tensors(queries=60)
     values["query"][0, 1, 17] = math.nan
-    out = lif_attention(**values)
+    out = lif_attention(**values, is_causal=True)
     bad = out.isnan().any(-1)
     assert bad[0, 1, 17]
     assert bad.sum() == 1
@@ -301,8 +308,8 @@ def test_summary_without_columns_is_that_of_equal_scores(queries: int) -> None:
     values = tensors(2, 3, queries, 305, 1, torch.float32)
     equal = values | {"query": torch.zeros_like(values["query"])}
     none = {name: value[..., :0] if value.dim() == 4 else value for name, value in values.items()}
-    out, summary = lif_attention(**none, return_summary=True)
-    _, expected = lif_attention(**equal, return_summary=True)
+    out, summary = lif_attention(**none, is_causal=True, return_summary=True)
+    _, expected = lif_attention(**equal, is_causal=True, return_summary=True)
     assert out.shape == (2, 3, queries, 0)
     for actual, target in zip(summary, expected, strict=True):
         assert torch.equal(actual, target)
@@ -356,7 +363,7 @@ for dtype in (torch.float64, torch.float32):
                                    torch.zeros(1, keys - 1, dtype=dtype))
         out, load, state = ops.refractory_lif_attention(
             query[:, :, :1], key, value, *gates, torch.zeros(2, dtype=dtype),
-            torch.zeros(2, dtype=dtype), past=sums, eps=0.0)
+            torch.zeros(2, dtype=dtype), is_causal=True, past=sums, eps=0.0)
         check("refractory out", out, exact)
         check("refractory weights", state.weights, 1 / keys)
 """
@@ -372,7 +379,9 @@ def test_long_sums_of_equal_terms(isa: str, run_with_isa: Callable[[str, str], N
 def test_summary_of_uniform_attention() -> None:
     """A causal softmax of equal scores over 256 keys: the figures that the paper reports."""
     zeros, one = torch.zeros(1, 1, 256, 4), torch.ones(1)
-    _, summary = lif_attention(zeros, zeros, zeros, one, one, one, return_summary=True)
+    _, summary = lif_attention(
+        zeros, zeros, zeros, one, one, one, is_causal=True, return_summary=True
+    )
     assert summary.entropy.item() == pytest.approx(4.560, abs=1e-3)
     # Whether 1 / 100 counts as more than 0.01 is up to rounding, and worth 100 / 256.
     assert summary.support.item() == pytest.approx(19.34, abs=0.4)
@@ -406,7 +415,7 @@ def test_any_split_with_a_cache_gives_the_whole(refractory: Any) -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
 
 
-@pytest.mark.parametrize("refractory", [None, "causal", "paper"])
+@pytest.mark.parametrize("refractory", [None, "causal", "look_ahead"])
 def test_module_weights_are_those_it_applies(refractory: Any) -> None:
     torch.manual_seed(0)
     layer = nn.LIFSelfAttention(12, 3, refractory=refractory, preset="released").eval()
@@ -421,7 +430,7 @@ def test_module_parameters() -> None:
     names = set(nn.LIFSelfAttention(12, 3).state_dict())
     gates = {"gate.raw_threshold", "gate.raw_leak", "gate.raw_steepness"}
     assert names == {"c_attn.weight", "c_proj.weight"} | gates
-    refractory = nn.LIFSelfAttention(12, 3, refractory="paper", bias=True)
+    refractory = nn.LIFSelfAttention(12, 3, refractory="look_ahead", bias=True)
     assert set(refractory.state_dict()) - names == {
         "c_attn.bias", "c_proj.bias", "gate.raw_within", "gate.raw_across",
     }  # fmt: skip
@@ -477,7 +486,7 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     [
         ({"n_head": 5}, "n_head must be a divisor of n_embd = 12, got 5"),
         ({"dropout": 1.0}, "dropout must be within [0, 1), got 1.0"),
-        ({"refractory": "sometimes"}, "refractory must be None, 'causal' or 'paper'"),
+        ({"refractory": "sometimes"}, "refractory must be None, 'causal' or 'look_ahead'"),
         ({"preset": "x"}, "preset must be one of"),
     ],
 )
@@ -520,7 +529,7 @@ def test_module_refuses_a_cache_of_another_shape(
         module(torch.zeros(2, 5, 6), cache)
 
 
-@pytest.mark.parametrize("refractory", ["causal", "paper"])
+@pytest.mark.parametrize("refractory", ["causal", "look_ahead"])
 def test_refractory_module_refuses_a_cache_without_loads(refractory: Any) -> None:
     module, x = nn.LIFSelfAttention(6, 2, refractory=refractory), torch.randn(2, 3, 6)
     empty, cached = torch.zeros(2, 2, 0, 3), torch.randn(2, 2, 4, 3)
@@ -532,12 +541,41 @@ def test_refractory_module_refuses_a_cache_without_loads(refractory: Any) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.*no compiled kernels for meta")
-@pytest.mark.parametrize("refractory", [None, "causal", "paper"])
+@pytest.mark.parametrize("refractory", [None, "causal", "look_ahead"])
 def test_module_on_the_meta_device(refractory: Any) -> None:
     with torch.device("meta"):
         y, _, _ = nn.LIFSelfAttention(6, 2, refractory=refractory)(torch.empty(2, 3, 6))
     assert y.shape == (2, 3, 6)
     assert y.is_meta
+
+
+@pytest.mark.parametrize("operator", [lif_attention, reference.lif_attention])
+def test_it_takes_the_place_of_scaled_dot_product_attention(operator: Any) -> None:
+    """With gates that pass everything, the keywords and their defaults mean the same."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 7, 5, dtype=torch.float64, generator=generator)
+    mask = torch.rand(7, 7, generator=generator) < 0.6
+    mask[:, 0] = True
+    gates = (torch.zeros(2), torch.ones(2), torch.ones(2))
+    for options in ({}, {"is_causal": True}, {"attn_mask": mask}, {"scale": 0.3}):
+        expected = F.scaled_dot_product_attention(q, k, v, **options)
+        torch.testing.assert_close(operator(q, k, v, *gates, eps=0.0, **options), expected)
+
+
+OPERATORS = [
+    function
+    for package in (ops, reference)
+    for function in (package.lif_attention, package.refractory_lif_attention)
+]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_keywords_have_the_defaults_and_the_order_of_sdpa(operator: Any) -> None:
+    signature = inspect.signature(operator).parameters
+    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
+    shared = [name for name in signature if name in defaults]
+    assert shared == [name for name in defaults if name in signature]
+    assert all(signature[name].default == defaults[name] for name in shared)
 
 
 def test_public_names() -> None:

@@ -245,8 +245,8 @@ def test_later_tokens_do_not_change_earlier_logits(build: Any, condition: str) -
     assert not torch.equal(before[:, 7:], after[:, 7:])
 
 
-def test_the_paper_s_refractory_mode_leaks_and_says_so() -> None:
-    model = scramble(ember("lif-refractory", refractory_mode="paper")).double().eval()
+def test_the_looking_ahead_refractory_mode_leaks_and_says_so() -> None:
+    model = scramble(ember("lif-refractory", refractory_mode="look_ahead")).double().eval()
     idx = tokens(2, BLOCK)
     changed = idx.clone()
     changed[:, 7] = (changed[:, 7] + 1) % VOCAB
@@ -261,7 +261,7 @@ def test_the_paper_s_refractory_mode_leaks_and_says_so() -> None:
 # Attention weights.
 
 
-@pytest.mark.parametrize("mode", ["causal", "paper"])
+@pytest.mark.parametrize("mode", ["causal", "look_ahead"])
 @pytest.mark.parametrize("condition", EMBER_CONDITIONS)
 def test_attention_weights_are_those_that_forward_applies(condition: str, mode: str) -> None:
     model = scramble(ember(condition, refractory_mode=mode)).double().eval()
@@ -295,7 +295,7 @@ def naive_continuation(model: LanguageModel[Any], idx: Tensor, new: int, limit: 
 @pytest.mark.parametrize(
     ("build", "condition", "mode"),
     [(ember, c, "causal") for c in EMBER_CONDITIONS]
-    + [(ember, "lif-refractory", "paper"), (liquid, "standard", None), (liquid, "lif", None)],
+    + [(ember, "lif-refractory", "look_ahead"), (liquid, "standard", None), (liquid, "lif", None)],
 )
 def test_generation_equals_full_forwards(build: Any, condition: str, mode: str | None) -> None:
     """Through the point where the Transformer's window starts to slide."""
@@ -452,7 +452,11 @@ def test_a_state_dict_round_trips(build: Any, condition: str) -> None:
         (EmberConfig, {"condition": "liff"}, "condition must be one of 'standard', 'lif', "),
         (LiquidEmberConfig, {"condition": "qwen-gate"}, "condition must be one of 'standard', "),
         (EmberConfig, {"gate_preset": "x"}, "gate_preset must be one of 'seed', 'released', got"),
-        (EmberConfig, {"refractory_mode": "x"}, "refractory_mode must be one of 'causal', 'paper'"),
+        (
+            EmberConfig,
+            {"refractory_mode": "x"},
+            "refractory_mode must be one of 'causal', 'look_ahead'",
+        ),
         (EmberConfig, {"n_head": 5}, "n_head must be a divisor of n_embd = 384, got 5"),
         (EmberConfig, {"n_layer": 0}, "n_layer must be a positive integer, got 0"),
         (EmberConfig, {"block_size": 1.5}, "block_size must be a positive integer, got 1.5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -11,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ember_ext import _native, reference
+from ember_ext import _native, ops, reference
 from ember_ext.nn.lif_attention import RefractoryParameters
-from ember_ext.ops import RefractoryState, lif_attention, refractory_lif_attention
+from ember_ext.ops import RefractoryState, lif_attention
 from ember_ext.reference.lif_attention import attention_probabilities, visible_keys
 from ember_ext.testing import (
     DTYPES,
@@ -26,10 +27,13 @@ from ember_ext.testing import (
 from ember_ext.testing.refractory_lif_attention import refractory_gradient_scales
 
 needs_kernels = pytest.mark.skipif(not _native.has("cpu"), reason="no compiled kernels")
-both_modes = pytest.mark.parametrize("mode", ["causal", "paper"])
+both_modes = pytest.mark.parametrize("mode", ["causal", "look_ahead"])
 
+refractory_lif_attention = functools.partial(ops.refractory_lif_attention, is_causal=True)
 flat = with_flat_state(refractory_lif_attention)
-flat_reference = with_flat_state(reference.refractory_lif_attention)
+flat_reference = with_flat_state(
+    functools.partial(reference.refractory_lif_attention, is_causal=True)
+)
 
 
 def tensors(
@@ -141,7 +145,7 @@ def test_gradients_of_one_result_alone(mode: str, result: int) -> None:
 @both_modes
 @pytest.mark.parametrize(("extras", "expanded"), [(False, False), (True, False), (True, True)])
 def test_opcheck(mode: str, extras: bool, expanded: bool) -> None:
-    look_ahead = mode == "paper"
+    look_ahead = mode == "look_ahead"
     values = tensors(2, 7, 3)
     loads: list[Tensor | None] = [None, None, None]
     if extras:
@@ -231,7 +235,7 @@ def test_block_length_does_not_matter(mode: str) -> None:
     loads = [values.pop(name, None) for name in names]
     forward = torch.ops.ember_ext.refractory_lif_attention_forward
     results = [
-        forward(*values.values(), *loads, None, 0.0, mode == "paper", 0.5, 1e-8, block)[:4]
+        forward(*values.values(), *loads, None, 0.0, mode == "look_ahead", 0.5, 1e-8, block)[:4]
         for block in (1, 7, 48, 1000)
     ]
     for other in results[1:]:
@@ -264,7 +268,7 @@ def two_layers(values: dict[str, Tensor], mode: Any) -> Tensor:
 
 @both_modes
 @pytest.mark.parametrize("batch", [3, 17])
-def test_only_the_paper_s_mode_looks_ahead(mode: str, batch: int) -> None:
+def test_only_one_mode_looks_ahead(mode: str, batch: int) -> None:
     values = tensors(batch, 100)
     before = two_layers(values, mode)
     changed = {name: value.clone() for name, value in values.items()}
@@ -294,7 +298,7 @@ def test_parameters_can_be_filled_anew() -> None:
         for parameter in gate.parameters():
             parameter.fill_(9)
     gate.reset_parameters()
-    assert before.keys() >= {"within", "across"}
+    assert before.keys() >= {"raw_within", "raw_across"}
     for name, value in gate.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -305,7 +309,7 @@ def test_without_couplings_it_is_lif_attention() -> None:
     load = torch.rand(3, 9, 9, dtype=torch.float64)
     out, _, _ = refractory_lif_attention(**values, previous_load=load)
     del values["within"], values["across"]
-    torch.testing.assert_close(out, lif_attention(**values))
+    torch.testing.assert_close(out, lif_attention(**values, is_causal=True))
 
 
 @both_modes
@@ -315,7 +319,7 @@ def test_drops_the_weights_that_lif_attention_drops(mode: Any) -> None:
     options: dict[str, Any] = {"dropout_p": 0.4, "seed": torch.tensor(3)}
     out, _, _ = refractory_lif_attention(**values, mode=mode, **options)
     del values["within"], values["across"]
-    torch.testing.assert_close(out, lif_attention(**values, **options))
+    torch.testing.assert_close(out, lif_attention(**values, is_causal=True, **options))
 
 
 def test_any_split_gives_the_whole_and_its_gradients() -> None:
@@ -343,13 +347,15 @@ def test_any_split_gives_the_whole_and_its_gradients() -> None:
 
 @both_modes
 def test_without_heads_the_past_is_kept(mode: Any) -> None:
-    query, key = torch.ones(2, 0, 3, 5), torch.ones(2, 0, 3 if mode == "paper" else 7, 5)
+    query, key = torch.ones(2, 0, 3, 5), torch.ones(2, 0, 3 if mode == "look_ahead" else 7, 5)
     gates = [torch.ones(0)] * 5
     past = None
     if mode == "causal":
         past = RefractoryState(torch.ones(2, 0, 4), torch.rand(2, 4).requires_grad_())
     out, load, state = refractory_lif_attention(query, key, key, *gates, mode=mode, past=past)
-    expected = reference.refractory_lif_attention(query, key, key, *gates, mode=mode, past=past)
+    expected = reference.refractory_lif_attention(
+        query, key, key, *gates, is_causal=True, mode=mode, past=past
+    )
     for value, exact in zip(
         (out, load, *state), (expected[0], expected[1], *expected[2]), strict=True
     ):
@@ -410,7 +416,12 @@ def test_nan_reaches_no_earlier_query() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"mode": "other"}, ValueError, "mode must be one of ['causal', 'paper'], got 'other'"),
+        ({"is_causal": False}, ValueError, "is_causal must be True"),
+        (
+            {"mode": "other"},
+            ValueError,
+            "mode must be one of ['causal', 'look_ahead'], got 'other'",
+        ),
         ({"within": torch.zeros(3)}, ValueError, "within must be [H] = [2], got [3]"),
         ({"across": torch.zeros(1)}, ValueError, "across must be [H] = [2], got [1]"),
         ({"across": 0.5}, TypeError, "across must be a torch.Tensor, got float"),
@@ -445,9 +456,12 @@ def test_nan_reaches_no_earlier_query() -> None:
         ),
         ({"past": 1}, TypeError, "past must be a RefractoryState, got int"),
         (
-            {"past": RefractoryState(torch.zeros(3, 2, 0), torch.zeros(3, 0)), "mode": "paper"},
+            {
+                "past": RefractoryState(torch.zeros(3, 2, 0), torch.zeros(3, 0)),
+                "mode": "look_ahead",
+            },
             ValueError,
-            "past must be None in mode 'paper'",
+            "past must be None in mode 'look_ahead'",
         ),
         (
             {"past": RefractoryState(torch.zeros(3, 2, 1), torch.zeros(3, 0))},
@@ -480,3 +494,12 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
         refractory_lif_attention(**(tensors() | change))
     assert str(caught.value).startswith("ember_ext.refractory_lif_attention: ")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("package", [ops, reference])
+@both_modes
+def test_callers_say_that_attention_is_causal(package: Any, mode: Any) -> None:
+    """Attention is not causal by default, and refractory thresholds are defined for causal only."""
+    values = tensors()
+    with pytest.raises(ValueError, match=r"ember_ext\.refractory_lif_attention: is_causal must be"):
+        package.refractory_lif_attention(**values, mode=mode)

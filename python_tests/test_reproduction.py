@@ -69,7 +69,7 @@ def test_plan_covers_every_condition_and_pairs_them() -> None:
 def test_published_refractory_losses_look_ahead() -> None:
     modes = {s: {r.config.refractory_mode for r in plan(s, device="cpu")
                  if r.variant == "lif-refractory"} for s in SUITES}  # fmt: skip
-    assert modes == {"quick": {"causal"}, "xs": {"causal"}, "paper": {"paper"}}
+    assert modes == {"quick": {"causal"}, "xs": {"causal"}, "paper": {"look_ahead"}}
 
 
 @pytest.mark.parametrize(

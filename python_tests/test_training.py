@@ -203,8 +203,8 @@ def test_signal_stops_cleanly_and_resuming_is_bit_identical(
 def test_a_run_of_an_earlier_version_goes_on_bit_identically(
     corpus: Corpus, tmp_path: Path
 ) -> None:
-    """Its checkpoints call the raw parameters of gates by other names."""
-    config = tiny(condition="lif-refractory")
+    """It has other names for the raw parameters of gates and for a refractory mode."""
+    config = tiny(condition="lif-refractory", refractory_mode="look_ahead")
     whole, earlier = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "earlier")
     train(config, corpus, whole)
     with pytest.raises(StopRequested):
@@ -215,6 +215,10 @@ def test_a_run_of_an_earlier_version_goes_on_bit_identically(
             tensors = {name.replace(".raw_", "."): file.get_tensor(name) for name in names}
         assert tensors.keys() - names, "nothing was renamed"
         safetensors.torch.save_file(tensors, path, header)
+    text = earlier.config.read_text()
+    earlier.config.write_text(text.replace('"look_ahead"', '"paper"'))
+    assert earlier.config.read_text() != text
+    assert earlier.read_config() == whole.read_config()
     train(config, corpus, earlier, resume=True)
     assert curve(earlier) == curve(whole)
     assert earlier.best.read_bytes() == whole.best.read_bytes()

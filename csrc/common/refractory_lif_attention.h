@@ -5,7 +5,7 @@
 // Forward, for each batch entry and head (over keys j <= S + i):
 //   p_ij = exp(s_ij - m_i) / l_i
 //   P_ij = past_j + sum_{i' <= i} p_i'j,  load_ij = P_ij / n_i        causal
-//   P_j  =          sum_{i'} p_i'j,       load_ij = P_j / Q           look_ahead ("paper")
+//   P_j  =          sum_{i'} p_i'j,       load_ij = P_j / Q           look_ahead
 //   theta_ij = theta + within load_ij + across previous_load_ij
 //   f = sigmoid(k (p - theta_ij)),  g = f + lambda (1 - f),  u = p g / R_i,  R_i = sum_j p g + eps
 //   out_i = sum_j u_ij M_ij v_j,  M the dropout mask over 1 - dropout

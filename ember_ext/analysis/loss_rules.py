@@ -132,7 +132,7 @@ def refractory_lowers(grid: Grid) -> Finding:
     mode = need_config(grid, "transformer").get("refractory_mode")
     look = (
         "look ahead, so that this is not the loss of a language model"
-        if mode == "paper"
+        if mode == "look_ahead"
         else "look at the past only, and the published ones ahead"
     )
     return Finding(finding.holds, f"{finding.evidence}; thresholds of mode {mode!r} {look}")

@@ -124,8 +124,8 @@ def _small_scale_cells(backbone: str, variant: str, ours: float | None) -> list[
 
 
 def _refractory_note(mode: str) -> str:
-    if mode == "paper":
-        return "Our refractory thresholds look ahead, as the published ones do (mode 'paper')."
+    if mode == "look_ahead":
+        return f"Our refractory thresholds look ahead, as the published ones do (mode {mode!r})."
     return (
         f"Our refractory thresholds look at the past only (mode {mode!r}); the published ones look "
         "ahead."

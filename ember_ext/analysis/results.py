@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ember_ext.files import write_atomically
-from ember_ext.records import RecordError, check_record, read_json
+from ember_ext.records import RecordError, check_record, current_fields, read_json
 
 SIGNIFICANT_DIGITS = 7
 """Of every number in a file; a float32 has no more."""
@@ -106,6 +106,7 @@ def read_result(path: str | os.PathLike[str]) -> RunResult:
     try:
         result = RunResult(**check_record(read_json(Path(path)), _FIELDS, exact=True))
         check_record(result.config, {"backbone": str, "seed": int}, "config")
+        result = dataclasses.replace(result, config=current_fields(result.config))
         check_record(result.corpus, {"name": str}, "corpus")
         if not result.evaluations:
             raise RecordError("evaluations must be at least one, got none")

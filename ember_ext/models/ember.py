@@ -33,7 +33,7 @@ class EmberConfig(ModelConfig):
             the attention that a key has already drawn; "qwen-gate", a sigmoid gate on the
             attention's output.
         refractory_mode: what "lif-refractory" takes a key's load from. "causal": the queries up to
-            the present one. "paper": all of them, the later ones too, as in the released code;
+            the present one. "look_ahead": all of them, the later ones too, as in the released code;
             losses are then not those of a language model.
     """
 
@@ -107,7 +107,7 @@ class Ember(LanguageModel[EmberState]):
 
     @property
     def incremental(self) -> bool:
-        """False where thresholds depend on later tokens (`refractory_mode` "paper")."""
+        """False where thresholds depend on later tokens (`refractory_mode` "look_ahead")."""
         return self.config.condition != "lif-refractory" or self.config.refractory_mode == "causal"
 
     def initial_state(self, batch_size: int) -> EmberState:
@@ -117,7 +117,7 @@ class Ember(LanguageModel[EmberState]):
             ValueError: the model is not `incremental`.
         """
         if not self.incremental:
-            fail(self._name, "refractory_mode", "'causal' for a model with state", "'paper'")
+            fail(self._name, "refractory_mode", "'causal' for a model with state", "'look_ahead'")
         c = self.config
         like = self.wte.weight
         empty = like.new_empty(batch_size, c.n_head, 0, c.n_embd // c.n_head)
@@ -169,7 +169,9 @@ class Ember(LanguageModel[EmberState]):
     def _check_state(self, state: EmberState, batch_size: int) -> int:
         """Return the state's length."""
         if not self.incremental:
-            fail(self._name, "state", "None with refractory_mode 'paper'", type(state).__name__)
+            fail(
+                self._name, "state", "None with refractory_mode 'look_ahead'", type(state).__name__
+            )
         c = self.config
         self._check_state_kind(state, EmberState)
         first = state.layers[0]
@@ -242,7 +244,9 @@ class UngatedSelfAttention(SelfAttention):
         """See `SelfAttention.attend`."""
         if self.dropout_p > 0:
             zero, one = query.new_zeros(self.n_head), query.new_ones(self.n_head)
-            y = lif_attention(query, key, value, zero, one, one, dropout_p=self.dropout_p)
+            y = lif_attention(
+                query, key, value, zero, one, one, dropout_p=self.dropout_p, is_causal=True
+            )
         else:
             y = _causal_attention(query, key, value)
         return y, previous_load, None

@@ -209,8 +209,8 @@ class LIFSelfAttention(SelfAttention):
         bias: whether the projections have biases. Default: False.
         preset: initial values of the gates, see `ember_ext.nn.LIFParameters`. Default: "seed".
         learnable: with False the gates are the paper's fixed control. Default: True.
-        refractory: "causal" or "paper" for thresholds that rise with the attention a key has
-            drawn, see `ember_ext.ops.refractory_lif_attention`; with "paper" outputs depend on
+        refractory: "causal" or "look_ahead" for thresholds that rise with the attention a key has
+            drawn, see `ember_ext.ops.refractory_lif_attention`; with "look_ahead" outputs depend on
             later tokens, and no cache can be continued. Default: None.
 
     Shapes: input and output [B, T, n_embd]; see `forward`.
@@ -234,8 +234,8 @@ class LIFSelfAttention(SelfAttention):
         refractory: RefractoryMode | None = None,
     ) -> None:
         super().__init__(n_embd, n_head, dropout=dropout, bias=bias)
-        if refractory not in (None, "causal", "paper"):
-            expected = "None, 'causal' or 'paper'"
+        if refractory not in (None, "causal", "look_ahead"):
+            expected = "None, 'causal' or 'look_ahead'"
             raise ValueError(
                 f"ember_ext.nn.LIFSelfAttention: refractory must be {expected}, got {refractory!r}"
             )
@@ -254,12 +254,14 @@ class LIFSelfAttention(SelfAttention):
         """See `SelfAttention.attend`."""
         gates = self.gate.threshold, self.gate.leak, self.gate.steepness
         if not isinstance(self.gate, RefractoryParameters):
-            y = ops.lif_attention(query, key, value, *gates, dropout_p=self.dropout_p)
+            y = ops.lif_attention(
+                query, key, value, *gates, dropout_p=self.dropout_p, is_causal=True
+            )
             return y, previous_load, None
         assert self.refractory is not None
         if past is None and key.shape[2] > query.shape[2]:
-            if self.refractory == "paper":
-                fail("nn.LIFSelfAttention", "cache", "None with refractory='paper'", "a cache")
+            if self.refractory == "look_ahead":
+                fail("nn.LIFSelfAttention", "cache", "None with refractory='look_ahead'", "a cache")
             expected = "the RefractoryState of the cached tokens, whose loads thresholds follow"
             fail("nn.LIFSelfAttention", "cache.loads", expected, None)
         return ops.refractory_lif_attention(
@@ -269,10 +271,11 @@ class LIFSelfAttention(SelfAttention):
             *gates,
             self.gate.within,
             self.gate.across,
+            dropout_p=self.dropout_p,
+            is_causal=True,
             mode=self.refractory,
             previous_load=previous_load,
             past=past,
-            dropout_p=self.dropout_p,
         )
 
     def weights(self, x: Tensor, previous_load: Tensor | None, gated: bool) -> Tensor:

@@ -71,7 +71,7 @@ def lif_attention(
     *,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    is_causal: bool = True,
+    is_causal: bool = False,
     scale: float | None = None,
     eps: float = 1e-8,
     seed: Tensor | None = None,
@@ -104,8 +104,9 @@ def lif_attention(
             key that no query sees, NaN for instance, has no influence. Default: None.
         dropout_p: probability of dropping a weight, within [0, 1). The others are divided by
             1 - dropout_p. Default: 0.
-        is_causal: query i sees key j where j <= i + Tk - Tq: the last query stands at the last key.
-            Default: True.
+        is_causal: query i sees key j where j <= i + Tk - Tq: the last query stands at the last key,
+            as it has to behind a cache. `scaled_dot_product_attention` lets the first query stand
+            at the first key, which is the same where Tq = Tk. Default: False, as there.
         scale: multiplies the scores; finite, not 0. Default: 1 / sqrt(D).
         eps: added to the sum of a row, finite, >= 0. Default: 1e-8.
         seed: int64 scalar tensor that fixes which weights are dropped. Default: a fresh draw from

@@ -12,10 +12,14 @@ from torch import Tensor
 from ember_ext import _native, reference
 from ember_ext.ops import _attention, _checks, _gradients
 from ember_ext.ops._autocast import without_autocast
-from ember_ext.reference.refractory_lif_attention import RefractoryMode, RefractoryState
+from ember_ext.reference.refractory_lif_attention import (
+    RefractoryMode,
+    RefractoryState,
+    require_causal,
+)
 
 _OP = "refractory_lif_attention"
-_MODES = ("causal", "paper")
+_MODES = ("causal", "look_ahead")
 _BLOCK = {"cpu": 48, "cuda": 64}
 """Queries that are worked on together; forward saves the keys' loads where each block begins."""
 
@@ -30,11 +34,12 @@ def refractory_lif_attention(
     within: Tensor,
     across: Tensor,
     *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
     mode: RefractoryMode = "causal",
     previous_load: Tensor | None = None,
     past: RefractoryState | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
     eps: float = 1e-8,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, RefractoryState]:
@@ -42,14 +47,14 @@ def refractory_lif_attention(
 
     θ_ij = θ + within · load_ij + across · previous_load_ij, where load_ij is the mean over queries
     of the probabilities p that key j draws. `mode` says over which queries: "causal", those up to
-    i, so that no output depends on later tokens; "paper", all of them, as in the released code,
+    i, so that no output depends on later tokens; "look_ahead", all of them, as in the paper's code,
     which lets the future leak into the past. The loads are differentiated. Gates with these
     thresholds, this is `lif_attention` with `is_causal`.
 
     Differentiable in all tensors but the seed, `past` included, and in all results. Mode
     "causal" keeps one strip of queries at a time, and in memory the loads and the sums over queries
-    at every 48th (on a GPU every 64th); mode "paper" keeps one head's matrix, in backward two, for
-    each thread. Computed in fp32 (fp64 for fp64 input), rounded once, at the end; the same bits
+    at every 48th (on a GPU every 64th); mode "look_ahead" keeps one head's matrix, in backward two,
+    for each thread. Computed in fp32 (fp64 for fp64 input), rounded once, at the end; the same bits
     come out for any number of threads. Autocast as in `lif_attention`.
 
     Args:
@@ -62,21 +67,24 @@ def refractory_lif_attention(
         steepness: k, [H], finite and > 0.
         within: [H]: how much the own load raises the threshold.
         across: [H]: how much the previous layer's does.
-        mode: "causal" or "paper". Default: "causal".
+        dropout_p: as in `lif_attention`.
+        is_causal: must be True. The argument makes a caller say so, since `lif_attention` is not
+            causal by default. Default: False.
+        scale: as in `lif_attention`.
+        mode: "causal" or "look_ahead": which queries the loads are means over. No query sees a
+            later key in either of them. Default: "causal".
         previous_load: what the previous layer returned, [B, T, S + T], where each dimension may be
             1. Default: none.
         past: the `ember_ext.ops.RefractoryState` that the call on the S tokens before returned.
-            Default: none. In mode "paper" it must be None: there a sequence cannot be taken in
+            Default: none. In mode "look_ahead" it must be None: there a sequence cannot be taken in
             parts.
-        dropout_p: as in `lif_attention`.
-        scale: as in `lif_attention`.
         eps: as in `lif_attention`.
         seed: as in `lif_attention`.
 
     Returns:
         The output [B, H, T, D] in query's dtype, laid out as [B, T, H, D]; the load of the gated
         weights, averaged over heads, for the next layer, [B, T, S + T] in mode "causal" and
-        [B, 1, S + T] in mode "paper"; and the sums to carry on from. Load and sums are in fp32
+        [B, 1, S + T] in mode "look_ahead"; and the sums to carry on from. Load and sums are in fp32
         (fp64 for fp64 input).
 
     Raises:
@@ -87,6 +95,7 @@ def refractory_lif_attention(
     _attention.check_attention(_OP, query, key, value, dropout_p, scale, eps, seed)
     heads = {"threshold": threshold, "leak": leak, "steepness": steepness}
     _attention.check_heads(_OP, query, **heads, within=within, across=across)
+    require_causal(is_causal)
     _check_loads(query, key, mode, previous_load, past)
     query, key, value = _attention.autocast(query, key, value)
     seed = _attention.draw_seed(query, dropout_p, seed)
@@ -106,11 +115,12 @@ def refractory_lif_attention(
                 steepness,
                 within,
                 across,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
                 mode=mode,
                 previous_load=previous_load,
                 past=past,
-                dropout_p=dropout_p,
-                scale=scale,
                 eps=eps,
                 seed=seed,
             )
@@ -128,7 +138,7 @@ def refractory_lif_attention(
         if needs_grad
         else operators.refractory_lif_attention_forward
     )
-    arguments = (*tensors, seed, dropout_p, mode == "paper", scale, eps, _BLOCK[device])
+    arguments = (*tensors, seed, dropout_p, mode == "look_ahead", scale, eps, _BLOCK[device])
     out, load, probabilities, weights, _, _ = _attention.call_kernel(
         _OP, operator, arguments, (threshold, leak, steepness)
     )
@@ -159,8 +169,8 @@ def _check_loads(
     if past is not None:
         if not isinstance(past, RefractoryState):
             _checks.fail(_OP, "past", "a RefractoryState", type(past).__name__, TypeError)
-        if mode == "paper":
-            _checks.fail(_OP, "past", "None in mode 'paper'", type(past).__name__)
+        if mode == "look_ahead":
+            _checks.fail(_OP, "past", "None in mode 'look_ahead'", type(past).__name__)
         earlier = keys - queries
         sums = (
             ("past.probabilities", past.probabilities, "[B, H, Tk - Tq]", (batch, heads, earlier)),
@@ -183,11 +193,12 @@ def _defined(
         past = RefractoryState(probabilities, weights)
     out, load, state = reference.refractory_lif_attention(
         *per_token_and_head,  # type: ignore[arg-type]
-        mode="paper" if look_ahead else "causal",
+        dropout_p=dropout_p,
+        is_causal=True,
+        scale=scale,
+        mode="look_ahead" if look_ahead else "causal",
         previous_load=previous_load,
         past=past,
-        dropout_p=dropout_p,
-        scale=scale,
         eps=eps,
         seed=seed,
     )

@@ -45,7 +45,7 @@ def lif_attention(
     *,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    is_causal: bool = True,
+    is_causal: bool = False,
     scale: float | None = None,
     eps: float = 1e-8,
     seed: Tensor | None = None,

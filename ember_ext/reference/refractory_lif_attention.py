@@ -19,7 +19,7 @@ from ember_ext.reference.lif_attention import (
     weighted_sum,
 )
 
-RefractoryMode = Literal["causal", "paper"]
+RefractoryMode = Literal["causal", "look_ahead"]
 
 
 class RefractoryState(NamedTuple):
@@ -41,11 +41,12 @@ def refractory_lif_attention(
     within: Tensor,
     across: Tensor,
     *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
     mode: RefractoryMode = "causal",
     previous_load: Tensor | None = None,
     past: RefractoryState | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
     eps: float = 1e-8,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, RefractoryState]:
@@ -53,6 +54,7 @@ def refractory_lif_attention(
 
     See `ember_ext.ops.refractory_lif_attention`.
     """
+    require_causal(is_causal)
     w, next_load, state = refractory_weights(
         query,
         key,
@@ -68,6 +70,15 @@ def refractory_lif_attention(
         eps=eps,
     )
     return weighted_sum(w, value, dropout_p, seed).to(query.dtype), next_load, state
+
+
+def require_causal(is_causal: bool) -> None:
+    """Raise unless the caller has said that attention is causal: thresholds are defined there."""
+    if not is_causal:
+        raise ValueError(
+            "ember_ext.refractory_lif_attention: is_causal must be True, as refractory thresholds "
+            f"are defined for causal attention only, in both modes; got {is_causal}"
+        )
 
 
 def refractory_weights(
@@ -109,7 +120,7 @@ def _mean_over_queries(
     """
     queries, keys = weights.shape[-2:]
     total = weights.sum(-2)
-    if mode == "paper":
+    if mode == "look_ahead":
         return total.unsqueeze(-2) / max(queries, 1), total
     sums = weights.cumsum(-2)
     if past is not None:

@@ -69,7 +69,7 @@ SUITES: dict[SuiteName, Suite] = {
     "paper": Suite(
         "paper",
         {"transformer": _TRANSFORMER, "cfc": _CFC},
-        {"transformer": {**_GATE, "refractory_mode": "paper"}, "cfc": _GATE},
+        {"transformer": {**_GATE, "refractory_mode": "look_ahead"}, "cfc": _GATE},
     ),
 }
 

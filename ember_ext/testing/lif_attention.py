@@ -109,14 +109,17 @@ def attention_samples(dtype: torch.dtype) -> Iterator[Sample]:
     tensors = attention_tensors(2, 3, 3, 20, 20, 12, dtype, generator=generator)
     joined = torch.randn(2, 20, 3, 3 * 12, generator=generator).to(dtype).transpose(1, 2)
     tensors |= dict(zip(("query", "key", "value"), joined.chunk(3, -1), strict=True))
-    yield Sample("heads side by side", tensors, {}, gradient_scales(tensors))
+    yield Sample("heads side by side", tensors, {"is_causal": True}, gradient_scales(tensors))
     tensors = {
         name: value.mT.contiguous().mT if value.dim() == 4 else value
         for name, value in tensors.items()
     }
-    yield Sample("tokens innermost", tensors, {"scale": -0.7, "eps": 0.1}, gradient_scales(tensors))
+    options = {"is_causal": True, "scale": -0.7, "eps": 0.1}
+    yield Sample("tokens innermost", tensors, options, gradient_scales(tensors))
     for steepness, threshold in ((8.0, 3.0), (8.0, 2.0)):
         tensors = attention_tensors(1, 2, 2, 70, 70, 8, dtype, generator=generator)
         close_gates(tensors, steepness, threshold)
         name = f"gates all but closed, k={steepness} theta={threshold}"
-        yield Sample(name, tensors, {"eps": 0.0}, closed_gradient_scales(tensors))
+        yield Sample(
+            name, tensors, {"is_causal": True, "eps": 0.0}, closed_gradient_scales(tensors)
+        )

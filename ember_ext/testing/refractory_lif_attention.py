@@ -84,7 +84,7 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
         (2, 2, 2, 0, 3, 4, 0.0, "row", True),
         (2, 2, 2, 5, 0, 0, 0.0, "rows", False),
     ]
-    for mode in ("causal", "paper"):
+    for mode in ("causal", "look_ahead"):
         for batch, heads, groups, queries, earlier, size, dropout_p, previous, state in cases:
             shapes = (batch, heads, groups, queries, earlier, size)
             tensors = refractory_tensors(*shapes, dtype, generator)
@@ -101,7 +101,7 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
                 probabilities = torch.rand(batch, heads, earlier, generator=generator)
                 tensors["past_probabilities"] = 2 * probabilities
                 tensors["past_weights"] = 2 * torch.rand(batch, earlier, generator=generator)
-            options: dict[str, Any] = {"mode": mode, "dropout_p": dropout_p}
+            options: dict[str, Any] = {"mode": mode, "is_causal": True, "dropout_p": dropout_p}
             if not previous:
                 # A coupling with nothing has no gradient in the reference.
                 options["across"] = tensors.pop("across")
@@ -109,7 +109,7 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
                 options["seed"] = torch.randint(2**63 - 1, (), generator=generator)
             name = f"{mode} {list(shapes)} dropout={dropout_p} previous={previous!r} past={state}"
             yield Sample(name, tensors, options, refractory_gradient_scales(tensors))
-    for mode in ("causal", "paper"):
+    for mode in ("causal", "look_ahead"):
         for shape in ((2, 1, 52), (1, 50, 52)):
             tensors = refractory_tensors(2, 2, 1, 50, 2, 8, dtype, generator)
             # In the compute dtype, so that the kernels get its strides of 0.
@@ -117,11 +117,17 @@ def refractory_samples(dtype: torch.dtype) -> Iterator[Sample]:
             load = load.to(torch.promote_types(dtype, torch.float32))
             tensors["previous_load"] = load.expand(2, 50, 52)
             name = f"{mode}, previous load expanded from {list(shape)}"
-            yield Sample(name, tensors, {"mode": mode}, refractory_gradient_scales(tensors))
+            yield Sample(
+                name,
+                tensors,
+                {"mode": mode, "is_causal": True},
+                refractory_gradient_scales(tensors),
+            )
         for steepness, threshold in ((8.0, 3.0), (8.0, 2.0)):
             tensors = refractory_tensors(1, 2, 2, 70, 0, 8, dtype, generator)
             close_gates(tensors, steepness, threshold)
             tensors["within"] = 0.1 * tensors["within"]
-            options = {"mode": mode, "eps": 0.0, "across": tensors.pop("across")}
+            options = {"mode": mode, "is_causal": True, "eps": 0.0}
+            options["across"] = tensors.pop("across")
             name = f"{mode}, gates all but closed, k={steepness} theta={threshold}"
             yield Sample(name, tensors, options, closed_gradient_scales(tensors))

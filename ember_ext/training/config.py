@@ -18,7 +18,8 @@ from ember_ext import _native
 from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
 from ember_ext.models.liquid_ember import LiquidCell
 from ember_ext.nn.lif_gate import PresetName
-from ember_ext.records import RecordError, parse_json
+from ember_ext.records import RecordError, current_fields, parse_json
+from ember_ext.reference.refractory_lif_attention import RefractoryMode
 
 Backbone = Literal["transformer", "cfc"]
 Condition = Literal["standard", "lif", "lif-fixed", "lif-refractory", "qwen-gate"]
@@ -66,7 +67,7 @@ class TrainConfig:
     """Biases in linear layers and LayerNorms."""
     gate_preset: PresetName = "seed"
     """Start and normalisation of the gates: the paper's text, or its released code."""
-    refractory_mode: Literal["causal", "paper"] = "causal"
+    refractory_mode: RefractoryMode = "causal"
     """Whether refractory thresholds look at the past only, or also at the future as published."""
 
     init_noise: float = 0.0
@@ -300,7 +301,7 @@ def read_config(path: Path) -> dict[str, Any]:
     unknown = fields.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         raise ConfigError(f"{path} has unknown fields: {', '.join(sorted(unknown))}")
-    return fields
+    return current_fields(fields)
 
 
 def differing_fields(first: TrainConfig, second: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -11,7 +11,11 @@ from torch import Tensor
 
 import cuda_shim
 from cuda_shim import lif_attention
-from ember_ext.reference.refractory_lif_attention import RefractoryMode, RefractoryState
+from ember_ext.reference.refractory_lif_attention import (
+    RefractoryMode,
+    RefractoryState,
+    require_causal,
+)
 
 _OP = "refractory_lif_attention"
 _BLOCK = 64
@@ -129,19 +133,21 @@ def refractory_lif_attention(
     within: Tensor,
     across: Tensor,
     *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
     mode: RefractoryMode = "causal",
     previous_load: Tensor | None = None,
     past: RefractoryState | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
     eps: float = 1e-8,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, RefractoryState]:
     """As ember_ext.ops.refractory_lif_attention."""
+    require_causal(is_causal)
     compute = torch.promote_types(query.dtype, torch.float32)
     options = {
-        "is_causal": True,
-        "look_ahead": mode == "paper",
+        "is_causal": is_causal,
+        "look_ahead": mode == "look_ahead",
         "dropout_p": dropout_p,
         "scale": 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale,
         "eps": eps,
