@@ -398,21 +398,51 @@ def test_any_split_with_a_cache_gives_the_whole(refractory: Any) -> None:
     layers = [nn.LIFSelfAttention(12, 3, refractory=refractory).double() for _ in range(2)]
     x = torch.randn(2, 9, 12, dtype=torch.float64)
 
-    def run(x: Tensor, caches: list[Any]) -> tuple[Tensor, list[Any]]:
+    def run(x: Tensor, caches: list[Any]) -> tuple[Tensor, list[Any], Tensor]:
         load, after = None, []
         for layer, cache in zip(layers, caches, strict=True):
-            x, cache, load = layer(x, cache, load)
-            after.append(cache)
-        return x, after
+            out = layer(x, cache, load, need_load=True, need_weights=True)
+            x, load = out.output, out.load
+            after.append(out.cache)
+        return x, after, out.weights
 
-    whole, _ = run(x, [None, None])
+    whole, _, weights = run(x, [None, None])
     empty = torch.empty(2, 3, 0, 4, dtype=torch.float64)
     caches: list[Any] = [nn.AttentionCache(empty, empty, None)] * 2
-    pieces = []
+    pieces, rows = [], []
     for piece in x.split([4, 1, 1, 3], 1):
-        out, caches = run(piece, caches)
+        out, caches, part = run(piece, caches)
         pieces.append(out)
+        rows.append(torch.nn.functional.pad(part, (0, 9 - part.shape[-1])))
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    torch.testing.assert_close(torch.cat(rows, 2), weights)
+
+
+@pytest.mark.parametrize("refractory", [None, "causal", "look_ahead"])
+def test_module_returns_a_tensor_unless_more_is_asked_for(refractory: Any) -> None:
+    torch.manual_seed(0)
+    layer = nn.LIFSelfAttention(12, 3, refractory=refractory)
+    x, load = torch.randn(2, 9, 12), torch.zeros(1, 1, 1)
+    y = layer(x)
+    assert type(y) is Tensor
+    stack = torch.nn.Sequential(torch.nn.Linear(12, 12), layer, torch.nn.ReLU())
+    assert torch.equal(stack(x), layer(stack[0](x)).relu())
+    empty = torch.empty(2, 3, 0, 4)
+    cache = nn.AttentionCache(empty, empty, None)
+    asked: list[tuple[dict[str, Any], set[str]]] = [
+        ({"previous_load": load}, {"load"}),
+        ({"need_load": True}, set() if refractory is None else {"load"}),
+        ({"need_weights": True}, {"weights"}),
+        ({"previous_load": load, "need_weights": True}, {"load", "weights"}),
+    ]
+    if refractory != "look_ahead":
+        asked.append(({"cache": cache}, {"cache"}))
+    for arguments, given in asked:
+        result = layer(x, **arguments)
+        assert type(result) is nn.AttentionOutput
+        torch.testing.assert_close(result.output, y)
+        fields = {name for name, value in result._asdict().items() if value is not None}
+        assert fields == {"output"} | given
 
 
 @pytest.mark.parametrize("refractory", [None, "causal", "look_ahead"])
@@ -420,9 +450,10 @@ def test_module_weights_are_those_it_applies(refractory: Any) -> None:
     torch.manual_seed(0)
     layer = nn.LIFSelfAttention(12, 3, refractory=refractory, preset="released").eval()
     x = torch.randn(2, 9, 12)
-    w = layer.weights(x, None, True)
+    w = layer.attention_weights(x)
+    assert torch.equal(layer(x, need_weights=True).weights, w)
     _, _, value = layer.qkv(x)
-    torch.testing.assert_close(layer.c_proj((w @ value).transpose(1, 2).flatten(2)), layer(x)[0])
+    torch.testing.assert_close(layer.c_proj((w @ value).transpose(1, 2).flatten(2)), layer(x))
     torch.testing.assert_close(w.sum(-1), torch.ones(2, 3, 9))
 
 
@@ -533,7 +564,7 @@ def test_module_refuses_a_cache_of_another_shape(
 def test_refractory_module_refuses_a_cache_without_loads(refractory: Any) -> None:
     module, x = nn.LIFSelfAttention(6, 2, refractory=refractory), torch.randn(2, 3, 6)
     empty, cached = torch.zeros(2, 2, 0, 3), torch.randn(2, 2, 4, 3)
-    expected, _, _ = module(x)
+    expected = module(x)
     torch.testing.assert_close(module(x, AttentionCache(empty, empty, None))[0], expected)
     message = "cache.loads must be" if refractory == "causal" else "cache must be None"
     with pytest.raises(ValueError, match=rf"ember_ext\.nn\.LIFSelfAttention: {message}"):
@@ -544,7 +575,7 @@ def test_refractory_module_refuses_a_cache_without_loads(refractory: Any) -> Non
 @pytest.mark.parametrize("refractory", [None, "causal", "look_ahead"])
 def test_module_on_the_meta_device(refractory: Any) -> None:
     with torch.device("meta"):
-        y, _, _ = nn.LIFSelfAttention(6, 2, refractory=refractory)(torch.empty(2, 3, 6))
+        y = nn.LIFSelfAttention(6, 2, refractory=refractory)(torch.empty(2, 3, 6))
     assert y.shape == (2, 3, 6)
     assert y.is_meta
 

@@ -140,7 +140,7 @@ class Ember(LanguageModel[EmberState]):
         self._check_inputs(idx, None)
         x, load = self._embed(idx, 0), self._no_load()
         for block in cast("list[Block]", self.blocks):
-            yield block.attn.weights(block.ln_1(x), load, gated)
+            yield block.attn.attention_weights(block.ln_1(x), load, gated=gated)
             x, _, load = block(x, None, load)
 
     def _embed(self, idx: Tensor, seen: int) -> Tensor:
@@ -197,7 +197,7 @@ class Block(nn.Module):
         self, x: Tensor, cache: AttentionCache | None, load: Tensor
     ) -> tuple[Tensor, AttentionCache | None, Tensor]:
         """Map x [B, T, n_embd] to its successor; see `SelfAttention` for the rest."""
-        y, cache, load = self.attn(self.ln_1(x), cache, load)
+        y, cache, load, _ = self.attn(self.ln_1(x), cache, load)
         x = x + y
         return x + self.mlp(self.ln_2(x)), cache, load
 

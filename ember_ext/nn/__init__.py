@@ -4,7 +4,12 @@ from ember_ext.nn._streamer import Streamer
 from ember_ext.nn.accelerate import Acceleration, Deceleration, accelerate, decelerate
 from ember_ext.nn.cells import CfCCell, LTCCell, WiredCfCCell
 from ember_ext.nn.cfc import CfC
-from ember_ext.nn.lif_attention import AttentionCache, LIFSelfAttention, RefractoryParameters
+from ember_ext.nn.lif_attention import (
+    AttentionCache,
+    AttentionOutput,
+    LIFSelfAttention,
+    RefractoryParameters,
+)
 from ember_ext.nn.lif_gate import GATE_PRESETS, GatePreset, LIFGate, LIFParameters
 from ember_ext.nn.ltc import LTC
 
@@ -13,6 +18,7 @@ __all__ = [
     "LTC",
     "Acceleration",
     "AttentionCache",
+    "AttentionOutput",
     "CfC",
     "CfCCell",
     "Deceleration",

@@ -6,10 +6,12 @@ ncps takes them batched or not, with the batch or the time first. The operators 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from typing import Any, NoReturn, SupportsIndex
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ember_ext.ops._sequence import as_timespans
 
@@ -32,6 +34,31 @@ def count(layer: str, argument: str, value: Any) -> int:
     if number < 0:
         fail(layer, argument, ">= 0", number)
     return number
+
+
+def check_dtype(layer: str, dtype: object) -> None:
+    """Raise unless `dtype`, of a module's parameters, is None or a floating dtype."""
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        fail(layer, "dtype", "a torch.dtype", type(dtype).__name__, TypeError)
+    if not dtype.is_floating_point:
+        fail(layer, "dtype", "a floating dtype", dtype, TypeError)
+
+
+def creating_on(device: torch.types.Device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which ncps' constructors, which take no device, create most of their tensors."""
+    return contextlib.nullcontext() if device is None else torch.device(device)
+
+
+def settle(module: nn.Module, device: torch.types.Device, dtype: torch.dtype | None) -> None:
+    """Move what a constructor of ncps has made to the device and the dtype that were asked for.
+
+    ncps creates wirings' masks on the CPU even where another device is torch's default.
+    """
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if dtype is not None or any(p.device != device for p in module.parameters()):
+        module.to(device=device, dtype=dtype)
 
 
 def check_input(layer: str, input: Tensor, features: int, batch_first: bool) -> bool:

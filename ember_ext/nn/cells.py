@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import ncps.torch
+import torch
+from ncps.wirings import Wiring
 from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ember_ext.nn import ltc_cell
-from ember_ext.nn._arguments import fail
+from ember_ext.nn._arguments import check_dtype, creating_on, fail, settle
 from ember_ext.nn._cell import LiquidCell, row_timespan
 from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._laid_out_ltc import LaidOutLTC
@@ -37,7 +39,53 @@ class CfCCell(_CfCSteps, ncps.torch.CfCCell):  # type: ignore[misc]
     their content at each step. With gradients, on other devices, and where the cell was changed
     (hooks, adapters, pruned or quantised layers) it runs the code of ncps: a single step with
     gradients takes an operator longer. `CfC` runs a sequence at once, with gradients, too.
+
+    Args:
+        input_size: number of input features.
+        hidden_size: number of units.
+        mode: "default", "pure" or "no_gate", see `ember_ext.ops.cfc_scan`.
+        backbone_activation: "lecun_tanh" (the default), "tanh", "relu", "silu" or "gelu".
+        backbone_units: width of each backbone layer. Default: 128.
+        backbone_layers: number of backbone layers. Default: 1.
+        backbone_dropout: dropout rate after the second and later backbone layers. Default: 0.
+        sparsity_mask: array [hidden_size, width of what ff1 and ff2 take] whose zeros are synapses
+            that do not exist. Default: none.
+        device: of the parameters. Default: torch's default device.
+        dtype: of the parameters, floating; initial values are drawn in torch's default dtype and
+            rounded. Default: torch's default dtype.
+
+    Raises:
+        TypeError: `dtype` is not a floating one.
+        ValueError: an unknown mode or activation.
     """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        mode: str = "default",
+        backbone_activation: str = "lecun_tanh",
+        backbone_units: int = 128,
+        backbone_layers: int = 1,
+        backbone_dropout: float = 0.0,
+        sparsity_mask: Any = None,
+        *,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_dtype("CfCCell", dtype)
+        with creating_on(device):
+            super().__init__(
+                input_size,
+                hidden_size,
+                mode,
+                backbone_activation,
+                backbone_units,
+                backbone_layers,
+                backbone_dropout,
+                sparsity_mask,
+            )
+        settle(self, device, dtype)
 
     def forward(self, input: Tensor, hx: Tensor, ts: Tensor | float) -> tuple[Tensor, Tensor]:
         """One time step.
@@ -59,7 +107,33 @@ class WiredCfCCell(_CfCSteps, ncps.torch.WiredCfCCell):  # type: ignore[misc]
     """One time step of a wired stack of CfC cells: `ncps.torch.WiredCfCCell` 1.0.1.
 
     As `CfCCell`, for all cells of the stack at once.
+
+    Args:
+        input_size: number of input features; None for a wiring that was built.
+        wiring: an `ncps.wirings.Wiring`.
+        mode: "default", "pure" or "no_gate", see `ember_ext.ops.cfc_scan`.
+        device: of the parameters. Default: torch's default device.
+        dtype: of the parameters, floating; initial values are drawn in torch's default dtype and
+            rounded. Default: torch's default dtype.
+
+    Raises:
+        TypeError: `dtype` is not a floating one.
+        ValueError: an unknown mode, or `input_size` is not that of the wiring.
     """
+
+    def __init__(
+        self,
+        input_size: int | None,
+        wiring: Wiring,
+        mode: str = "default",
+        *,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_dtype("WiredCfCCell", dtype)
+        with creating_on(device):
+            super().__init__(input_size, wiring, mode)
+        settle(self, device, dtype)
 
     def forward(
         self, input: Tensor, hx: Tensor, timespans: Tensor | float
@@ -90,7 +164,52 @@ class LTCCell(LiquidCell, ncps.torch.LTCCell):  # type: ignore[misc]
     replaces a parameter of the module is lost on that dict: `torch.func.functional_call`,
     parametrisations, pruning, `load_state_dict(assign=True)`, a move to the meta device. This cell
     computes with the parameters that the module has.
+
+    Args:
+        wiring: an `ncps.wirings.Wiring`.
+        in_features: number of input features; None for a wiring that was built.
+        input_mapping: "affine" (the default) scales and shifts each feature, "linear" scales it,
+            anything else leaves it as it is.
+        output_mapping: the same for each motor neuron.
+        ode_unfolds: solver steps in one time step. Default: 6.
+        epsilon: added to the solver's denominator. Default: 1e-8.
+        implicit_param_constraints: keep conductances and capacitances positive by a softplus. If
+            not, `apply_weight_constraints` clips them. Default: False, unlike that of `LTC`; both
+            are those of ncps.
+        device: of the parameters. Default: torch's default device.
+        dtype: of the parameters, floating; initial values are drawn in torch's default dtype and
+            rounded. Default: torch's default dtype.
+
+    Raises:
+        TypeError: `dtype` is not a floating one.
+        ValueError: the wiring's number of inputs is not known.
     """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        in_features: int | None = None,
+        input_mapping: str | None = "affine",
+        output_mapping: str | None = "affine",
+        ode_unfolds: int = 6,
+        epsilon: float = 1e-8,
+        implicit_param_constraints: bool = False,
+        *,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_dtype("LTCCell", dtype)
+        with creating_on(device):
+            super().__init__(
+                wiring,
+                in_features,
+                input_mapping,
+                output_mapping,
+                ode_unfolds,
+                epsilon,
+                implicit_param_constraints,
+            )
+        settle(self, device, dtype)
 
     @property
     def _params(self) -> dict[str, Tensor]:

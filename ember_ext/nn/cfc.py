@@ -15,7 +15,7 @@ import torch
 from ncps.wirings import Wiring
 from torch import Tensor, nn
 
-from ember_ext.nn._arguments import count, fail
+from ember_ext.nn._arguments import check_dtype, count, creating_on, fail, settle
 from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._liquid import Advance, LiquidLayer
 from ember_ext.nn._plain import ACTIVATIONS as ACTIVATION_LAYERS
@@ -76,6 +76,9 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
             steps, 64 take about half the memory and 1.1 to 1.4 times the time;
             `ember_ext.ops.cfc_scan` has more figures. Of no effect with mixed memory. Default: all,
             up to 1024 steps.
+        device: of the parameters. Default: torch's default device.
+        dtype: of the parameters, floating; initial values are drawn in torch's default dtype and
+            rounded. Default: torch's default dtype.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -99,7 +102,10 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
         backbone_dropout: float | None = None,
         *,
         chunk_size: int | None = None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        check_dtype("CfC", dtype)
         if isinstance(units, Wiring):
             if input_size is None and not units.is_built():
                 fail("CfC", "units", "a wiring that was built, or input_size given", "neither")
@@ -125,19 +131,20 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
         )
         if backbone_dropout is not None and not 0 <= backbone_dropout <= 1:
             fail("CfC", "backbone_dropout", "within [0, 1]", backbone_dropout)
-        super().__init__(
-            input_size,
-            units,
-            proj_size,
-            return_sequences,
-            batch_first,
-            mixed_memory,
-            mode,
-            activation,
-            backbone_units,
-            backbone_layers,
-            backbone_dropout,
-        )
+        with creating_on(device):
+            super().__init__(
+                input_size,
+                units,
+                proj_size,
+                return_sequences,
+                batch_first,
+                mixed_memory,
+                mode,
+                activation,
+                backbone_units,
+                backbone_layers,
+                backbone_dropout,
+            )
         if proj_size is not None and self._output_width != self.output_size:
             expected = (
                 f"None as the wiring's {self.output_size} outputs are not a layer of their own"
@@ -148,6 +155,7 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
             if cell.sparsity_mask is not None:
                 # ncps' is a transposed view, and FSDP takes contiguous parameters only.
                 cell.sparsity_mask.data = cell.sparsity_mask.data.contiguous()
+        settle(self, device, dtype)
 
     @property
     def _cells(self) -> Sequence[Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ember_ext import ops
+from ember_ext.nn._arguments import check_dtype
 from ember_ext.nn._lean import Dropout
 from ember_ext.nn.lif_gate import LIFParameters, PresetName
 from ember_ext.ops._checks import fail
@@ -36,19 +37,27 @@ class RefractoryParameters(LIFParameters):
         num_units: number of heads.
         preset: as `LIFParameters`.
         learnable: as `LIFParameters`; the couplings are always learnt.
+        device: as `LIFParameters`.
+        dtype: as `LIFParameters`.
 
     Attributes:
-        raw_within, raw_across: what is learnt, [num_units], float32.
+        raw_within, raw_across: what is learnt, [num_units].
     """
 
     _effective = (*LIFParameters._effective, "within", "across")
 
     def __init__(
-        self, num_units: int, *, preset: PresetName = "seed", learnable: bool = True
+        self,
+        num_units: int,
+        *,
+        preset: PresetName = "seed",
+        learnable: bool = True,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_units, preset=preset, learnable=learnable)
-        self.raw_within = nn.Parameter(torch.empty(num_units))
-        self.raw_across = nn.Parameter(torch.empty(num_units))
+        super().__init__(num_units, preset=preset, learnable=learnable, device=device, dtype=dtype)
+        self.raw_within = nn.Parameter(torch.empty(num_units, device=device, dtype=dtype))
+        self.raw_across = nn.Parameter(torch.empty(num_units, device=device, dtype=dtype))
         self._reset_couplings()
 
     def reset_parameters(self) -> None:
@@ -84,6 +93,25 @@ class AttentionCache(NamedTuple):
     `ember_ext.ops.RefractoryState`, whose sums are of no elements where S = 0."""
 
 
+class AttentionOutput(NamedTuple):
+    """What an attention layer returns where more than its output was asked for."""
+
+    output: Tensor
+    """[B, T, n_embd]"""
+    cache: AttentionCache | None
+    """The cache that was given, with the tokens of this call added; None if none was given."""
+    load: Tensor | None
+    """The attention that each key has drawn in this layer, for the next one: [B, T, S + T] or
+    [B, 1, S + T] with refractory thresholds, and else what was given as `previous_load`."""
+    weights: Tensor | None
+    """The gated weights before dropout, [B, n_head, T, S + T]; None unless `need_weights`."""
+
+
+def causal_probabilities(query: Tensor, key: Tensor) -> Tensor:
+    """The softmax of causal attention, [B, n_head, T, S + T]."""
+    return attention_probabilities(query, key, visible_keys(query, key, None, True), None)
+
+
 class SelfAttention(nn.Module):
     """What surrounds any causal self-attention: projections, heads, dropout and the cache.
 
@@ -92,6 +120,8 @@ class SelfAttention(nn.Module):
         n_head: number of heads, a divisor of n_embd.
         dropout: probability of dropping an attention weight, and an output. Default: 0.
         bias: whether the projections have biases. Default: False.
+        device: of the parameters. Default: torch's default device.
+        dtype: of the parameters, floating. Default: torch's default dtype.
 
     Attributes:
         c_attn: input to queries, keys and values, each [n_embd] with the heads side by side.
@@ -102,23 +132,37 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(
-        self, n_embd: int, n_head: int, *, dropout: float = 0.0, bias: bool = False
+        self,
+        n_embd: int,
+        n_head: int,
+        *,
+        dropout: float = 0.0,
+        bias: bool = False,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        name = f"ember_ext.nn.{type(self).__name__}"
+        op = f"nn.{type(self).__name__}"
         if n_head < 1 or n_embd % n_head:
-            raise ValueError(f"{name}: n_head must be a divisor of n_embd = {n_embd}, got {n_head}")
+            fail(op, "n_head", f"a divisor of n_embd = {n_embd}", n_head)
         if not 0 <= dropout < 1:
-            raise ValueError(f"{name}: dropout must be within [0, 1), got {dropout}")
+            fail(op, "dropout", "within [0, 1)", dropout)
+        check_dtype(type(self).__name__, dtype)
         self.n_head = n_head
         self.dropout = dropout
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
-        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias, device=device, dtype=dtype)
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias, device=device, dtype=dtype)
         self.resid_dropout = Dropout(dropout)
 
     def forward(
-        self, x: Tensor, cache: AttentionCache | None = None, previous_load: Tensor | None = None
-    ) -> tuple[Tensor, AttentionCache | None, Tensor | None]:
+        self,
+        x: Tensor,
+        cache: AttentionCache | None = None,
+        previous_load: Tensor | None = None,
+        *,
+        need_load: bool = False,
+        need_weights: bool = False,
+    ) -> Tensor | AttentionOutput:
         """Attend from x to the cached tokens and to x.
 
         Args:
@@ -127,10 +171,13 @@ class SelfAttention(nn.Module):
             previous_load: the load that the layer below returned, [B, T, S + T], where each
                 dimension may be 1; refractory thresholds use it, other layers hand it on. Default:
                 none.
+            need_load: return this layer's load even if no `previous_load` is given. Default: False.
+            need_weights: return the weights, too, which takes memory of T (S + T) for each head,
+                and computes them a second time. Default: False.
 
         Returns:
-            The output [B, T, n_embd], the cache with x added (None without one), and this layer's
-            load, [B, T, S + T] or [B, 1, S + T].
+            The output alone, [B, T, n_embd], if none of the other arguments is given; else an
+            `AttentionOutput` of the output, the cache, the load and the weights.
 
         Raises:
             TypeError: x is not a tensor.
@@ -146,7 +193,33 @@ class SelfAttention(nn.Module):
             past = cache.loads
         y, load, loads = self.attend(query, key, value, previous_load, past)
         y = self.resid_dropout(self.c_proj(self.gate_output(y.transpose(1, 2).flatten(2), x)))
-        return y, None if cache is None else AttentionCache(key, value, loads), load
+        if cache is None and previous_load is None and not (need_load or need_weights):
+            return y  # type: ignore[no-any-return]
+        return AttentionOutput(
+            y,
+            None if cache is None else AttentionCache(key, value, loads),
+            load if need_load or previous_load is not None else None,
+            self.weights(query, key, previous_load, past) if need_weights else None,
+        )
+
+    def attention_weights(
+        self, x: Tensor, previous_load: Tensor | None = None, *, gated: bool = True
+    ) -> Tensor:
+        """The weights that `forward` applies to x without a cache, before dropout.
+
+        Args:
+            x: [B, T, n_embd].
+            previous_load: as for `forward`.
+            gated: False for the softmax's probabilities, before the gate. Default: True.
+
+        Returns:
+            [B, n_head, T, T], in fp32 (fp64 for fp64 input).
+        """
+        self._check_input(x)
+        query, key, _ = self.qkv(x)
+        if gated:
+            return self.weights(query, key, previous_load, None)
+        return causal_probabilities(query, key)
 
     def attend(
         self,
@@ -163,10 +236,15 @@ class SelfAttention(nn.Module):
         """Change the joined heads y, given the input x; both [B, T, n_embd]."""
         return y
 
-    def weights(self, x: Tensor, previous_load: Tensor | None, gated: bool) -> Tensor:
-        """The weights [B, n_head, T, T] that `forward` applies to x, or those before the gate."""
-        query, key, _ = self.qkv(x)
-        return attention_probabilities(query, key, visible_keys(query, key, None, True), None)
+    def weights(
+        self,
+        query: Tensor,
+        key: Tensor,
+        previous_load: Tensor | None,
+        past: RefractoryState | None,
+    ) -> Tensor:
+        """The weights of `attend` before dropout, [B, n_head, T, S + T]."""
+        return causal_probabilities(query, key)
 
     def _check_cache(self, cache: AttentionCache, key: Tensor) -> None:
         batch, heads, _, size = key.shape
@@ -209,6 +287,8 @@ class LIFSelfAttention(SelfAttention):
         bias: whether the projections have biases. Default: False.
         preset: initial values of the gates, see `ember_ext.nn.LIFParameters`. Default: "seed".
         learnable: with False the gates are the paper's fixed control. Default: True.
+        device: of the parameters. Default: torch's default device.
+        dtype: of the parameters, floating. Default: torch's default dtype.
         refractory: "causal" or "look_ahead" for thresholds that rise with the attention a key has
             drawn, see `ember_ext.ops.refractory_lif_attention`; with "look_ahead" outputs depend on
             later tokens, and no cache can be continued. Default: None.
@@ -232,16 +312,18 @@ class LIFSelfAttention(SelfAttention):
         preset: PresetName = "seed",
         learnable: bool = True,
         refractory: RefractoryMode | None = None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(n_embd, n_head, dropout=dropout, bias=bias)
+        super().__init__(n_embd, n_head, dropout=dropout, bias=bias, device=device, dtype=dtype)
         if refractory not in (None, "causal", "look_ahead"):
             expected = "None, 'causal' or 'look_ahead'"
-            raise ValueError(
-                f"ember_ext.nn.LIFSelfAttention: refractory must be {expected}, got {refractory!r}"
-            )
+            fail("nn.LIFSelfAttention", "refractory", expected, repr(refractory))
         self.refractory = refractory
         parameters = LIFParameters if refractory is None else RefractoryParameters
-        self.gate = parameters(n_head, preset=preset, learnable=learnable)
+        self.gate = parameters(
+            n_head, preset=preset, learnable=learnable, device=device, dtype=dtype
+        )
 
     def attend(
         self,
@@ -278,17 +360,20 @@ class LIFSelfAttention(SelfAttention):
             past=past,
         )
 
-    def weights(self, x: Tensor, previous_load: Tensor | None, gated: bool) -> Tensor:
-        """The weights [B, n_head, T, T] that `forward` applies to x, or those before the gate."""
-        p = super().weights(x, previous_load, gated)
-        if not gated:
-            return p
+    def weights(
+        self,
+        query: Tensor,
+        key: Tensor,
+        previous_load: Tensor | None,
+        past: RefractoryState | None,
+    ) -> Tensor:
+        """See `SelfAttention.weights`."""
         gates = self.gate.threshold, self.gate.leak, self.gate.steepness
         if not isinstance(self.gate, RefractoryParameters):
+            p = causal_probabilities(query, key)
             threshold, leak, steepness = (v.to(p.dtype).view(-1, 1, 1) for v in gates)
             return gate_probabilities(p, threshold, leak, steepness, 1e-8)
         assert self.refractory is not None
-        query, key, _ = self.qkv(x)
         w, _, _ = refractory_weights(
             query,
             key,
@@ -297,6 +382,7 @@ class LIFSelfAttention(SelfAttention):
             self.gate.across,
             mode=self.refractory,
             previous_load=previous_load,
+            past=past,
         )
         return w
 

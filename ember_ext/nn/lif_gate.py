@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ember_ext import ops
+from ember_ext.nn._arguments import check_dtype, count, fail
 from ember_ext.ops.lif_gate import Norm, check_norm
 
 PresetName = Literal["seed", "released"]
@@ -118,12 +118,14 @@ class LIFParameters(GateParameters):
             `GATE_PRESETS`). Default: "seed".
         learnable: with False the raw values are buffers, and the raw threshold is 1: the paper's
             fixed control. Default: True.
+        device: of the raw values. Default: torch's default device.
+        dtype: of the raw values, floating. Default: torch's default dtype.
 
     Attributes:
-        raw_threshold, raw_leak, raw_steepness: what is learnt, [num_units], float32.
+        raw_threshold, raw_leak, raw_steepness: what is learnt, [num_units].
 
     Raises:
-        TypeError: `num_units` is not an integer.
+        TypeError: `num_units` is not an integer, or `dtype` not a floating one.
         ValueError: an unknown preset, or a negative `num_units`.
     """
 
@@ -134,23 +136,24 @@ class LIFParameters(GateParameters):
     raw_steepness: Tensor
 
     def __init__(
-        self, num_units: int, *, preset: PresetName = "seed", learnable: bool = True
+        self,
+        num_units: int,
+        *,
+        preset: PresetName = "seed",
+        learnable: bool = True,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        name = f"ember_ext.nn.{type(self).__name__}"
+        name = type(self).__name__
         if preset not in GATE_PRESETS:
-            raise ValueError(f"{name}: preset must be one of {list(GATE_PRESETS)}, got {preset!r}")
-        try:
-            num_units = operator.index(num_units)
-        except TypeError:
-            raise TypeError(f"{name}: num_units must be an integer, got {num_units!r}") from None
-        if num_units < 0:
-            raise ValueError(f"{name}: num_units must be >= 0, got {num_units}")
-        self.num_units = num_units
+            fail(name, "preset", f"one of {list(GATE_PRESETS)}", repr(preset))
+        check_dtype(name, dtype)
+        self.num_units = count(name, "num_units", num_units)
         self.preset = preset
         self.learnable = learnable
         for raw in ("raw_threshold", "raw_leak", "raw_steepness"):
-            value = torch.empty(num_units)
+            value = torch.empty(self.num_units, device=device, dtype=dtype)
             if learnable:
                 self.register_parameter(raw, nn.Parameter(value))
             else:
@@ -195,11 +198,13 @@ class LIFGate(LIFParameters):
         norm: "l1" or "l2" to preserve that norm of each row (the last dimension), None for no norm.
             Default: "preset", that is "l2" for "seed" and None for "released".
         unit_dim: the dimension of the input along which units lie. Default: the last.
+        device: as `LIFParameters`.
+        dtype: as `LIFParameters`.
 
     Shapes: input [..., num_units, ...] of any floating dtype, output alike.
 
     Raises:
-        TypeError: `num_units` is not an integer.
+        TypeError: `num_units` is not an integer, or `dtype` not a floating one.
         ValueError: an unknown preset or norm, or a negative `num_units`.
     """
 
@@ -211,8 +216,10 @@ class LIFGate(LIFParameters):
         learnable: bool = True,
         norm: Norm | Literal["preset"] | None = "preset",
         unit_dim: int = -1,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_units, preset=preset, learnable=learnable)
+        super().__init__(num_units, preset=preset, learnable=learnable, device=device, dtype=dtype)
         self.norm: Norm | None = GATE_PRESETS[preset].norm if norm == "preset" else norm
         check_norm(f"nn.{type(self).__name__}", self.norm)
         self.unit_dim = unit_dim

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ember_ext.nn import cells as _cells  # noqa: F401  (ours take the place of ncps')
 from ember_ext.nn import ltc_cell
-from ember_ext.nn._arguments import count, fail
+from ember_ext.nn._arguments import check_dtype, count, creating_on, fail, settle
 from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._laid_out_ltc import LaidOutLTC
 from ember_ext.nn._liquid import Advance, LiquidLayer
@@ -67,6 +67,9 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
             not, `rnn_cell.apply_weight_constraints()` clips them. Default: True.
         chunk_size: time steps for which the backward pass keeps the solver's states at once; see
             `ember_ext.ltc_scan`. Of no effect with mixed memory.
+        device: of the parameters. Default: torch's default device.
+        dtype: of the parameters, floating; initial values are drawn in torch's default dtype and
+            rounded. Default: torch's default dtype.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -90,7 +93,10 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         implicit_param_constraints: bool = True,
         *,
         chunk_size: int | None = None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        check_dtype("LTC", dtype)
         check_wiring("LTC", "input_size", input_size, units)
         if not isinstance(units, Wiring):
             units = count("LTC", "units", units)
@@ -99,20 +105,22 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         ode_unfolds, epsilon = ltc_cell.check_solver("LTC", ode_unfolds, epsilon)
         if chunk_size is not None:
             chunk_size = count("LTC", "chunk_size", chunk_size)
-        super().__init__(
-            input_size,
-            units,
-            return_sequences,
-            batch_first,
-            mixed_memory,
-            input_mapping,
-            output_mapping,
-            ode_unfolds,
-            epsilon,
-            implicit_param_constraints,
-        )
+        with creating_on(device):
+            super().__init__(
+                input_size,
+                units,
+                return_sequences,
+                batch_first,
+                mixed_memory,
+                input_mapping,
+                output_mapping,
+                ode_unfolds,
+                epsilon,
+                implicit_param_constraints,
+            )
         ltc_cell.adopt(self.rnn_cell)
         self.chunk_size = chunk_size
+        settle(self, device, dtype)
 
     @property
     def _features(self) -> int:
