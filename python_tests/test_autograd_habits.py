@@ -90,8 +90,6 @@ def test_hooks_on_tensors_and_inference_tensors(entry: Registered) -> None:
 
 @every_module
 def test_on_the_meta_device(name: str) -> None:
-    if name.endswith("ltc") or name.startswith("wired"):
-        pytest.skip("ncps makes masks of NumPy arrays, on the CPU")
     with torch.device("meta"):
         module = build(name)
         y = module(torch.randn(2, 5, FEATURES))
