@@ -160,3 +160,21 @@ def test_every_page_is_in_a_table_of_contents() -> None:
                 (folder / line).as_posix() for line in block.splitlines() if line and line[0] != ":"
             }
     assert listed == {page.relative_to(DOCS).with_suffix("").as_posix() for page in PAGES[1:]}
+
+
+def test_files_of_an_operator_are_where_the_page_says() -> None:
+    text = (DOCS / "adding_an_operator.md").read_text(encoding="utf-8")
+    files = re.findall(r"^\|[^|]*\| `(\S*<op>\S*)` \|", text, re.MULTILINE)
+    assert len(files) > 8
+    for file in files:
+        assert (ROOT / file.replace("<op>", "lif_gate")).is_file(), file
+
+
+def test_files_that_pages_name_exist() -> None:
+    found = 0
+    folders = "bench|csrc|docs|ember_ext|python_tests|scripts"
+    for page in PAGES:
+        for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{page.relative_to(ROOT)}: {name}"
+            found += 1
+    assert found
