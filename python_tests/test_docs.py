@@ -178,3 +178,12 @@ def test_files_that_pages_name_exist() -> None:
             assert (ROOT / name).exists(), f"{page.relative_to(ROOT)}: {name}"
             found += 1
     assert found
+
+
+def test_tests_that_pages_name_exist() -> None:
+    found = set()
+    for page in PAGES:
+        for name in re.findall(r"\btest_\w+\.py\b", page.read_text(encoding="utf-8")):
+            assert (ROOT / "python_tests" / name).is_file(), f"{page.relative_to(ROOT)}: {name}"
+            found.add(name)
+    assert len(found) > 10
