@@ -7,8 +7,9 @@ operator, in plain PyTorch, in `ember_ext.reference`.
 import warnings
 from pkgutil import extend_path
 
-# `python -m pytest` in a clone imports this folder, while the compiled modules sit in the installed
-# copy: with both folders on the package's path, Python files come from here and `_C` from there.
+# `python -m pytest` in a clone imports this folder, while the compiled libraries sit in the
+# installed copy: with both folders on the package's path, Python files come from here and
+# libraries from there.
 __path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"

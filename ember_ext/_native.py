@@ -1,26 +1,31 @@
 """Loads the compiled operators, says whether a call is for them, and once why where it is not.
 
-`load` opens the libraries that belong to the installed `_C`. Whatever goes wrong there costs speed
-and not function: `runs` then says no, and the operators run their reference.
+The libraries have no Python in them: one build serves every version of Python. They are called by
+`ctypes`, and only to register operators. Whatever goes wrong there costs speed and not function:
+`runs` then says no, and the operators run their reference.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
-import importlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
 from torch.jit import TracerWarning as TracerWarning  # type: ignore[attr-defined]
 
-_INSTALL_HINT = "run `pip install --force-reinstall --no-deps .` in the clone"
+_INSTALL_HINT = "install ember-ext again (in a clone: `pip install --force-reinstall --no-deps .`)"
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+
+library: ctypes.PyDLL | None = None
+"""The operator library of the CPU; None if it is missing. Its calls keep Python's lock."""
 
 build_info: dict[str, str] = {}
 """How the library was built: version, torch, compiler, cuda, cuda_architectures, cuda_operators; {}
@@ -144,22 +149,43 @@ def _warn_of_missing_kernels(device_type: str, op: str | None) -> None:
     )
 
 
-def _load(module: ModuleType, library: str) -> str:
-    assert module.__file__ is not None
-    path = Path(module.__file__).parent / f"lib{library}.so"
-    if not path.is_file():
-        raise RuntimeError(f"{path.name} was not built")
-    return str(module.load(str(path)))
+def _open(name: str) -> ctypes.PyDLL:
+    """Open a library of the package, which registers nothing yet; OSError says what went wrong."""
+    import ember_ext
+
+    # Where Python files come from a clone, the library lies in the folder of the installed package.
+    file = f"lib{name}{_SUFFIX}"
+    for folder in ember_ext.__path__:
+        path = Path(folder, file)
+        if path.is_file():
+            return ctypes.PyDLL(str(path))
+    raise OSError(f"{file} was not built")
+
+
+def _register(opened: ctypes.PyDLL) -> None:
+    message = ctypes.create_string_buffer(1024)
+    if opened.ember_ext_register(message, ctypes.c_size_t(len(message))):
+        raise OSError(message.value.decode())
+
+
+def _text(opened: ctypes.PyDLL, function: str) -> str:
+    """What a function of a library returns that takes nothing and returns a string."""
+    if not hasattr(opened, function):
+        raise OSError(f"{opened._name} is of another version: it has no {function}")
+    call = opened[function]
+    call.restype = ctypes.c_char_p
+    return str(call().decode())
 
 
 def load(version: str) -> None:
     """Load the libraries; `ember_ext/__init__.py` calls this once, with the package's version."""
-    global isa
+    global isa, library
     try:
-        module = importlib.import_module("ember_ext._C")
-        build_info.update(module.build_info())
+        opened = _open("ember_ext_ops")
+        for line in _text(opened, "ember_ext_build_info").splitlines():
+            name, build_info[name] = line.split("=", 1)
         if build_info["version"] != version:
-            raise RuntimeError(
+            raise OSError(
                 f"compiled for version {build_info['version']}, but the Python code is {version}"
             )
         # Where this file is part of a clone, the installed library may be older.
@@ -168,12 +194,16 @@ def load(version: str) -> None:
             schemas.is_file()
             and hashlib.sha256(schemas.read_bytes()).hexdigest() != build_info["schemas"]
         ):
-            raise RuntimeError("compiled from another version of csrc/registration.cpp")
+            raise OSError("compiled from another version of csrc/registration.cpp")
         if hasattr(torch.ops.ember_ext, "lif_gate"):
-            raise RuntimeError("another copy of the library is loaded in this process")
-        isa = _load(module, "ember_ext_ops")
+            raise OSError("another copy of the library is loaded in this process")
+        _register(opened)
+        isa = _text(opened, "ember_ext_isa")
+        opened.ember_ext_unwatch.argtypes = opened.ember_ext_unchanged.argtypes = [ctypes.c_int64]
+        opened.ember_ext_unwatch.restype = None
+        library = opened
         _devices.add("cpu")
-    except (ImportError, RuntimeError) as error:
+    except OSError as error:
         unavailable["cpu"] = unavailable["cuda"] = f"{error}; {_INSTALL_HINT}"
         _warn_of_missing_kernels("cpu", None)
         return
@@ -195,9 +225,9 @@ def load(version: str) -> None:
         unavailable["cuda"] = f"this torch ({torch.__version__}) has no CUDA"
     else:
         try:
-            _load(module, "ember_ext_cuda")
+            _register(_open("ember_ext_cuda"))
             _devices.add("cuda")
             _cuda_operators.update(build_info["cuda_operators"].split())
-        except RuntimeError as error:
+        except OSError as error:
             unavailable["cuda"] = f"{error}; {_INSTALL_HINT}"
             _warn_of_missing_kernels("cuda", None)

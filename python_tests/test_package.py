@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import ember_ext
 from ember_ext import _native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,9 +29,8 @@ def run_python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.Co
 
 
 def library() -> Path:
-    from ember_ext import _C
-
-    return Path(_C.__file__).parent / "libember_ext_ops.so"
+    assert _native.library is not None
+    return Path(_native.library._name)
 
 
 @needs_kernels
@@ -53,10 +54,14 @@ gate(x)
 """
 
 
+NO_LIBRARY = "import pkgutil; pkgutil.extend_path = lambda path, name: path"
+OTHER_FOLDER = "import pkgutil; pkgutil.extend_path = lambda path, name: [*path, {folder!r}]"
+
+
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
-        ("sys.modules['ember_ext._C'] = None", "_C"),
+        (NO_LIBRARY, "libember_ext_ops.so was not built"),
         ("torch.ops.ember_ext.lif_gate = None", "another copy of the library is loaded"),
     ],
 )
@@ -67,6 +72,48 @@ def test_without_kernels_one_warning_and_the_reference(break_it: str, reason: st
     assert "no compiled kernels for cpu tensors" in warnings[0]
     assert reason in warnings[0]
     assert "pip install" in warnings[0]
+
+
+BUILD_INFO = """
+extern "C" const char* ember_ext_build_info() {{
+  return "version={version}\\nschemas={schemas}\\ncuda=";
+}}
+"""
+REGISTER = """
+extern "C" int ember_ext_register(char* error, unsigned long size) {
+  __builtin_snprintf(error, size, "the operators clash");
+  return 1;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (None, "libember_ext_ops.so: file too short"),
+        ("int nothing;", "is of another version: it has no ember_ext_build_info"),
+        ("int of_torch(); int call() { return of_torch(); }", "undefined symbol: .*of_torch"),
+        (BUILD_INFO + REGISTER, "the operators clash"),
+    ],
+    ids=["no library", "older", "no such torch", "not registered"],
+)
+def test_a_library_that_does_not_load_gives_one_warning_and_the_reference(
+    tmp_path: Path, source: str | None, reason: str
+) -> None:
+    built = tmp_path / "libember_ext_ops.so"
+    if source is None:
+        built.touch()
+    elif shutil.which("g++") is None:
+        pytest.skip("no g++")
+    else:
+        schemas = hashlib.sha256((ROOT / "csrc/registration.cpp").read_bytes()).hexdigest()
+        info = BUILD_INFO.format(version=ember_ext.__version__, schemas=schemas)
+        command = ["g++", "-shared", "-fPIC", "-O0", "-x", "c++", "-", "-o", str(built)]
+        subprocess.run(command, input=source.replace(BUILD_INFO, info), text=True, check=True)
+    result = run_python(FALLBACK.format(break_it=OTHER_FOLDER.format(folder=str(tmp_path))))
+    warnings = [line for line in result.stderr.splitlines() if "Warning" in line]
+    assert len(warnings) == 1
+    assert re.search(f"no compiled kernels for cpu tensors.*{reason}.*pip install", warnings[0])
 
 
 def test_a_library_of_another_version_is_not_used() -> None:
@@ -138,6 +185,8 @@ def test_torch_symbols_are_those_of_the_oldest_torch() -> None:
     assert needed <= set(allowed)
     # C++ symbols of torch would tie the library to one version.
     assert not re.findall(r"\bU (_ZN?K?(?:2at|3c10|5torch)\w+)", listing.stdout)
+    # Those of Python would tie the wheel, whose tag is "py3", to one version of that.
+    assert not re.findall(r"\bU (_?Py\w+)", listing.stdout)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from ember_ext import _native
 
 
 class WeightsChangedError(RuntimeError):
@@ -28,9 +29,10 @@ class Watch:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.number: int = torch.ops.ember_ext.watch(list(tensors))
-        library = importlib.import_module("ember_ext._C")
-        weakref.finalize(self, library.unwatch, self.number).atexit = False
-        self._unchanged = library.unchanged
+        library = _native.library
+        assert library is not None  # it has the operator
+        weakref.finalize(self, library.ember_ext_unwatch, self.number).atexit = False
+        self._unchanged = library.ember_ext_unchanged
 
     def unchanged(self) -> bool:
         """Whether the tensors hold what they held. Packed operators that take a watch ask it."""
