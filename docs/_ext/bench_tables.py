@@ -11,8 +11,8 @@ Directives:
 
 has a line for each configuration and a column for each contender: the median time, and below it the
 range of the middle 60 % of the calls. `faster` adds how many times as fast a contender was as the
-baseline of its own run, `share` its share of the limit that was timed in the same turns, and `rate`
-its rate. Names of contenders are patterns as of files.
+baseline of its own run, which should be the first contender. `share` adds its share of the limit
+that was timed in the same turns, and `rate` its rate. Names of contenders are patterns as of files.
 
     ```{bench-table} ltc_memory.csv
     :columns: network; chunk_size = time steps in a chunk; peak MB
@@ -128,6 +128,9 @@ class BenchTimes(_BenchDirective):
         lines = []
         for same in _grouped(rows):
             found = [(_pick(same, name), write) for name, _, write in columns]
+            if contenders[1:] and found[0][0] is None:
+                # Speed-ups would be those over another contender than in the other lines.
+                found = [(None if write is _faster else row, write) for row, write in found]
             if any(row for row, _ in found):
                 first = same[0]
                 small = f"{first['mode'].replace('+', ' + ')}; {machine(first, None)}"
