@@ -3,8 +3,8 @@
 The documentation's tables, the README's picture and the tests that hold both to the files use it.
 It needs nothing but Python.
 
-A condition on rows is written `column=value`, or `column~part` where the value contains a text.
-Several are joined by semicolons, and all must hold.
+A condition on rows is written `column=value`, `column~part` where the value contains a text, or
+`column!~part` where it does not. Several are joined by semicolons, and all must hold.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ def select(rows: Iterable[Row], where: str) -> list[Row]:
     """The rows for which all conditions hold.
 
     Raises:
-        ValueError: a condition is neither `column=value` nor `column~part`.
+        ValueError: a condition has another form.
         KeyError: there is no such column.
     """
     chosen = list(rows)
     for condition in filter(None, (part.strip() for part in where.split(";"))):
-        parts = re.fullmatch(r"([^=~]+)([=~])(.*)", condition)
+        parts = re.fullmatch(r"([^=~!]+)(=|~|!~)(.*)", condition)
         if parts is None:
-            raise ValueError(f"condition {condition!r} is neither column=value nor column~part")
+            raise ValueError(f"condition {condition!r} is none of column=, column~ and column!~")
         column, sign, text = parts.groups()
-        chosen = [
-            row for row in chosen if (row[column] == text if sign == "=" else text in row[column])
-        ]
+        if sign == "=":
+            chosen = [row for row in chosen if row[column] == text]
+        else:
+            chosen = [row for row in chosen if (text in row[column]) == (sign == "~")]
     return chosen
 
 

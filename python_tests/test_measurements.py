@@ -50,6 +50,9 @@ def test_a_row_is_found_by_its_conditions() -> None:
     some = measurements.select(measurements.read("cfc.csv"), f"{WIRED}; contender~ember_ext")
     assert some
     assert all(row["contender"].startswith("ember_ext") for row in some)
+    others = measurements.select(measurements.read("cfc.csv"), f"{WIRED}; contender!~ember_ext")
+    assert {row["contender"] for row in others} >= {"ncps"}
+    assert not any(row["contender"].startswith("ember_ext") for row in others)
 
 
 def test_a_value_may_contain_the_signs_of_conditions() -> None:
@@ -64,7 +67,7 @@ def test_conditions_that_fit_several_rows_or_none_are_errors() -> None:
         measurements.find("cfc.csv", "mode=forward")
     with pytest.raises(LookupError, match="has 0 rows"):
         measurements.find("cfc.csv", "mode=sideways")
-    with pytest.raises(ValueError, match="'forward' is neither column=value nor column~part"):
+    with pytest.raises(ValueError, match="'forward' is none of column=, column~ and column!~"):
         measurements.find("cfc.csv", "forward")
     with pytest.raises(KeyError, match="color"):
         measurements.find("cfc.csv", "color=red")
