@@ -14,6 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # The docstrings come from this folder, and the compiled library from the installed package.
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
 
+from docutils import nodes  # noqa: E402
+from sphinx.addnodes import pending_xref  # noqa: E402
+from sphinx.application import Sphinx  # noqa: E402
+from sphinx.environment import BuildEnvironment  # noqa: E402
+
 import ember_ext  # noqa: E402
 
 project = "ember-ext"
@@ -45,10 +50,11 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|ncps|numpy|collections|typing|pathlib|optional)\b.*"),
     ("py:class", r"(Any|Callable|Generator|Iterable|Iterator|Literal|Mapping|NamedTuple|Path)"),
     ("py:class", r"(Self|Sequence|Tensor|Wiring|bool|dict|float|int|list|str|tuple|type)"),
+    ("py:class", r"(EmberCondition|LiquidCell|LiquidEmberCondition|LiquidLayer|PresetName)"),
+    ("py:class", r"RefractoryMode"),
     ("py:exc", ".*(Error|Warning)"),
 ]
 
-autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
@@ -68,3 +74,23 @@ html_static_path = ["_static"]
 html_css_files = ["ember.css"]
 html_math_renderer = "mathml"
 html_show_sphinx = False
+
+
+def _resolve_where_documented(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element
+) -> nodes.Node | None:
+    """Link `ember_ext.ops.lif_gate` and the like to where it is documented, as `ember_ext`'s."""
+    if node.get("refdomain") != "py":
+        return None
+    package, _, name = node["reftarget"].rpartition(".")
+    if package not in ("ember_ext.ops", "ember_ext.nn"):
+        return None
+    domain = env.domains.python_domain
+    return domain.resolve_xref(
+        env, node["refdoc"], app.builder, node["reftype"], f"ember_ext.{name}", node, content
+    )
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("missing-reference", _resolve_where_documented)
