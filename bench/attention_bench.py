@@ -24,8 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import ember_ext
-from ember_ext import reference
-from ember_ext.benchmarking import (
+from benchmarking import (
     Call,
     Case,
     open_device,
@@ -38,8 +37,9 @@ from ember_ext.benchmarking import (
     with_earlier,
     write_csv,
 )
-from ember_ext.command_line import at_least, one_of
-from ember_ext.machine import processor
+from ember_ext import reference
+from ember_ext._command_line import at_least, one_of
+from ember_ext._machine import processor
 from ember_ext.models import Ember, EmberConfig
 from ember_ext.reference.lif_attention import (
     attention_probabilities,

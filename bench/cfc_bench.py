@@ -31,8 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import ember_ext
-from ember_ext import _native, reference
-from ember_ext.benchmarking import (
+from benchmarking import (
     Case,
     Clock,
     open_device,
@@ -45,8 +44,9 @@ from ember_ext.benchmarking import (
     with_earlier,
     write_csv,
 )
-from ember_ext.command_line import at_least
-from ember_ext.machine import processor
+from ember_ext import _native, reference
+from ember_ext._command_line import at_least
+from ember_ext._machine import processor
 from ember_ext.models import LiquidEmber, LiquidEmberConfig
 from ember_ext.nn.cfc import _weights
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 import ember_ext
-from ember_ext import reference
-from ember_ext.benchmarking import (
+from benchmarking import (
     Call,
     Case,
     open_device,
@@ -26,7 +25,8 @@ from ember_ext.benchmarking import (
     run_cases,
     write_csv,
 )
-from ember_ext.command_line import at_least
+from ember_ext import reference
+from ember_ext._command_line import at_least
 from ember_ext.testing import Sample, check_sample, gate_parameters
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

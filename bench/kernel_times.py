@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import ember_ext
-from ember_ext.benchmarking import Call, clock_of, copy_call, open_device, parse_options
-from ember_ext.command_line import at_least, within
-from ember_ext.machine import machine
+from benchmarking import Call, clock_of, copy_call, open_device, parse_options
+from ember_ext._command_line import at_least, within
+from ember_ext._machine import machine
 from ember_ext.testing import attention_tensors, gate_parameters, refractory_tensors
 
 INPUTS, UNITS, MOTOR = 128, 192, 128

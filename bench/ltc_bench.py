@@ -29,21 +29,13 @@ from typing import Any, Literal
 
 import ncps.torch
 import torch
-from cfc_bench import (
-    at_best_threads,
-    forward_call,
-    held_to_ncps,
-    our_name,
-    training_call,
-)
 from ncps.wirings import AutoNCP, FullyConnected, Wiring
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import ember_ext
-from ember_ext import _native
-from ember_ext.benchmarking import (
+from benchmarking import (
     Case,
     Row,
     open_device,
@@ -54,8 +46,16 @@ from ember_ext.benchmarking import (
     with_earlier,
     write_csv,
 )
-from ember_ext.command_line import at_least
-from ember_ext.machine import processor
+from cfc_bench import (
+    at_best_threads,
+    forward_call,
+    held_to_ncps,
+    our_name,
+    training_call,
+)
+from ember_ext import _native
+from ember_ext._command_line import at_least
+from ember_ext._machine import processor
 
 MODES = ("forward", "forward+backward")
 NETWORKS: dict[str, tuple[Wiring, int]] = {

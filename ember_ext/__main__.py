@@ -12,7 +12,7 @@ import torch
 
 import ember_ext
 from ember_ext import _native, testing
-from ember_ext.command_line import prepare_output
+from ember_ext._command_line import prepare_output
 
 
 def environment() -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ember_ext.analysis.results import RunResult
+from ember_ext.paper.runs.results import RunResult
 
 SEEDS = (42, 668, 1337)
 

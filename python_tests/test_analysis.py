@@ -13,8 +13,16 @@ import pytest
 import torch
 from synthetic_results import Effect, synthetic_results, synthetic_run
 
-from ember_ext.analysis.claims import claims
-from ember_ext.analysis.comparisons import (
+from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
+from ember_ext.paper.claims.catalogue import claims
+from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.results import (
+    ResultError,
+    RunResult,
+    read_results,
+    write_result,
+)
+from ember_ext.paper.statistics.comparisons import (
     LOSS_MEASURES,
     best_loss,
     compare,
@@ -23,8 +31,8 @@ from ember_ext.analysis.comparisons import (
     measure_noise,
     noise_curve,
 )
-from ember_ext.analysis.crossover import find_crossover, find_crossovers
-from ember_ext.analysis.depth import (
+from ember_ext.paper.statistics.crossover import find_crossover, find_crossovers
+from ember_ext.paper.statistics.depth import (
     ALWAYS_ON,
     ATTENTION_ENTROPY,
     FIRE_RATE,
@@ -36,8 +44,7 @@ from ember_ext.analysis.depth import (
     layer_values,
     threshold_trajectories,
 )
-from ember_ext.analysis.grid import Grid
-from ember_ext.analysis.heads import (
+from ember_ext.paper.statistics.heads import (
     GateUnit,
     gate_units,
     gatherer_cut_off,
@@ -48,15 +55,8 @@ from ember_ext.analysis.heads import (
     uniform_first_token_mass,
     uniform_support,
 )
-from ember_ext.analysis.metrics import collect_metrics
-from ember_ext.analysis.results import (
-    ResultError,
-    RunResult,
-    read_results,
-    write_result,
-)
-from ember_ext.analysis.tables import tables
-from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
+from ember_ext.paper.tables.catalogue import tables
+from ember_ext.paper.training.metrics import collect_metrics
 
 
 def with_losses(run: RunResult, losses: list[float]) -> RunResult:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from synthetic_results import SEEDS, Effect, synthetic_results
 
-from ember_ext.analysis.claims import Claim, claims
-from ember_ext.analysis.grid import Grid
-from ember_ext.analysis.judging import Finding, NotTestableError, Rule, differs, every
-from ember_ext.analysis.results import RunResult
+from ember_ext.paper.claims.catalogue import Claim, claims
+from ember_ext.paper.claims.judging import Finding, NotTestableError, Rule, differs, every
+from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.results import RunResult
 
 SUPPORTED, REFUTED, UNTESTABLE = "supported", "not supported", "not testable at this scale"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ember_ext.testing import cuda_report, machine_code
+from kernel_costs import cuda_report, machine_code
 
 SOURCES = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
 

@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from ember_ext.data import CorpusError, Vocabulary, every_batch, load_text, random_batch, sources
-from ember_ext.data.plays import to_dialogue
-from ember_ext.data.sources import SourceError
+from ember_ext.paper.data import (
+    CorpusError,
+    Vocabulary,
+    every_batch,
+    load_text,
+    random_batch,
+    sources,
+)
+from ember_ext.paper.data.plays import to_dialogue
+from ember_ext.paper.data.sources import SourceError
 
 ETEXT = """THE KEEPER'S NIGHT
 

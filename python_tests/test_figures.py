@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from synthetic_results import Effect, synthetic_results
 
-from ember_ext.analysis.comparisons import MAIN_LOSS, best_loss, compare
-from ember_ext.analysis.figures import (
+from ember_ext.paper.figures import (
     Drawing,
     draw_figures,
     figure_2_loss_curves,
@@ -27,7 +26,7 @@ from ember_ext.analysis.figures import (
     figure_7_parameters,
     write_figures,
 )
-from ember_ext.analysis.figures.style import (
+from ember_ext.paper.figures.style import (
     DOUBLE_COLUMN,
     LOOKS,
     MADE_FOR,
@@ -35,8 +34,9 @@ from ember_ext.analysis.figures.style import (
     rendered,
     text_color,
 )
-from ember_ext.analysis.grid import Grid
-from ember_ext.analysis.results import RunResult
+from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.results import RunResult
+from ember_ext.paper.statistics.comparisons import MAIN_LOSS, best_loss, compare
 
 EFFECTS = {
     "lif": Effect(loss=-0.01, since=1600, early=0.01, entropy=(1.0, 2.5), threshold=(0.02, 0.05))

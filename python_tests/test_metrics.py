@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from ember_ext.analysis.metrics import (
+from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
+from ember_ext.nn.lif_gate import LIFParameters
+from ember_ext.paper.training.metrics import (
     _firing,
     attention_entropy,
     attention_support,
@@ -17,8 +19,6 @@ from ember_ext.analysis.metrics import (
     first_token_mass,
     neuron_entropy,
 )
-from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
-from ember_ext.nn.lif_gate import LIFParameters
 
 SIZES: dict[str, Any] = {"block_size": 12, "vocab_size": 11, "n_layer": 2, "n_embd": 16}
 

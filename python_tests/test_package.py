@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import re
@@ -10,6 +11,7 @@ import site
 import subprocess
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -164,13 +166,81 @@ def test_every_extension_that_kernels_are_compiled_with_is_looked_for() -> None:
         assert any(name in looked_for for name in names), extension
 
 
+LIBRARY = (
+    "ember_ext",
+    "ember_ext.models",
+    "ember_ext.nn",
+    "ember_ext.ops",
+    "ember_ext.reference",
+    "ember_ext.testing",
+)
+NEEDED = {"torch", "ncps", "numpy"}
+
+
+def canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def with_requirements(distribution: str, known: set[str]) -> set[str]:
+    """What is known already, a distribution, and all that it requires without extras."""
+    name = canonical(distribution)
+    if name in known:
+        return known
+    known = known | {name}
+    try:
+        requirements = metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return known
+    for requirement in requirements:
+        if "extra ==" not in requirement:
+            known = with_requirements(re.split(r"[^\w.-]", requirement)[0], known)
+    return known
+
+
 @needs_kernels
-def test_importing_needs_no_training_library() -> None:
-    code = """
-import sys, ember_ext, ember_ext.models
-print([m for m in ("matplotlib", "rich", "tyro", "pooch", "safetensors") if m in sys.modules])
+def test_importing_the_library_loads_what_it_needs_and_no_more() -> None:
+    """That is torch, ncps, NumPy and what they require; the study of the paper stays out."""
+    code = f"""
+import sys
+before = set(sys.modules)
+import {", ".join(LIBRARY)}
+print(*sorted(set(sys.modules) - before))
 """
-    assert run_python(code).stdout.strip() == "[]"
+    loaded = run_python(code).stdout.split()
+    assert set(LIBRARY) <= set(loaded)
+    assert [name for name in loaded if name.startswith("ember_ext.paper")] == []
+    allowed = {"ember-ext"}
+    for distribution in NEEDED:
+        allowed = with_requirements(distribution, allowed)
+    assert not allowed & {"matplotlib", "rich", "tyro", "pooch", "safetensors", "scipy"}
+    distributions = metadata.packages_distributions()
+    for package in {name.partition(".")[0] for name in loaded}:
+        owners = {canonical(owner) for owner in distributions.get(package, [])}
+        assert not owners or owners & allowed, f"{package} of {owners}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        source
+        for source in sorted((ROOT / "ember_ext").rglob("*.py"))
+        if ROOT / "ember_ext" / "paper" not in source.parents
+    ],
+    ids=lambda source: str(source.relative_to(ROOT / "ember_ext")),
+)
+def test_no_module_of_the_library_asks_for_more(source: Path) -> None:
+    """Imports inside functions count too."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "the package imports by full names"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package = name.partition(".")[0]
+            assert package in sys.stdlib_module_names | NEEDED | {"ember_ext"}, name
+            assert not name.startswith("ember_ext.paper"), name
 
 
 @needs_kernels
@@ -237,8 +307,9 @@ def test_self_test_notices_a_wrong_operator(
 def test_build_backend_uses_the_installed_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("scikit_build_core")
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import build_backend
     import torch
+
+    import build_backend
 
     assert build_backend._installed_torch() == Path(torch.__file__).parent
     settings = build_backend._with_torch({"a": "b"})

@@ -16,11 +16,11 @@ from typing import Any, get_args
 import pytest
 from synthetic_results import SEEDS, Effect, synthetic_results
 
-from ember_ext.analysis import report
-from ember_ext.analysis.claims import Verdict, claims
-from ember_ext.analysis.figures.style import MADE_FOR
-from ember_ext.analysis.report import ReportContext, duration, escape_markdown, write_report
-from ember_ext.analysis.results import ResultError, RunResult
+from ember_ext.paper.claims.catalogue import Verdict, claims
+from ember_ext.paper.figures.style import MADE_FOR
+from ember_ext.paper.report import report
+from ember_ext.paper.report.report import ReportContext, duration, escape_markdown, write_report
+from ember_ext.paper.runs.results import ResultError, RunResult
 
 NASTY = '<script>alert("x")</script> & | *plays*'
 
@@ -248,6 +248,6 @@ def test_unknown_names_are_refused() -> None:
 @pytest.mark.parametrize("package", ["jinja2", "scipy"])
 def test_missing_packages_are_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "ember_ext.analysis.report")
+    monkeypatch.delitem(sys.modules, "ember_ext.paper.report.report")
     with pytest.raises(ModuleNotFoundError, match=rf'{package}.*pip install "ember-ext\[paper\]"'):
-        importlib.import_module("ember_ext.analysis.report")
+        importlib.import_module("ember_ext.paper.report.report")

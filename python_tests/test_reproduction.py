@@ -18,7 +18,11 @@ from typing import Any
 import pytest
 from synthetic_results import synthetic_results
 
-from ember_ext.analysis.results import (
+from ember_ext.paper.data import CorpusError, load_text
+from ember_ext.paper.reproduce import reproduce_main
+from ember_ext.paper.runs.executors import Job, JobState, LocalExecutor, SubmititExecutor
+from ember_ext.paper.runs.grid import Grid, RunStatus
+from ember_ext.paper.runs.results import (
     ResultError,
     RunResult,
     read_result,
@@ -26,13 +30,9 @@ from ember_ext.analysis.results import (
     select,
     write_result,
 )
-from ember_ext.data import CorpusError, load_text
-from ember_ext.reproduction.cli import reproduce_main
-from ember_ext.reproduction.executors import Job, JobState, LocalExecutor, SubmititExecutor
-from ember_ext.reproduction.grid import Grid, RunStatus
-from ember_ext.reproduction.suites import SUITES, VARIANTS, RunSpec, plan
-from ember_ext.reproduction.worker import GridFolder, SubmittedRun, run_to_result
-from ember_ext.training import ConfigError, RunError, TrainConfig
+from ember_ext.paper.runs.suites import SUITES, VARIANTS, RunSpec, plan
+from ember_ext.paper.runs.worker import GridFolder, SubmittedRun, run_to_result
+from ember_ext.paper.training import ConfigError, RunError, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 TINY: dict[str, Any] = {
@@ -197,7 +197,7 @@ def test_a_failing_run_is_reported_and_tried_again(tmp_path: Path) -> None:
 def test_a_run_that_dies_silently_counts_as_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ember_ext.reproduction.grid.RESULT_SECONDS", 0)
+    monkeypatch.setattr("ember_ext.paper.runs.grid.RESULT_SECONDS", 0)
     grid = Grid(GridFolder(tmp_path), tiny("lif", steps=4), load_text(data=str(TEXT)))
     grid.run(HereAndNow(lambda spec, folder: None), Watcher())
     assert "ended without a result; see" in grid.failures["transformer-lif-seed42"]
@@ -269,10 +269,10 @@ GRID_SCRIPT = """
 import sys
 from pathlib import Path
 from test_reproduction import TEXT, Watcher, tiny
-from ember_ext.data import load_text
-from ember_ext.reproduction.executors import LocalExecutor
-from ember_ext.reproduction.grid import Grid
-from ember_ext.reproduction.worker import GridFolder
+from ember_ext.paper.data import load_text
+from ember_ext.paper.runs.executors import LocalExecutor
+from ember_ext.paper.runs.grid import Grid
+from ember_ext.paper.runs.worker import GridFolder
 
 if __name__ == "__main__":
     specs = tiny("lif", steps=40)
@@ -378,9 +378,9 @@ def test_a_scheduler_s_runs_look_for_their_device_themselves(
     def executor(*arguments: Any) -> HereAndNow:
         return HereAndNow(lambda spec, folder: seen.append(spec))
 
-    monkeypatch.setattr("ember_ext.reproduction.cli.SubmititExecutor", executor)
-    monkeypatch.setattr("ember_ext.reproduction.cli.write_report", lambda *arguments: None)
-    monkeypatch.setattr("ember_ext.reproduction.grid.RESULT_SECONDS", 0)
+    monkeypatch.setattr("ember_ext.paper.reproduce.SubmititExecutor", executor)
+    monkeypatch.setattr("ember_ext.paper.reproduce.write_report", lambda *arguments: None)
+    monkeypatch.setattr("ember_ext.paper.runs.grid.RESULT_SECONDS", 0)
     arguments = ["--conditions", "lif", "--executor", "slurm", "--data", str(TEXT)]
     for device in ("cuda", "auto"):
         out = str(tmp_path / device)

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ember_ext.data import sources
-from ember_ext.reproduction.cli import reproduce_main
-from ember_ext.training.cli import sample_main, train_main
+from ember_ext.paper.data import sources
+from ember_ext.paper.reproduce import reproduce_main
+from ember_ext.paper.training.cli import sample_main, train_main
 
 ROOT = Path(__file__).parents[1]
 SIZES = [
@@ -147,7 +147,7 @@ def test_resuming_as_something_else_names_the_fields(
 def test_too_little_memory_is_one_clear_line(
     text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ember_ext.training.cli.train", lambda *_, **__: torch.empty(2**50))
+    monkeypatch.setattr("ember_ext.paper.training.cli.train", lambda *_, **__: torch.empty(2**50))
     assert train_main([*SIZES, "--data", "text.txt"]) == 1
     assert re.match("error: out of memory: .*smaller --batch-size", capsys.readouterr().err)
 

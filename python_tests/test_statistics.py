@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from ember_ext.analysis import published
-from ember_ext.analysis.statistics import (
+from ember_ext.paper import published
+from ember_ext.paper.statistics.paired import (
     compare_paired,
     compare_variances,
     describe,

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import pytest
 from synthetic_results import SEEDS, Effect, synthetic_results
 
-from ember_ext.analysis import published
-from ember_ext.analysis.formatting import DASH, noise_text, number, p_value, percent, signed
-from ember_ext.analysis.grid import NEWER_MEASURES
-from ember_ext.analysis.results import ResultError, RunResult
-from ember_ext.analysis.statistics import NoiseFloor
-from ember_ext.analysis.tables import Table, tables
-from ember_ext.data.sources import TINY_SHA256
+from ember_ext.paper import published
+from ember_ext.paper.data.sources import TINY_SHA256
+from ember_ext.paper.formatting import DASH, noise_text, number, p_value, percent, signed
+from ember_ext.paper.runs.finished import NEWER_MEASURES
+from ember_ext.paper.runs.results import ResultError, RunResult
+from ember_ext.paper.statistics.paired import NoiseFloor
+from ember_ext.paper.tables.catalogue import Table, tables
 
 NUMBERS = ["3.1", "3.2", "3.3a", "3.3b", "3.4", "3.5", "3.6", "4.2", "S1", "S2", "S3"]
 

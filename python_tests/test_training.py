@@ -24,10 +24,10 @@ import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
-from ember_ext.data import Corpus, load_text
-from ember_ext.files import STALE_SECONDS, write_atomically
 from ember_ext.models import Ember, LiquidEmber
-from ember_ext.training import (
+from ember_ext.paper.data import Corpus, load_text
+from ember_ext.paper.files import STALE_SECONDS, write_atomically
+from ember_ext.paper.training import (
     ConfigError,
     NonFiniteLossError,
     RunError,
@@ -42,11 +42,11 @@ from ember_ext.training import (
     stream_text,
     train,
 )
-from ember_ext.training import trainer as trainer_module
-from ember_ext.training.cli import sample_main
-from ember_ext.training.config import Backbone, Condition, read_config
-from ember_ext.training.distributed import join
-from ember_ext.training.trainer import SilentReporter
+from ember_ext.paper.training import trainer as trainer_module
+from ember_ext.paper.training.cli import sample_main
+from ember_ext.paper.training.config import Backbone, Condition, read_config
+from ember_ext.paper.training.distributed import join
+from ember_ext.paper.training.trainer import SilentReporter
 
 TINY = TrainConfig(
     backbone="transformer",
@@ -245,8 +245,8 @@ def test_more_steps_continue_a_finished_run(corpus: Corpus, tmp_path: Path) -> N
 
 SCRIPT = """
 import sys
-from ember_ext.data import load_text
-from ember_ext.training import RunFolder, train
+from ember_ext.paper.data import load_text
+from ember_ext.paper.training import RunFolder, train
 from test_training import tiny
 config = tiny(steps=30, checkpoint_seconds=0.0)
 train(config, load_text("lighthouse"), RunFolder(sys.argv[1]), resume=sys.argv[2] == "resume")

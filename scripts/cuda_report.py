@@ -15,8 +15,8 @@ import csv
 import sys
 from pathlib import Path
 
-from ember_ext.command_line import prepare_output
-from ember_ext.testing import cuda_report, machine_code
+from ember_ext._command_line import prepare_output
+from kernel_costs import cuda_report, machine_code
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from ember_ext.reproduction.cli import reproduce_main
+    from ember_ext.paper.reproduce import reproduce_main
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error}; install the package and what it needs with: pip install ".[paper]"')
 

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from ember_ext.training.cli import sample_main
+    from ember_ext.paper.training.cli import sample_main
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; install the package and what it needs with: pip install .")
 

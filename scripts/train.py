@@ -8,7 +8,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 try:
-    from ember_ext.training.cli import train_main
+    from ember_ext.paper.training.cli import train_main
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; install the package and what it needs with: pip install .")
 

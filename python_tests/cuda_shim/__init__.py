@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ember_ext.testing import cuda_report
+from kernel_costs import cuda_report
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent.parent / "csrc"

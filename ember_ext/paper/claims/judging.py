@@ -1,0 +1,210 @@
+"""The rules by which claims are judged: each looks at runs and says whether a claim holds there.
+
+A rule returns a `Finding`, or raises `NotTestableError` where the runs cannot answer. What can
+already be refuted is refuted: a rule of several parts fails if one part fails, even where another
+is not testable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ember_ext.paper import published
+from ember_ext.paper.formatting import comparison_text, noise_text, p_value, signed
+from ember_ext.paper.runs.finished import BASELINE, Grid
+from ember_ext.paper.runs.results import RunResult
+from ember_ext.paper.statistics.comparisons import Measure, best_loss, compare, measure_noise
+from ember_ext.paper.statistics.paired import MIN_PAIRS, p_against_zero
+
+SIGNIFICANCE = 0.05
+
+MIN_LAYERS = 4
+"""Fewest layers over which a trend with depth can be told from two layers that differ."""
+
+MIN_SPEARMAN = 0.8
+"""Mean rank correlation with depth from which values count as rising."""
+
+CRITICAL_WINDOW = 200
+"""Steps around 1600 that a crossover may be off: the published evaluation interval."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found.
+
+    Attributes:
+        holds: whether the claim does.
+        evidence: the numbers behind it.
+    """
+
+    holds: bool
+    evidence: str
+
+
+class NotTestableError(Exception):
+    """These runs cannot answer; the text says why, with what numbers there are."""
+
+
+Rule = Callable[[Grid], Finding]
+
+
+def every(*rules: Rule) -> Rule:
+    """The rule that all of some rules hold."""
+
+    def judge(grid: Grid) -> Finding:
+        findings, reasons = [], []
+        for rule in rules:
+            try:
+                findings.append(rule(grid))
+            except NotTestableError as reason:
+                reasons.append(str(reason))
+        failed = [finding.evidence for finding in findings if not finding.holds]
+        if failed:
+            return Finding(False, "; ".join(dict.fromkeys(failed)))
+        if reasons:
+            raise NotTestableError("; ".join(dict.fromkeys(reasons)))
+        return Finding(True, "; ".join(dict.fromkeys(f.evidence for f in findings)))
+
+    return judge
+
+
+def need_runs(grid: Grid, backbone: str, *variants: str, seeds: int = MIN_PAIRS) -> None:
+    """Require runs of all variants over enough common seeds.
+
+    Raises:
+        NotTestableError: there are fewer.
+    """
+    found: list[set[int]] = []
+    for variant in variants:
+        found.append({run.seed for run in grid.runs(backbone, variant)})
+        if not found[-1]:
+            raise NotTestableError(f"no run of {backbone} {variant}")
+    common = len(set.intersection(*found))
+    if common < seeds:
+        names = " and ".join(variants)
+        raise NotTestableError(f"{backbone} {names}: {seeds_missing(common, seeds)}")
+
+
+def seeds_missing(got: int, needed: int = MIN_PAIRS) -> str:
+    """Why too few seeds cannot answer."""
+    return f"{got} of at least {needed} common seeds"
+
+
+def need_config(grid: Grid, backbone: str) -> dict[str, Any]:
+    """The configuration of a backbone's runs.
+
+    Raises:
+        NotTestableError: it has none.
+    """
+    config = grid.config(backbone)
+    if config is None:
+        raise NotTestableError(f"no run of {backbone}")
+    return config
+
+
+def need_layers(grid: Grid, backbone: str, layers: int = MIN_LAYERS) -> None:
+    """Require models of some depth.
+
+    Raises:
+        NotTestableError: they have fewer layers, or there are none.
+    """
+    got = need_config(grid, backbone)["n_layer"]
+    if got < layers:
+        raise NotTestableError(f"{backbone}: {got} layers, at least {layers} needed")
+
+
+def need_resolution(grid: Grid, backbone: str) -> None:
+    """Require evaluations close enough around step 1600, and training well past it.
+
+    Raises:
+        NotTestableError: they are further apart, it ends sooner, or there are no runs.
+    """
+    config = need_config(grid, backbone)
+    past = published.CRITICAL_STEP + CRITICAL_WINDOW
+    if config["steps"] < past:
+        raise NotTestableError(
+            f"{backbone}: {config['steps']} steps, at least {past} needed to pass "
+            f"{published.CRITICAL_STEP}"
+        )
+    if config["eval_interval"] > CRITICAL_WINDOW:
+        raise NotTestableError(
+            f"{backbone}: evaluated every {config['eval_interval']} steps, at most "
+            f"{CRITICAL_WINDOW} needed"
+        )
+
+
+def differs(
+    backbone: str,
+    variant: str,
+    sign: int,
+    *,
+    base: str = BASELINE,
+    measure: Measure = best_loss,
+    base_measure: Measure | None = None,
+    name: str = "best val loss",
+    digits: int = 4,
+) -> Rule:
+    """The rule that a variant lies below (-1) or above (+1) a base, beyond chance and noise.
+
+    It holds if the mean difference over common seeds has the sign, its paired t-test gives p < .05,
+    and it exceeds the RMS difference of null pairs in the same measure. Where all seeds differ by
+    the same, as counts may, chance has no part and the noise floor alone decides.
+
+    Args:
+        backbone: "transformer" or "cfc".
+        variant: what is compared.
+        sign: -1 or 1.
+        base: what it is compared with.
+        measure: of the variant.
+        base_measure: of the base and of null pairs; by default `measure`.
+        name: what the evidence calls the measure.
+        digits: of its numbers.
+    """
+    of_base = base_measure or measure
+
+    def by_variant(run: RunResult) -> float:
+        return measure(run) if run.variant == variant else of_base(run)
+
+    def judge(grid: Grid) -> Finding:
+        need_runs(grid, backbone, base, variant, seeds=1)
+        comparison = compare(grid, backbone, variant, by_variant, base)
+        assert comparison is not None
+        floor = measure_noise(grid, backbone, of_base)
+        evidence = (
+            f"{backbone}, {name}: {comparison_text(comparison, variant, base, digits)}; "
+            f"{noise_text(floor, digits)}"
+        )
+        if comparison.n < MIN_PAIRS:
+            raise NotTestableError(f"{seeds_missing(comparison.n)}; {evidence}")
+        if sign * comparison.difference <= 0:
+            return Finding(False, evidence)
+        if comparison.t_p is not None and comparison.t_p >= SIGNIFICANCE:
+            return Finding(False, evidence)
+        if floor is None or floor.n < MIN_PAIRS:
+            raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
+        if abs(comparison.difference) <= floor.rms:
+            return Finding(False, f"{evidence}; on average no more than rounding does to one pair")
+        return Finding(True, evidence)
+
+    return judge
+
+
+def rises_on_average(
+    rises: Sequence[float], correlation: float | None, what: str, digits: int
+) -> Finding:
+    """Whether values rise from the first layer to the last, and in between.
+
+    It holds if the mean rise is above 0 with p < .05 (t-test over seeds) or equal in all seeds, and
+    the mean rank correlation with depth is at least 0.8.
+    """
+    mean, p = float(np.mean(rises)), p_against_zero(rises)
+    evidence = (
+        f"{what}: last minus first layer {signed(mean, digits)} over {len(rises)} seeds, "
+        f"p = {p_value(p)}, Spearman {signed(correlation, 2)}"
+    )
+    rising = mean > 0 and correlation is not None and correlation >= MIN_SPEARMAN
+    return Finding(rising and (p is None or p < SIGNIFICANCE), evidence)

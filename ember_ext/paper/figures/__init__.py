@@ -1,0 +1,202 @@
+"""The paper's seven figures, drawn from finished runs.
+
+`draw_figures` makes all of them, `write_figures` files of them. What was not run is left open in
+its panel, and said so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ember_ext.paper.figures.architecture import figure_1_architecture
+from ember_ext.paper.figures.depth_profile import figure_5_depth
+from ember_ext.paper.figures.entropy_heatmap import figure_3_entropy
+from ember_ext.paper.figures.head_roles import LOWEST, figure_4_roles
+from ember_ext.paper.figures.loss_curves import SHOWN_FROM, figure_2_loss_curves
+from ember_ext.paper.figures.parameters import figure_7_parameters
+from ember_ext.paper.figures.style import LOOKS, Format, rendered
+from ember_ext.paper.figures.thresholds import figure_6_thresholds
+from ember_ext.paper.files import write_atomically
+from ember_ext.paper.labels import BACKBONE_LABELS
+from ember_ext.paper.runs.finished import NULL, Grid
+from ember_ext.paper.statistics.heads import FOCUSER_BELOW, GATHERER_ABOVE, POINTER_BELOW
+
+__all__ = [
+    "Drawing",
+    "draw_figures",
+    "figure_1_architecture",
+    "figure_2_loss_curves",
+    "figure_3_entropy",
+    "figure_4_roles",
+    "figure_5_depth",
+    "figure_6_thresholds",
+    "figure_7_parameters",
+    "write_figures",
+]
+
+FILE_FORMATS: tuple[Format, ...] = ("pdf", "png")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure and what is said of it.
+
+    Attributes:
+        number: 1 to 7, as the paper plans them.
+        stem: of its files' names.
+        title: a few words.
+        caption: what is seen, and from which runs.
+        figure: not yet rendered.
+    """
+
+    number: int
+    stem: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class _Plan:
+    stem: str
+    title: str
+    draw: Callable[[Grid], Figure]
+    caption: str
+    runs: dict[str, tuple[str, ...]]
+    """Which variants are seen, for each backbone."""
+    noise: str = ""
+    """What is said of the grey noise floor."""
+
+
+_PAIR = ("standard", "lif")
+
+_PLANS = (
+    _Plan(
+        "figure-1-architecture",
+        "Where the gates sit",
+        lambda grid: figure_1_architecture(),
+        "Each condition has at most one of the gates. (a) The LIF gate works on the attention "
+        "weights p, after the softmax and before the values, and every row is scaled back to sum "
+        "to 1; Qwen's gate works on the attention's output y. (b) In the CfC the LIF gate works on "
+        "the hidden state h that the motor neurons put out. Drawn from the models' definition.",
+        {},
+    ),
+    _Plan(
+        "figure-2-loss-curves",
+        "Loss curves and crossover",
+        figure_2_loss_curves,
+        "Validation loss by the paper's protocol (random batches) at every evaluation, in nats per "
+        "character. Thin lines are seeds, thick lines their means. Vertical axes fit the "
+        f"values from {SHOWN_FROM:.0%} of the steps on, since the fall before would hide all else, "
+        "and all triangles; earlier values may lie outside. (c, d) LIF minus Standard of the same "
+        "seed: below 0, LIF is better. Filled triangles: the evaluation from which LIF stays ahead "
+        "to the end; hollow: a first lead that was lost.",
+        {"transformer": (*_PAIR, NULL), "cfc": (*_PAIR, NULL)},
+        "RMS and largest difference at that step",
+    ),
+    _Plan(
+        "figure-3-entropy",
+        "Attention entropy by layer and head",
+        figure_3_entropy,
+        "Mean entropy of the attention weights in use (gated ones under LIF) after the last step, "
+        "on one colour scale that ends at uniform attention. Standard and LIF of one seed start "
+        "from the same weights; heads of different seeds do not correspond.",
+        {"transformer": _PAIR},
+    ),
+    _Plan(
+        "figure-4-roles",
+        "Roles of attention heads",
+        figure_4_roles,
+        "(a, b) Every head of every seed by its mean attention entropy and its support, the number "
+        "of keys that get a weight above 0.01. Dotted: the cut-offs between roles, pointer below "
+        f"{POINTER_BELOW:g} nats, focuser below {FOCUSER_BELOW:g}, gatherer above "
+        f"{GATHERER_ABOVE:.0%} of uniform attention's entropy; entropies below {LOWEST:g} are "
+        "drawn there. (c, d) How many heads of a layer have each role, mean over seeds.",
+        {"transformer": _PAIR},
+    ),
+    _Plan(
+        "figure-5-depth",
+        "Entropy against depth in both backbones",
+        figure_5_depth,
+        "After the last step; lines are means over seeds, dots the seeds, bars their range. (a) "
+        "Attention entropy, mean over a layer's heads. (b) Neuron entropy, mean over a layer's "
+        "neurons: LIF through its own gates, and both variants through the same virtual gate, one "
+        "at its initial values. A rise that Standard shows through the virtual gate is not the "
+        "gate's doing.",
+        {"transformer": _PAIR, "cfc": _PAIR},
+    ),
+    _Plan(
+        "figure-6-thresholds",
+        "Thresholds in training",
+        figure_6_thresholds,
+        "Effective threshold |θ| at every evaluation, one row for each gate preset. Thick lines "
+        "are means of a layer over seeds; thin lines, marked at their ends, are single heads "
+        "(Transformer) or a layer's mean in one seed (CfC). Dashed: the initial value.",
+        {"transformer": ("lif", "lif-seed"), "cfc": ("lif", "lif-seed")},
+    ),
+    _Plan(
+        "figure-7-parameters",
+        "Loss against added parameters",
+        figure_7_parameters,
+        "(a, b) Best validation loss by the paper's protocol: small markers are seeds, joined by "
+        "lines across variants, large ones means over the seeds that a variant has. Variants that "
+        "add equally many parameters are drawn side by side; those that add none stand left of the "
+        "break. (c, d) Difference from Standard of the same seeds: mean, and 95 % interval of the "
+        "paired t-test where there are three seeds or more.",
+        {"transformer": tuple(LOOKS), "cfc": tuple(LOOKS)},
+        "RMS and largest difference",
+    ),
+)
+
+
+def draw_figures(grid: Grid) -> list[Drawing]:
+    """All seven figures, whatever was run."""
+    return [
+        Drawing(number, plan.stem, plan.title, _caption(plan, grid), plan.draw(grid))
+        for number, plan in enumerate(_PLANS, start=1)
+    ]
+
+
+def write_figures(folder: str | os.PathLike[str], drawings: Sequence[Drawing]) -> list[Path]:
+    """Write each figure as PDF (vector) and PNG (300 dpi); equal runs give equal bytes.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    paths = []
+    for drawing in drawings:
+        for file_format in FILE_FORMATS:
+            path = Path(folder) / f"{drawing.stem}.{file_format}"
+            write_atomically(path, rendered(drawing.figure, file_format))
+            paths.append(path)
+    return paths
+
+
+def _caption(plan: _Plan, grid: Grid) -> str:
+    if not plan.runs:
+        return plan.caption
+    parts = []
+    for backbone, variants in plan.runs.items():
+        counts = [
+            f"{LOOKS[variant].label} × {len(grid.runs(backbone, variant))}"
+            for variant in variants
+            if grid.runs(backbone, variant)
+        ]
+        parts.append(f"{BACKBONE_LABELS[backbone]} {', '.join(counts) if counts else 'not run'}")
+    return f"{plan.caption}{_noise_sentence(plan, grid)} Runs: {'; '.join(parts)}."
+
+
+def _noise_sentence(plan: _Plan, grid: Grid) -> str:
+    if not plan.noise:
+        return ""
+    if not any(grid.pairs(backbone, NULL) for backbone in plan.runs):
+        return " No runs tell how far Standard differs from itself by rounding."
+    return (
+        f" Grey: {plan.noise} between Standard runs that are equal up to rounding, unseen where "
+        "thinner than a line."
+    )

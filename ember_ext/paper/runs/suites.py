@@ -1,0 +1,141 @@
+"""Which runs make up the paper: variants of both backbones, at three scales, over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ember_ext.paper.training.config import Backbone, ConfigError, Preset, TrainConfig, preset_config
+
+SuiteName = Literal["quick", "xs", "paper"]
+
+SEEDS = (42, 668, 1337)
+"""The paper's."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "standard": {"condition": "standard"},
+    "lif": {"condition": "lif"},
+    "lif-fixed": {"condition": "lif-fixed"},
+    "lif-refractory": {"condition": "lif-refractory"},
+    "qwen-gate": {"condition": "qwen-gate"},
+    # The gate of the paper's text, where the others are those of its released code.
+    "lif-seed": {"condition": "lif", "gate_preset": "seed"},
+    # Standard once more, equal up to rounding: how far two runs part for no reason at all.
+    "null": {"condition": "standard", "init_noise": 1e-7},
+}
+"""What is trained, and the fields of `TrainConfig` that make it so."""
+
+_TRANSFORMER = tuple(VARIANTS)
+_CFC = ("standard", "lif", "lif-seed", "null")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A grid of runs.
+
+    Attributes:
+        preset: sizes and lengths, as `train.py --preset`.
+        variants: what is trained, for each backbone, in the order of running.
+        changes: fields that differ from the preset, for each backbone.
+        seeds: those of a full grid.
+    """
+
+    preset: Preset
+    variants: Mapping[Backbone, tuple[str, ...]]
+    changes: Mapping[Backbone, Mapping[str, Any]] = field(default_factory=dict)
+    seeds: tuple[int, ...] = SEEDS
+
+
+_GATE = {"gate_preset": "released"}
+
+SUITES: dict[SuiteName, Suite] = {
+    "quick": Suite(
+        "quick",
+        {
+            "transformer": tuple(v for v in _TRANSFORMER if v != "lif-seed"),
+            "cfc": tuple(v for v in _CFC if v != "lif-seed"),
+        },
+        {"transformer": {**_GATE, "steps": 1000}, "cfc": _GATE},
+        seeds=SEEDS[:1],
+    ),
+    "xs": Suite(
+        "xs",
+        {"transformer": _TRANSFORMER, "cfc": _CFC},
+        {"transformer": _GATE, "cfc": _GATE},
+    ),
+    # The published refractory losses come from thresholds that look ahead.
+    "paper": Suite(
+        "paper",
+        {"transformer": _TRANSFORMER, "cfc": _CFC},
+        {"transformer": {**_GATE, "refractory_mode": "look_ahead"}, "cfc": _GATE},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run of a suite.
+
+    Attributes:
+        variant: its name among those of a backbone.
+        config: what to train.
+        corpus: SHA-256 of the text that it must be trained on. Default: any.
+    """
+
+    variant: str
+    config: TrainConfig
+    corpus: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What its folder and its result are called."""
+        return f"{self.config.backbone}-{self.variant}-seed{self.config.seed}"
+
+
+def plan(
+    suite: SuiteName,
+    seeds: Sequence[int] = (),
+    variants: Sequence[str] = (),
+    backbones: Sequence[Backbone] = (),
+    **changes: Any,
+) -> list[RunSpec]:
+    """The runs of a suite, seed by seed, so that a grid that is cut short still has whole pairs.
+
+    Args:
+        suite: its name.
+        seeds: other seeds than the suite's.
+        variants: only these.
+        backbones: only these.
+        changes: fields of every `TrainConfig`, such as device (default: "auto") and data.
+
+    Raises:
+        ConfigError: an unknown variant, or one that a chosen backbone does not have, or no run.
+    """
+    chosen = SUITES[suite]
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ConfigError(f"variant must be one of {list(VARIANTS)}, got {variant!r}")
+    runs = []
+    for seed in seeds or chosen.seeds:
+        for backbone in backbones or get_args(Backbone):
+            # Where the runs will be, a device may exist that does not here.
+            config = preset_config(backbone, chosen.preset, "cpu")
+            for variant in chosen.variants[backbone]:
+                if variants and variant not in variants:
+                    continue
+                fields = {
+                    **chosen.changes.get(backbone, {}),
+                    **VARIANTS[variant],
+                    "seed": seed,
+                    "device": "auto",
+                    **changes,
+                }
+                runs.append(RunSpec(variant, dataclasses.replace(config, **fields)))
+    if not runs:
+        raise ConfigError(
+            f"suite {suite!r} has no variants {list(variants)} for {list(backbones)}: it has "
+            + ", ".join(f"{b}: {list(v)}" for b, v in chosen.variants.items())
+        )
+    return runs

@@ -1,0 +1,1 @@
+"""Measures of finished runs, and statistics over seeds."""

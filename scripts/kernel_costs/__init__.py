@@ -1,0 +1,1 @@
+"""What the CUDA kernels cost, read from what nvcc makes of them."""
