@@ -48,7 +48,7 @@ def plot_csv(path: Path, image: Path) -> None:
     for place, column in enumerate(columns):
         top = height - LEGEND_INCHES
         for panel in column:
-            left, width = 0.05 + 4 * place, 8 / len(columns) - 0.25
+            left, width = 0.2 + 4 * place, 8 / len(columns) - 0.4
             bottom = top - TITLE_INCHES - panel.lines * LINE_INCHES
             axis = figure.add_axes(
                 (left / 8, bottom / height, width / 8, panel.lines * LINE_INCHES / height)
@@ -160,7 +160,7 @@ class _Panel:
         axis.set_xlim(low, high * (high / low) ** 0.25)
         low, high = axis.get_xlim()
         # Labels of more decades would run into each other.
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         axis.xaxis.set_major_formatter(lambda x, _: _round_time(x))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(labelsize=7)
