@@ -21,7 +21,7 @@ _native.load(__version__)
 # Argument checks look at shapes, which a trace may forget: what it records takes other ones, too.
 warnings.filterwarnings("ignore", category=_native.TracerWarning, module="ember_ext")
 
-from ember_ext import nn  # noqa: E402
+from ember_ext import models, nn, ops, reference  # noqa: E402
 from ember_ext._native import use_reference  # noqa: E402
 from ember_ext.nn import accelerate, decelerate  # noqa: E402
 from ember_ext.ops import (  # noqa: E402
@@ -42,7 +42,10 @@ __all__ = [
     "lif_gate",
     "ltc_scan",
     "ltc_synapses",
+    "models",
     "nn",
+    "ops",
+    "reference",
     "refractory_lif_attention",
     "use_reference",
 ]

@@ -1,4 +1,4 @@
-"""`device=` and `dtype=` of every module, as PyTorch's own modules take them."""
+"""What every module has in common with those of PyTorch: `device=` and `dtype=`, and its repr."""
 
 from __future__ import annotations
 
@@ -146,3 +146,23 @@ def test_accelerate_keeps_device_and_dtype(device: str, dtype: torch.dtype) -> N
         for name, p in model.named_parameters():
             assert (p.device, p.dtype) == before[name][1:]
             assert p is before[name][0]
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        (nn.LIFGate(3, norm="l1", unit_dim=1), ["norm='l1'", "unit_dim=1", "preset='seed'"]),
+        (nn.LIFSelfAttention(6, 2, dropout=0.5), ["n_head=2", "dropout=0.5", "refractory=None"]),
+        (nn.CfC(3, 4, mode="pure", chunk_size=7), ["CfC(\n  3, 4, mode='pure', chunk_size=7\n"]),
+        (nn.CfC(3, wiring(), mixed_memory=True), ["CfC(\n  3, 11, mixed_memory=True\n"]),
+        (nn.LTC(3, 4, ode_unfolds=2, batch_first=False), ["3, 4, batch_first=False", "unfolds=2"]),
+        (nn.CfCCell(3, 4, "no_gate"), ["3, 4, mode='no_gate'"]),
+        (nn.WiredCfCCell(3, wiring(), "pure"), ["3, 11, mode='pure'"]),
+        (nn.LTCCell(wiring(), 3, "linear"), ["3, 11, input_mapping='linear'", "unfolds=6"]),
+        (nn.LTC(3, 4).streamer(), ["Streamer of LTC(\n  3, 4\n"]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_module_prints_tells_its_settings(module: Any, settings: list[str]) -> None:
+    text = repr(module)
+    assert all(setting in text for setting in settings), text

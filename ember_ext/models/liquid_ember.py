@@ -14,7 +14,7 @@ from ember_ext.nn._lean import Dropout
 from ember_ext.ops._checks import check_shape
 
 LiquidEmberCondition = Literal["standard", "lif"]
-LiquidCell = Literal["cfc", "ltc"]
+CellName = Literal["cfc", "ltc"]
 
 WIRING_SEED = 22222
 """Every layer of every run has the same wiring, the one that ncps draws by default."""
@@ -37,7 +37,7 @@ class LiquidEmberConfig(ModelConfig):
 
     n_layer: int = 4
     n_embd: int = 256
-    cell: LiquidCell = "cfc"
+    cell: CellName = "cfc"
     cfc_units: int = 384
     dropout: float = 0.1
     bias: bool = True
@@ -46,7 +46,7 @@ class LiquidEmberConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("condition", get_args(LiquidEmberCondition))
-        self._check_choice("cell", get_args(LiquidCell))
+        self._check_choice("cell", get_args(CellName))
         self._check_positive("cfc_units")
         if self.cfc_units < self.n_embd + 3:
             expected = f"at least n_embd + 3 = {self.n_embd + 3}"

@@ -46,6 +46,8 @@ class LiquidLayer(Packing):
     state_size: int
     rnn_cell: Any
     lstm: Any
+    input_size: int | None
+    wiring_or_units: Any
     chunk_size: int | None = None
 
     @property
@@ -98,6 +100,21 @@ class LiquidLayer(Packing):
     def _read_out(self, y: Tensor) -> Tensor:
         """The layer's output from the cells', [..., M]."""
         return y
+
+    def _settings(self) -> list[tuple[str, object, object]]:
+        """The name, the value and the default of each option that modules within do not show."""
+        return [
+            ("return_sequences", self.return_sequences, True),
+            ("batch_first", self.batch_first, True),
+            ("mixed_memory", self.use_mixed, False),
+            ("chunk_size", self.chunk_size, None),
+        ]
+
+    def extra_repr(self) -> str:
+        """The sizes, and the options that differ from their defaults."""
+        inputs = self.wiring_or_units.input_dim if self.input_size is None else self.input_size
+        options = [f"{name}={v!r}" for name, v, default in self._settings() if v != default]
+        return ", ".join([f"{inputs}, {self.state_size}", *options])
 
     def forward(
         self,

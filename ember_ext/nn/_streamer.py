@@ -29,6 +29,9 @@ class Streamer:
         h = weight.new_zeros(1, int(self._layer.state_size))
         self._laid_out = None if layer.use_mixed else self._layer._packed_for(x, h)
 
+    def __repr__(self) -> str:
+        return f"Streamer of {self._layer!r}"
+
     def step(
         self, input: Tensor, hx: Hidden | None = None, timespan: Tensor | float | None = 1.0
     ) -> tuple[Tensor, Hidden]:

@@ -102,6 +102,10 @@ class CfCCell(_CfCSteps, ncps.torch.CfCCell):  # type: ignore[misc]
         ts = row_timespan(ts, input)
         return self._advance(input, hx, ts) or super().forward(input, hx, ts)
 
+    def extra_repr(self) -> str:
+        """The sizes and the mode; the backbone is a module of its own."""
+        return f"{self.input_size}, {self.hidden_size}, mode={self.mode!r}"
+
 
 class WiredCfCCell(_CfCSteps, ncps.torch.WiredCfCCell):  # type: ignore[misc]
     """One time step of a wired stack of CfC cells: `ncps.torch.WiredCfCCell` 1.0.1.
@@ -150,6 +154,13 @@ class WiredCfCCell(_CfCSteps, ncps.torch.WiredCfCCell):  # type: ignore[misc]
         """
         timespans = row_timespan(timespans, input)
         return self._advance(input, hx, timespans) or super().forward(input, hx, timespans)
+
+    def extra_repr(self) -> str:
+        """The sizes and the mode."""
+        cells = [cell for cell in self.modules() if isinstance(cell, ncps.torch.CfCCell)]
+        mode = f", mode={cells[0].mode!r}" if cells else ""
+        wiring: Any = self._wiring
+        return f"{wiring.input_dim}, {wiring.units}{mode}"
 
 
 class LTCCell(LiquidCell, ncps.torch.LTCCell):  # type: ignore[misc]
@@ -250,6 +261,14 @@ class LTCCell(LiquidCell, ncps.torch.LTCCell):  # type: ignore[misc]
 
     def _lay_out(self) -> LaidOut:
         return LaidOutLTC(self)
+
+    def extra_repr(self) -> str:
+        """The sizes and the options."""
+        return (
+            f"{self.sensory_size}, {self.state_size}, input_mapping={self._input_mapping!r}, "
+            f"output_mapping={self._output_mapping!r}, ode_unfolds={self._ode_unfolds}, "
+            f"epsilon={self._epsilon}"
+        )
 
     @classmethod
     def _adopt(cls, module: Any) -> None:

@@ -209,6 +209,10 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
     def _last_output(self, h: Tensor) -> Tensor:
         return h[:, h.shape[1] - self._output_width :]
 
+    def _settings(self) -> list[tuple[str, object, object]]:
+        cells = [cell for cell in self.modules() if isinstance(cell, ncps.torch.CfCCell)]
+        return [("mode", cell.mode, "default") for cell in cells[:1]] + super()._settings()
+
     def _read_out(self, y: Tensor) -> Tensor:
         # To call a module takes as long as a good part of a small network's step.
         if why_differs(self._modules.get("fc"), nn.Identity) is None:

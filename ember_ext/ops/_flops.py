@@ -90,12 +90,12 @@ def register() -> None:
         rows = x[0] if len(x) == 2 else x[0] * x[1]
         return _cfc_products(rows, weights)
 
-    elementwise = ("lif_gate", "ltc_scan")
+    without_matrix_products = ("lif_gate", "ltc_scan")
 
     @register_flop_formula(
         [
             getattr(operators, stem + suffix)
-            for stem in elementwise
+            for stem in without_matrix_products
             for suffix in ("", "_forward", "_backward")
         ]
     )

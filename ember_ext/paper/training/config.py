@@ -16,7 +16,7 @@ import tyro
 
 from ember_ext import _native
 from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
-from ember_ext.models.liquid_ember import LiquidCell
+from ember_ext.models.liquid_ember import CellName
 from ember_ext.nn.lif_gate import PresetName
 from ember_ext.paper.records import RecordError, current_fields, parse_json
 from ember_ext.reference.refractory_lif_attention import RefractoryMode
@@ -57,7 +57,7 @@ class TrainConfig:
     """Width of the residual stream."""
     n_head: int = 4
     """Attention heads (Transformer)."""
-    cell: LiquidCell = "cfc"
+    cell: CellName = "cfc"
     """The cells of the CfC language model: closed-form, or liquid time-constant ones (CfC)."""
     cfc_units: int = 192
     """Neurons of each CfC or LTC (CfC)."""
