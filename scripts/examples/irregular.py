@@ -1,8 +1,9 @@
-"""Classify irregularly sampled series with `nn.CfC` and `nn.LTC`; ncps' time beside theirs.
+"""Classify series that were sampled at irregular times, with `nn.CfC` and `nn.LTC`.
 
-Each series is a wave of one of two frequencies, seen at random times and a random number of them.
-Only the time spans between the samples tell one class from the other. ncps takes neither time spans
-of several series nor lengths, so it has to take one series at a time.
+Each series is a wave of one of two frequencies. It is seen at random times, and the number of
+samples is random, too. Only the time spans between the samples tell the two classes apart. A batch
+takes one call, with time spans for each row and step and a length for each row. ncps takes
+neither, so it gets one series at a time here. Prints the accuracy and the times of both.
 
 python scripts/examples/irregular.py
 """
@@ -28,7 +29,7 @@ def data(rows: int, longest: int = 24) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     phases = (1.0 + classes)[:, None] * spans.cumsum(1) + 6 * torch.rand(rows, 1)
     lengths = torch.randint(longest // 2, longest + 1, (rows,))
     beyond = torch.arange(longest) >= lengths[:, None]
-    nan = float("nan")  # what lies beyond a series' end has no influence
+    nan = float("nan")  # values beyond the end of a series have no influence
     return phases.sin().masked_fill(beyond, nan)[..., None], spans, lengths, classes
 
 
@@ -42,7 +43,7 @@ def logits_by_ncps(model: Any, x: Tensor, spans: Tensor, lengths: Tensor) -> Ten
 
 
 def main() -> None:
-    """Train each kind of network, then take one pass with ncps' class and the same weights."""
+    """Train each network, then classify new series with it and with ncps and the same weights."""
     parser = argparse.ArgumentParser(description="Classify irregularly sampled series.")
     parser.add_argument("--updates", type=int, default=150, help="optimiser steps (default: 150)")
     updates = parser.parse_args().updates
