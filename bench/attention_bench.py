@@ -30,7 +30,6 @@ from benchmarking import (
     open_device,
     parse_options,
     peak_megabytes,
-    plot_csv,
     relative_error,
     run_cases,
     training_step,
@@ -48,6 +47,7 @@ from ember_ext.reference.lif_attention import (
 )
 from ember_ext.reference.refractory_lif_attention import refractory_weights
 from ember_ext.testing import attention_tensors, refractory_tensors
+from plots import plot_csv
 
 Shape = tuple[int, int, int, int]
 What = Literal["attention", "refractory", "model"]

@@ -1,4 +1,4 @@
-"""What the scripts in `bench/` share: timing, the machine's limits, tables, CSV rows and plots.
+"""What the scripts in `bench/` share: timing, the machine's limits, tables and CSV rows.
 
 A script makes `Case`s; `run_cases` first holds our results to the exact ones, then times the
 contenders of the case in turns, so that a busy machine slows all of them alike.
@@ -13,11 +13,10 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -259,8 +258,8 @@ def run_cases(
     _keep_freed_memory()
     # A file or a pipe has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 150)
-    table = Table("config", "mode", "contender", "ms", "20-80 %", "speed-up", "rate", "of limit",
-                  "error", title=f"{op}: {machine(device)}")  # fmt: skip
+    table = Table("config", "mode", "contender", "ms", "20-80 %", "speed-up", "rate",
+                  "of copy or product", "error", title=f"{op}: {machine(device)}")  # fmt: skip
     for column in table.columns[3:]:
         column.justify = "right"
     rows: list[Row] = []
@@ -382,126 +381,3 @@ def peak_megabytes(make: Callable[..., Call], *arguments: Any) -> float:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as fresh:
         return fresh.submit(_measure_peak, make, arguments).result() / 1e6
-
-
-BAR_INCHES = 0.14
-TITLE_INCHES = 0.25
-AXIS_INCHES = 0.5
-LEGEND_INCHES = 0.85
-
-
-def plot_csv(path: Path, image: Path) -> None:
-    """Draw the times of a CSV file that `write_csv` wrote as grouped bars, one panel per mode.
-
-    Only those of the device that comes last: times of two devices do not compare. The picture is
-    made to be read at 8 inches of width, that of a README's column.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.patches import Rectangle
-
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    rows = [row for row in rows if row["device"] == rows[-1]["device"]]
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    ours = [name for name in names if name.startswith("ember_ext")]
-    contenders = [name for name in names if name not in ours] + ours
-    # Okabe and Ito's colours can be told apart with any colour vision; the blues are ours.
-    others = ("#999999", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
-    colours = dict(zip(contenders, cycle(others), strict=False))
-    colours |= dict(zip(ours, cycle(("#0072B2", "#56B4E9")), strict=False))
-    panels = [_Panel.of([row for row in rows if row["mode"] == mode], contenders) for mode in modes]
-    # The first mode on the left, all others below one another on the right.
-    columns = [column for column in (panels[:1], panels[1:]) if column]
-    height = LEGEND_INCHES + max(sum(panel.inches for panel in column) for column in columns)
-    figure = plt.figure(figsize=(8, height), dpi=200)
-    for place, column in enumerate(columns):
-        top = height - LEGEND_INCHES
-        for panel in column:
-            left, width = 0.05 + 4 * place, 8 / len(columns) - 0.25
-            bottom = top - TITLE_INCHES - panel.lines * BAR_INCHES
-            axis = figure.add_axes(
-                (left / 8, bottom / height, width / 8, panel.lines * BAR_INCHES / height)
-            )
-            panel.draw(axis, colours)
-            top -= panel.inches
-    first = rows[0]
-    figure.legend(
-        [Rectangle((0, 0), 1, 1, color=colours[name]) for name in contenders], contenders,
-        title=f"{first['op']} on {first['device']}, {first['threads']} threads",
-        ncols=min(4, len(contenders)), loc="upper center", fontsize=8, title_fontsize=9,
-    )  # fmt: skip
-    figure.savefig(image)
-    plt.close(figure)
-
-
-@dataclass(frozen=True)
-class _Panel:
-    """The bars of one mode: those of a configuration below its name.
-
-    Attributes:
-        mode: its name.
-        names: configurations, each with the place of its name.
-        bars: rows of the CSV file, each with its place.
-        lines: how many of the height of a bar all takes.
-    """
-
-    mode: str
-    names: list[tuple[str, float]]
-    bars: list[tuple[dict[str, str], float]]
-    lines: float
-
-    @classmethod
-    def of(cls, rows: Sequence[dict[str, str]], contenders: Sequence[str]) -> _Panel:
-        names: list[tuple[str, float]] = []
-        bars: list[tuple[dict[str, str], float]] = []
-        place = 0.0
-        for config in dict.fromkeys(row["config"] for row in rows):
-            names.append((config, place))
-            group = [row for row in rows if row["config"] == config]
-            for row in sorted(group, key=lambda row: contenders.index(row["contender"])):
-                place += 1
-                bars.append((row, place))
-            place += 1.5
-        return cls(rows[0]["mode"], names, bars, place)
-
-    @property
-    def inches(self) -> float:
-        """Its height, title and axis included."""
-        return TITLE_INCHES + self.lines * BAR_INCHES + AXIS_INCHES
-
-    def draw(self, axis: Any, colours: Mapping[str, str]) -> None:
-        from matplotlib.ticker import LogLocator, NullFormatter
-
-        for row, place in self.bars:
-            median, low, high = (float(row[key]) for key in ("median_ms", "low_ms", "high_ms"))
-            axis.barh(
-                place, median, 1.0, color=colours[row["contender"]],
-                xerr=[[max(0.0, median - low)], [max(0.0, high - median)]],
-                error_kw={"linewidth": 0.8},
-            )  # fmt: skip
-            axis.annotate(
-                f" {float(row['speedup']):.1f}x", (max(median, high), place), va="center",
-                fontsize=7,
-            )  # fmt: skip
-        axis.set_xscale("log")
-        low, high = axis.get_xlim()
-        # Labels of more decades would run into each other.
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.tick_params(labelsize=7)
-        axis.margins(x=0.18)
-        axis.set_ylim(self.lines - 0.7, -0.7)
-        axis.set_yticks([])
-        for name, place in self.names:
-            axis.annotate(
-                name, (0, place), xycoords=("axes fraction", "data"), va="center", fontsize=7.5,
-                xytext=(3, 0), textcoords="offset points",
-            )  # fmt: skip
-        axis.set_title(self.mode, fontsize=9)
-        axis.set_xlabel("milliseconds (median, 20-80 %)", fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)

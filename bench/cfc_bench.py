@@ -37,7 +37,6 @@ from benchmarking import (
     open_device,
     parse_options,
     peak_megabytes,
-    plot_csv,
     relative_error,
     run_cases,
     training_step,
@@ -49,6 +48,7 @@ from ember_ext._command_line import at_least
 from ember_ext._machine import processor
 from ember_ext.models import LiquidEmber, LiquidEmberConfig
 from ember_ext.nn.cfc import _weights
+from plots import plot_csv
 
 INPUTS, UNITS, MOTOR = 128, 192, 128
 NETWORKS: dict[str, Any] = {

@@ -20,7 +20,6 @@ from benchmarking import (
     Case,
     open_device,
     parse_options,
-    plot_csv,
     relative_error,
     run_cases,
     write_csv,
@@ -28,6 +27,7 @@ from benchmarking import (
 from ember_ext import reference
 from ember_ext._command_line import at_least
 from ember_ext.testing import Sample, check_sample, gate_parameters
+from plots import plot_csv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAIN_SHAPE = (64, 256, 384)

@@ -41,7 +41,6 @@ from benchmarking import (
     open_device,
     parse_options,
     peak_megabytes,
-    plot_csv,
     run_cases,
     with_earlier,
     write_csv,
@@ -56,6 +55,7 @@ from cfc_bench import (
 from ember_ext import _native
 from ember_ext._command_line import at_least
 from ember_ext._machine import processor
+from plots import plot_csv
 
 MODES = ("forward", "forward+backward")
 NETWORKS: dict[str, tuple[Wiring, int]] = {

@@ -21,16 +21,16 @@ from benchmarking import (
     Clock,
     EventClock,
     Row,
-    plot_csv,
     read_csv,
     run_cases,
     time_in_turns,
     with_earlier,
     write_csv,
 )
+from plots import plot_csv
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(set((ROOT / "bench").glob("*.py")) - {ROOT / "bench" / "benchmarking.py"})
+SCRIPTS = [*sorted((ROOT / "bench").glob("*_bench.py")), ROOT / "bench" / "kernel_times.py"]
 
 
 class Device:
@@ -255,7 +255,7 @@ def test_rows_of_other_measurements_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_picture_of_several_modes_grows_with_the_bars_of_its_longest_column(tmp_path: Path) -> None:
+def test_picture_of_several_modes_grows_with_the_dots_of_its_longest_column(tmp_path: Path) -> None:
     def inches(cases: list[tuple[str, str]]) -> list[float]:
         software = ("one CPU", 2, "avx2", "2.13.0", "0.1.0")
         rows = [
