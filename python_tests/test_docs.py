@@ -187,3 +187,25 @@ def test_tests_that_pages_name_exist() -> None:
             assert (ROOT / "python_tests" / name).is_file(), f"{page.relative_to(ROOT)}: {name}"
             found.add(name)
     assert len(found) > 10
+
+
+FOREIGN_MESSAGES = ("compiler", "CMAKE_CXX_COMPILER", "undefined symbol", "GLIBCXX", "kernel image")
+
+
+def test_messages_that_the_installation_page_explains_are_those_of_the_code() -> None:
+    page = (DOCS / "install.md").read_text(encoding="utf-8")
+    sources = [ROOT / "CMakeLists.txt", *(ROOT / "ember_ext").rglob("*.py")]
+    # Texts are broken over lines in the code, and have names put in.
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    code = re.sub(r'"\s*\n\s*f?"', "", code)
+    terms = re.findall(r"^(`.*`)\n: ", page, re.MULTILINE)
+    messages = [m for term in terms for m in re.findall(r"`` ?(.+?) ?``|`([^`]+)`", term)]
+    checked = 0
+    for message in ("".join(pair) for pair in messages):
+        if any(word in message for word in FOREIGN_MESSAGES) or message in ("nvcc",):
+            continue
+        for part in message.split("...: "):
+            words = part.split(" ...")[0].strip(".").replace("libember_ext_ops.so", "{file}")
+            assert re.sub(r"for (cpu|cuda) tensors", "", words).strip() in code, message
+            checked += 1
+    assert checked > 8
