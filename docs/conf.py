@@ -50,8 +50,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|ncps|numpy|collections|typing|pathlib|optional)\b.*"),
     ("py:class", r"(Any|Callable|Generator|Iterable|Iterator|Literal|Mapping|NamedTuple|Path)"),
     ("py:class", r"(Self|Sequence|Tensor|Wiring|bool|dict|float|int|list|str|tuple|type)"),
-    ("py:class", r"(EmberCondition|LiquidCell|LiquidEmberCondition|LiquidLayer|PresetName)"),
-    ("py:class", r"RefractoryMode"),
+    ("py:class", r"(CellName|EmberCondition|Hidden|LiquidEmberCondition|LiquidLayer|PresetName)"),
+    ("py:class", r"(RefractoryMode|.*\.Progress|os\.PathLike|tyro\..*)"),
     ("py:exc", ".*(Error|Warning)"),
 ]
 
@@ -91,6 +91,15 @@ def _resolve_where_documented(
     )
 
 
+def _keep_colons(
+    app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Keep napoleon from taking what stands before a colon for the type of an attribute."""
+    if what in ("attribute", "data", "property") and lines:
+        lines.insert(0, "")
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("missing-reference", _resolve_where_documented)
+    app.connect("autodoc-process-docstring", _keep_colons, priority=400)  # before napoleon

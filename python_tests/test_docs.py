@@ -27,6 +27,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["p
 ]
 PUBLIC_MODULES = ["ember_ext", "ember_ext.nn", "ember_ext.ops", "ember_ext.reference"]
 PUBLIC_MODULES += ["ember_ext.models", "ember_ext.testing"]
+PUBLIC_MODULES += ["ember_ext.paper.data", "ember_ext.paper.training"]
 COMMAND_PREFIXES = ("torchrun", "python", "pip", "uv")
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ember_ext.paper.runs.results import read_result
 from ember_ext.paper.data import Corpus
 from ember_ext.paper.records import RecordError, check_record, parse_json
 from ember_ext.paper.runs.executors import Executor, Job
+from ember_ext.paper.runs.results import read_result
 from ember_ext.paper.runs.suites import RunSpec
 from ember_ext.paper.runs.worker import GridFolder
 from ember_ext.paper.training import ConfigError, StopRequested, TrainConfig

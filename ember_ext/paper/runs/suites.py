@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ember_ext.paper.training.config import Backbone, ConfigError, Preset, TrainConfig, preset_config
+from ember_ext.paper.training.config import (
+    Backbone,
+    ConfigError,
+    Preset,
+    TrainConfig,
+    preset_config,
+)
 
 SuiteName = Literal["quick", "xs", "paper"]
 

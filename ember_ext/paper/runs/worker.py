@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from ember_ext.paper.runs.results import RunResult, write_result
 from ember_ext.paper.data import CorpusError, load_text
 from ember_ext.paper.files import write_atomically
 from ember_ext.paper.records import RecordError, read_json
+from ember_ext.paper.runs.results import RunResult, write_result
 from ember_ext.paper.runs.suites import RunSpec
 from ember_ext.paper.training import (
     ConfigError,

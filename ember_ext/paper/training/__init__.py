@@ -1,9 +1,16 @@
 """Training of the paper's language models: presets, the loop, run folders and their command lines.
 
-A run from Python::
+A run of a few steps from Python:
 
-config = preset_config("cfc", "quick")
-summary = train(config, load_text("shakespeare"), RunFolder("runs/mine"))
+    >>> import tempfile
+    >>> from dataclasses import replace
+    >>> from ember_ext.paper.data import load_text
+    >>> from ember_ext.paper.training import RunFolder, preset_config, train
+    >>> config = preset_config("cfc", "quick", device="cpu")
+    >>> config = replace(config, max_iters=3, block_size=16, eval_iters=1, val_tokens=200)
+    >>> summary = train(config, load_text("lighthouse"), RunFolder(tempfile.mkdtemp()))
+    >>> summary["val_loss"] < 5
+    True
 """
 
 from ember_ext.paper.training.config import (
