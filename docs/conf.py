@@ -96,7 +96,7 @@ def _keep_colons(
 ) -> None:
     """Keep napoleon from taking what stands before a colon for the type of an attribute."""
     if what in ("attribute", "data", "property") and lines:
-        lines.insert(0, "")
+        lines[:0] = ["..", ""]  # an empty comment
 
 
 def setup(app: Sphinx) -> None:

