@@ -19,12 +19,12 @@ TRANSFORMER_VARIANTS = (
     "lif-fixed",
     "lif-refractory",
     "qwen-gate",
-    "lif-seed",
+    "lif-text",
     "null",
 )
-CFC_VARIANTS = ("standard", "lif", "lif-seed", "null")
+CFC_VARIANTS = ("standard", "lif", "lif-text", "null")
 
-GATED = ("lif", "lif-fixed", "lif-refractory", "lif-seed")
+GATED = ("lif", "lif-fixed", "lif-refractory", "lif-text")
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,17 @@ def synthetic_run(
                 **_layers(backbone, variant, effect, run_noise, grown, n_layer, n_head, block_size),
             }
         )
-    per_unit = {"lif": 3, "lif-seed": 3, "lif-refractory": 5}.get(variant, 0)
+    per_unit = {"lif": 3, "lif-text": 3, "lif-refractory": 5}.get(variant, 0)
     units = n_head if backbone == "transformer" else n_embd
     extra = n_layer * (units * per_unit + (n_embd**2 if variant == "qwen-gate" else 0))
-    condition = {"lif-seed": "lif", "null": "standard"}.get(variant, variant)
+    condition = {"lif-text": "lif", "null": "standard"}.get(variant, variant)
     return RunResult(
         variant=variant,
         config={
             "backbone": backbone,
             "condition": condition,
             "preset": "xs",
-            "gate_preset": "seed" if variant == "lif-seed" else "released",
+            "gate_preset": "text" if variant == "lif-text" else "released",
             "refractory_mode": "causal",
             "seed": seed,
             "steps": steps,
@@ -184,7 +184,7 @@ def _gates(
         end = 0.1 if variant == "lif-fixed" else ends[layer]
         gates[name.format(layer)] = {
             "threshold": [start + grown * (end - start)] * units,
-            "leak": [0.73 if variant == "lif-seed" else 0.881] * units,
+            "leak": [0.73 if variant == "lif-text" else 0.881] * units,
             "steepness": [2.127] * units,
         }
     return gates

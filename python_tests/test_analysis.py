@@ -106,7 +106,7 @@ def change_config(key: str, value: object) -> Callable[[dict[str, Any]], None]:
         (change_config("seed", None), "no number 'seed'"),
         (change_config("backbone", "mlp"), "backbone must be one of"),
         (change_config("learning_rate", 0.1), "learning_rate must be 0.001 as in"),
-        (change_config("gate_preset", "seed"), "gate_preset must be that of"),
+        (change_config("gate_preset", "text"), "gate_preset must be that of"),
         (lambda content: content["corpus"].__setitem__("sha256", "1"), "corpus must be that of"),
     ],
 )
@@ -266,7 +266,7 @@ def test_depth_profiles() -> None:
         "lif",
         "lif-fixed",
         "lif-refractory",
-        "lif-seed",
+        "lif-text",
     }
 
 

@@ -151,7 +151,7 @@ def test_chance_is_seldom_taken_for_an_effect() -> None:
 def test_rows_of_table_3_1() -> None:
     effects = {
         "lif": Effect(loss=-0.006),
-        "lif-seed": Effect(loss=0.006),
+        "lif-text": Effect(loss=0.006),
         "lif-fixed": Effect(loss=0.006),
         "lif-refractory": Effect(loss=-0.004),
         "qwen-gate": Effect(loss=0.01),
@@ -462,7 +462,7 @@ def test_counts_at_the_papers_sizes() -> None:
 
 
 @pytest.mark.parametrize("backbone", ["transformer", "cfc"])
-@pytest.mark.parametrize("variant", ["lif", "lif-seed"])
+@pytest.mark.parametrize("variant", ["lif", "lif-text"])
 def test_the_start_of_training(backbone: str, variant: str) -> None:
     def results() -> list[RunResult]:
         runs = synthetic_results(backbone=backbone)
@@ -475,7 +475,7 @@ def test_the_start_of_training(backbone: str, variant: str) -> None:
         return runs
 
     key = f"starts-open-{backbone}" if variant == "lif" else f"starts-open-text-gate-{backbone}"
-    preset = "released" if variant == "lif" else "seed"
+    preset = "released" if variant == "lif" else "text"
     assert f"preset {preset}: loss of {variant} " in judged(results())[key].evidence
     assert verdicts(results(), key) == [SUPPORTED]
     changed, closed = results(), results()

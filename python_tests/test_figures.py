@@ -309,8 +309,8 @@ def test_thresholds_keep_presets_apart(grid: Grid) -> None:
     assert [title.split("  ")[1] for title in titles] == [
         "Transformer, released preset",
         "CfC, released preset",
-        "Transformer, seed preset",
-        "CfC, seed preset",
+        "Transformer, text preset",
+        "CfC, text preset",
     ]
     ends = {round(float(np.ravel(line.get_ydata())[-1]), 6) for line in figure.axes[0].lines}
     assert ends == {0.001, 0.02, 0.05}  # the start (dashed), and both layers

@@ -17,7 +17,7 @@ from ember_ext import nn
 from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
 from ember_ext.nn.lif_gate import GateParameters, PresetName
 
-PRESETS: tuple[PresetName, ...] = ("seed", "released")
+PRESETS: tuple[PresetName, ...] = ("text", "released")
 SMALL: dict[str, Any] = {"n_layer": 1, "n_embd": 8, "block_size": 4, "vocab_size": 5}
 
 GATED: dict[str, Callable[[], torch.nn.Module]] = {
@@ -63,7 +63,7 @@ def test_effective_values_are_what_the_operator_takes(preset: PresetName, learna
 def test_effective_values_are_transforms_of_the_raw_ones(preset: PresetName) -> None:
     gate: Any = scrambled(nn.RefractoryParameters(4, preset=preset))
     raw = gate.raw_threshold
-    assert torch.equal(gate.threshold, raw if preset == "seed" else 0.1 * raw.abs())
+    assert torch.equal(gate.threshold, raw if preset == "text" else 0.1 * raw.abs())
     assert torch.equal(gate.leak, gate.raw_leak.sigmoid())
     assert torch.equal(gate.steepness, softplus(gate.raw_steepness))
     assert torch.equal(gate.within, softplus(gate.raw_within))

@@ -68,10 +68,10 @@ def test_neuron_entropy_of_even_spread() -> None:
 def test_transformer_metrics(condition: Any) -> None:
     torch.manual_seed(0)
     model = Ember(EmberConfig(n_head=4, condition=condition, **SIZES)).eval()
-    metrics = collect_metrics(model, torch.randint(11, (3, 12)), "seed")
+    metrics = collect_metrics(model, torch.randint(11, (3, 12)), "text")
     torch.manual_seed(1)
     windows = torch.randint(11, (3, 12))
-    measured = collect_metrics(model, windows, "seed")["attention_entropy"]
+    measured = collect_metrics(model, windows, "text")["attention_entropy"]
     at_once = [attention_entropy(weights) for weights in model.attention_weights(windows)]
     torch.testing.assert_close(torch.tensor(measured), torch.stack(at_once))
     gated = condition.startswith("lif")
@@ -126,6 +126,6 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     model = LiquidEmber(LiquidEmberConfig(cfc_units=24, **SIZES)).eval()
     windows = torch.randint(11, (3, 12))
     before = model(windows)[0]
-    collect_metrics(model, windows, "seed")
+    collect_metrics(model, windows, "text")
     assert torch.equal(model(windows)[0], before)
     assert not any(module._forward_pre_hooks for module in model.modules())

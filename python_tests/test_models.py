@@ -358,7 +358,7 @@ def test_generation_rejects(options: dict[str, Any], message: str) -> None:
 
 
 @every_model
-@pytest.mark.parametrize("gate_preset", ["seed", "released"])
+@pytest.mark.parametrize("gate_preset", ["text", "released"])
 def test_every_parameter_gets_a_gradient(build: Any, condition: str, gate_preset: str) -> None:
     model = build(condition, gate_preset=gate_preset).double()
     _, loss, _ = model(tokens(4, BLOCK), tokens(4, BLOCK))
@@ -451,7 +451,7 @@ def test_a_state_dict_round_trips(build: Any, condition: str) -> None:
     [
         (EmberConfig, {"condition": "liff"}, "condition must be one of 'standard', 'lif', "),
         (LiquidEmberConfig, {"condition": "qwen-gate"}, "condition must be one of 'standard', "),
-        (EmberConfig, {"gate_preset": "x"}, "gate_preset must be one of 'seed', 'released', got"),
+        (EmberConfig, {"gate_preset": "x"}, "gate_preset must be one of 'text', 'released', got"),
         (
             EmberConfig,
             {"refractory_mode": "x"},

@@ -75,7 +75,7 @@ def test_published_refractory_losses_look_ahead() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"variants": ["liff"]}, "variant must be one of .*'lif-seed'.*, got 'liff'"),
+        ({"variants": ["liff"]}, "variant must be one of .*'lif-text'.*, got 'liff'"),
         ({"variants": ["qwen-gate"], "backbones": ["cfc"]}, "has no variants .*qwen-gate.* for"),
     ],
 )
@@ -129,6 +129,15 @@ def test_a_damaged_result_is_named(tmp_path: Path, content: str) -> None:
         read_results(tmp_path)
     with pytest.raises(ResultError, match="is not a folder"):
         read_results(tmp_path / "nowhere")
+
+
+def test_a_result_of_an_earlier_version_has_the_names_of_today(tmp_path: Path) -> None:
+    old = {"backbone": "transformer", "seed": 1, "gate_preset": "seed", "refractory_mode": "paper"}
+    content = {**WHOLE_RESULT, "variant": "lif-seed", "config": old}
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    (result,) = read_results(tmp_path)
+    assert result.name == "transformer-lif-text-seed1"
+    assert result.config == {**old, "gate_preset": "text", "refractory_mode": "look_ahead"}
 
 
 class HereAndNow:

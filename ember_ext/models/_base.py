@@ -33,7 +33,7 @@ class ModelConfig:
         n_embd: width of the residual stream.
         dropout: dropout probability, in [0, 1).
         bias: whether linear layers and LayerNorms have biases (a CfC's own always do).
-        gate_preset: initial values and normalisation of the LIF gates, "seed" or "released".
+        gate_preset: initial values and normalisation of the LIF gates, "text" or "released".
 
     Raises:
         ValueError: a field is out of range.
@@ -45,7 +45,7 @@ class ModelConfig:
     n_embd: int = 384
     dropout: float = 0.2
     bias: bool = False
-    gate_preset: PresetName = "seed"
+    gate_preset: PresetName = "text"
 
     def __post_init__(self) -> None:
         for field in ("block_size", "vocab_size", "n_layer", "n_embd"):

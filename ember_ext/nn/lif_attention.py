@@ -50,7 +50,7 @@ class RefractoryParameters(LIFParameters):
         self,
         num_units: int,
         *,
-        preset: PresetName = "seed",
+        preset: PresetName = "text",
         learnable: bool = True,
         device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
@@ -285,7 +285,7 @@ class LIFSelfAttention(SelfAttention):
         n_head: number of heads, a divisor of n_embd; each has its own (θ, λ, k).
         dropout: probability of dropping an attention weight, and an output. Default: 0.
         bias: whether the projections have biases. Default: False.
-        preset: initial values of the gates, see `ember_ext.nn.LIFParameters`. Default: "seed".
+        preset: initial values of the gates, see `ember_ext.nn.LIFParameters`. Default: "text".
         learnable: with False the gates are the paper's fixed control. Default: True.
         device: of the parameters. Default: torch's default device.
         dtype: of the parameters, floating. Default: torch's default dtype.
@@ -309,7 +309,7 @@ class LIFSelfAttention(SelfAttention):
         *,
         dropout: float = 0.0,
         bias: bool = False,
-        preset: PresetName = "seed",
+        preset: PresetName = "text",
         learnable: bool = True,
         refractory: RefractoryMode | None = None,
         device: torch.types.Device = None,

@@ -14,7 +14,7 @@ from ember_ext import ops
 from ember_ext.nn._arguments import check_dtype, count, fail
 from ember_ext.ops.lif_gate import Norm, check_norm
 
-PresetName = Literal["seed", "released"]
+PresetName = Literal["text", "released"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GatePreset:
 
 GATE_PRESETS: dict[str, GatePreset] = {
     # The paper's text, section 2.1: θ starts at 0, λ at 0.73, and the gate preserves ‖x‖.
-    "seed": GatePreset(
+    "text": GatePreset(
         raw_threshold=0.0, raw_leak=1.0, raw_steepness=2.0, threshold_scale=0.0, norm="l2"
     ),
     # The code behind the published numbers: θ starts at 0.001, λ at 0.881; no norm on activations.
@@ -114,8 +114,8 @@ class LIFParameters(GateParameters):
 
     Args:
         num_units: how many gates; one (θ, λ, k) each.
-        preset: "seed" for the paper's text or "released" for the code behind its numbers (see
-            `GATE_PRESETS`). Default: "seed".
+        preset: "text" for the paper's text or "released" for the code behind its numbers (see
+            `GATE_PRESETS`). Default: "text".
         learnable: with False the raw values are buffers, and the raw threshold is 1: the paper's
             fixed control. Default: True.
         device: of the raw values. Default: torch's default device.
@@ -139,7 +139,7 @@ class LIFParameters(GateParameters):
         self,
         num_units: int,
         *,
-        preset: PresetName = "seed",
+        preset: PresetName = "text",
         learnable: bool = True,
         device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
@@ -196,7 +196,7 @@ class LIFGate(LIFParameters):
         preset: as `LIFParameters`.
         learnable: as `LIFParameters`.
         norm: "l1" or "l2" to preserve that norm of each row (the last dimension), None for no norm.
-            Default: "preset", that is "l2" for "seed" and None for "released".
+            Default: "preset", that is "l2" for "text" and None for "released".
         unit_dim: the dimension of the input along which units lie. Default: the last.
         device: as `LIFParameters`.
         dtype: as `LIFParameters`.
@@ -212,7 +212,7 @@ class LIFGate(LIFParameters):
         self,
         num_units: int,
         *,
-        preset: PresetName = "seed",
+        preset: PresetName = "text",
         learnable: bool = True,
         norm: Norm | Literal["preset"] | None = "preset",
         unit_dim: int = -1,

@@ -9,7 +9,7 @@ VARIANT_LABELS = {
         "standard": "Standard",
         "lif-fixed": "LIF-fixed",
         "lif": "LIF-learnable",
-        "lif-seed": "LIF-learnable",
+        "lif-text": "LIF-learnable",
         "lif-refractory": "LIF-refractory",
         "qwen-gate": "Qwen-gate",
         "null": "Null (Standard again)",
@@ -17,7 +17,7 @@ VARIANT_LABELS = {
     "cfc": {
         "standard": "CfC-only (base)",
         "lif": "CfC+LIF",
-        "lif-seed": "CfC+LIF",
+        "lif-text": "CfC+LIF",
         "null": "Null (base again)",
     },
 }

@@ -89,15 +89,3 @@ def check_record(
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-_RENAMED_VALUES = {("refractory_mode", "paper"): "look_ahead"}
-"""Values of a run's configuration that have another name than in earlier versions."""
-
-
-def current_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's configuration as this version calls its values; a file may be of an earlier one."""
-    return {
-        field: _RENAMED_VALUES.get((field, value), value) if isinstance(value, str) else value
-        for field, value in config.items()
-    }

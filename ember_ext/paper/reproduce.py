@@ -49,7 +49,7 @@ class ReproduceArguments:
     seeds: tuple[int, ...] = ()
     """Default: 42 for "quick", else 42, 668 and 1337."""
     conditions: tuple[str, ...] = ()
-    """Only these, of standard, lif, lif-fixed, lif-refractory, qwen-gate, lif-seed (lif with the
+    """Only these, of standard, lif, lif-fixed, lif-refractory, qwen-gate, lif-text (lif with the
     gate of the paper's text) and null (standard again, equal up to rounding)."""
     backbones: tuple[Backbone, ...] = ()
     """Only these."""

@@ -214,10 +214,10 @@ _SPECS: tuple[_Spec, ...] = (
     ),
     *_per_backbone(
         "loss-text-gate",
-        "gates as the text defines them (preset seed) lower the validation loss.",
+        "gates as the text defines them (preset text) lower the validation loss.",
         "2.1",
         _LOWER,
-        {backbone: differs(backbone, "lif-seed", -1) for backbone in _BACKBONES},
+        {backbone: differs(backbone, "lif-text", -1) for backbone in _BACKBONES},
     ),
     *_per_backbone(
         "wins-every-seed",
@@ -370,10 +370,10 @@ _SPECS: tuple[_Spec, ...] = (
     ),
     *_per_backbone(
         "starts-open-text-gate",
-        "the gate as the text defines it (preset seed) starts as a pass-through.",
+        "the gate as the text defines it (preset text) starts as a pass-through.",
         "1.3; 2.1",
         _OPEN_CRITERION + _ADDED_CLAIM,
-        {backbone: starts_open(backbone, "lif-seed") for backbone in _BACKBONES},
+        {backbone: starts_open(backbone, "lif-text") for backbone in _BACKBONES},
         _OPEN_GATES,
     ),
     _Spec(

@@ -137,7 +137,7 @@ _PLANS = (
         "Effective threshold |θ| at every evaluation, one row for each gate preset. Thick lines "
         "are means of a layer over seeds; thin lines, marked at their ends, are single heads "
         "(Transformer) or a layer's mean in one seed (CfC). Dashed: the initial value.",
-        {"transformer": ("lif", "lif-seed"), "cfc": ("lif", "lif-seed")},
+        {"transformer": ("lif", "lif-text"), "cfc": ("lif", "lif-text")},
     ),
     _Plan(
         "figure-7-parameters",

@@ -112,7 +112,7 @@ def _legend(axes: Axes) -> None:
         0.08,
         0.2,
         r"$g(u)=\lambda+(1-\lambda)\,\sigma(k(u-\theta))$, with one learnt $(\theta,\lambda,k)$ "
-        "for each head (a) or neuron (b).   *seed preset only; released: none.",
+        "for each head (a) or neuron (b).   *text preset only; released: none.",
         va="center",
         size=7,
     )

@@ -64,7 +64,7 @@ LOOKS = {
     "lif-fixed": Look("LIF-fixed", ORANGE, "D"),
     "lif-refractory": Look("LIF-refractory", PURPLE, "^"),
     "qwen-gate": Look("Qwen-gate", BLUE, "v"),
-    "lif-seed": Look("LIF, seed preset", GREEN, "p"),
+    "lif-text": Look("LIF, text preset", GREEN, "p"),
     "null": Look("Standard again", GREY, "X"),
 }
 """In the order of legends."""

@@ -23,7 +23,7 @@ from ember_ext.paper.runs.finished import Grid
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.depth import threshold_trajectories
 
-VARIANTS = ("lif", "lif-seed")
+VARIANTS = ("lif", "lif-text")
 
 _MEAN: dict[str, Any] = {
     "linewidth": 1.6,
@@ -50,8 +50,8 @@ def figure_6_thresholds(grid: Grid) -> Figure:
         for axes, (backbone, label) in zip(row, BACKBONE_LABELS.items(), strict=True):
             chosen = runs[variant, backbone]
             presets = sorted({str(run.config["gate_preset"]) for run in chosen})
-            kind = f"{', '.join(presets)} preset" if presets else "seed preset"
-            named = variant == "lif-seed" or presets
+            kind = f"{', '.join(presets)} preset" if presets else "text preset"
+            named = variant == "lif-text" or presets
             panel_title(axes, next(letters), f"{label}, {kind}" if named else label)
             if not chosen:
                 say_not_run(axes, f"{label} with LIF")

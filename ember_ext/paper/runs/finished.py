@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
+from ember_ext.paper.earlier import LATER_FIELDS
 from ember_ext.paper.runs.results import ResultError, RunResult, select
 
 BASELINE = "standard"
@@ -49,9 +50,6 @@ _NUMBERS = (
     "grad_clip",
 )
 _NAMES = ("gate_preset", "lr_schedule")
-
-_LATER_FIELDS = {"cell": "cfc"}
-"""What configurations of earlier versions lack, and what it was."""
 
 # What may differ between runs that are compared: what is under study, and what moves no loss.
 _FREE_FIELDS = {
@@ -206,7 +204,7 @@ def _check_alike(runs: Sequence[RunResult]) -> None:
     for run in runs:
         for field in (first.config.keys() | run.config.keys()) - _FREE_FIELDS:
             expected, got = (
-                each.config.get(field, _LATER_FIELDS.get(field)) for each in (first, run)
+                each.config.get(field, LATER_FIELDS.get(field)) for each in (first, run)
             )
             if expected != got:
                 raise ResultError(

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ember_ext.paper.earlier import current_fields, current_variant
 from ember_ext.paper.files import write_atomically
-from ember_ext.paper.records import RecordError, check_record, current_fields, read_json
+from ember_ext.paper.records import RecordError, check_record, read_json
 
 SIGNIFICANT_DIGITS = 7
 """Of every number in a file; a float32 has no more."""
@@ -42,7 +43,7 @@ class RunResult:
         summary: what `training.train` returns, among it "parameters" and "lif_parameters".
         evaluations: one entry per evaluation, in order of "step": "val_loss" (the whole validation
             text), "val_loss_estimate" and "train_loss_estimate" (random batches, the paper's
-            protocol), "seconds", and the entries of `analysis.metrics.collect_metrics`.
+            protocol), "seconds", and the entries of `training.metrics.collect_metrics`.
     """
 
     variant: str
@@ -106,7 +107,11 @@ def read_result(path: str | os.PathLike[str]) -> RunResult:
     try:
         result = RunResult(**check_record(read_json(Path(path)), _FIELDS, exact=True))
         check_record(result.config, {"backbone": str, "seed": int}, "config")
-        result = dataclasses.replace(result, config=current_fields(result.config))
+        result = dataclasses.replace(
+            result,
+            variant=current_variant(result.variant),
+            config=current_fields(result.config),
+        )
         check_record(result.corpus, {"name": str}, "corpus")
         if not result.evaluations:
             raise RecordError("evaluations must be at least one, got none")

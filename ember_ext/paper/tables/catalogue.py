@@ -1,7 +1,7 @@
 """The paper's tables with this project's numbers beside the published ones.
 
 The main loss is the paper's: the smallest estimate of the validation loss over all evaluations of a
-run. Rows are of one variant each, so that the gate of the paper's text ("seed") and that of its
+run. Rows are of one variant each, so that the gate of the paper's text ("text") and that of its
 released code ("released") stand apart.
 """
 

@@ -177,7 +177,7 @@ def crossover_table(grid: Grid) -> Table:
     )
     rows = []
     for backbone, label in BACKBONE_LABELS.items():
-        for variant in ("lif", "lif-seed", NULL):
+        for variant in ("lif", "lif-text", NULL):
             pairs = grid.pairs(backbone, variant)
             summary = find_crossovers(pairs)
             first = ["always" if c.always else c.first for c in summary.crossovers]

@@ -348,5 +348,5 @@ def gate_table(grid: Grid) -> Table:
 
 def _learned_gates(backbone: str) -> list[str]:
     """The variants with a learnable LIF gate."""
-    learned = ("lif", "lif-seed", "lif-refractory")
+    learned = ("lif", "lif-text", "lif-refractory")
     return [variant for variant in learned if variant in VARIANT_LABELS[backbone]]

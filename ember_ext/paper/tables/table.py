@@ -18,7 +18,7 @@ ROW_HEAD = ("Condition", "Gate", "Seeds")
 _PLANNED_GATES = {
     "lif-fixed": "released",
     "lif": "released",
-    "lif-seed": "seed",
+    "lif-text": "text",
     "lif-refractory": "released",
 }
 

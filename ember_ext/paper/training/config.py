@@ -18,7 +18,8 @@ from ember_ext import _native
 from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
 from ember_ext.models.liquid_ember import CellName
 from ember_ext.nn.lif_gate import PresetName
-from ember_ext.paper.records import RecordError, current_fields, parse_json
+from ember_ext.paper.earlier import current_fields
+from ember_ext.paper.records import RecordError, parse_json
 from ember_ext.reference.refractory_lif_attention import RefractoryMode
 
 Backbone = Literal["transformer", "cfc"]
@@ -65,7 +66,7 @@ class TrainConfig:
     """Dropout probability."""
     bias: bool = False
     """Biases in linear layers and LayerNorms."""
-    gate_preset: PresetName = "seed"
+    gate_preset: PresetName = "text"
     """Start and normalisation of the gates: the paper's text, or its released code."""
     refractory_mode: RefractoryMode = "causal"
     """Whether refractory thresholds look at the past only, or also at the future as published."""
@@ -278,10 +279,6 @@ def build_model(config: TrainConfig, vocab_size: int) -> Ember | LiquidEmber:
         sizes = ", ".join(f"{name} {fields[name]}" for name in _LARGEST if name in fields)
         reason = str(error).splitlines()[0]
         raise ConfigError(f"a model of {sizes} must fit the memory, got: {reason}") from None
-
-
-LATER_FIELDS = ("cell",)
-"""What the configurations of earlier versions lack, whose runs had its default."""
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from ember_ext.nn.lif_gate import current_name
 from ember_ext.paper.data import Corpus, Vocabulary
+from ember_ext.paper.earlier import LATER_FIELDS
 from ember_ext.paper.files import remove_leftovers, write_atomically
 from ember_ext.paper.records import RecordError, check_record, parse_json, read_json
 from ember_ext.paper.training.config import (
-    LATER_FIELDS,
     ConfigError,
     TrainConfig,
     differing_fields,
@@ -180,10 +180,9 @@ class RunFolder:
         if not self.exists():
             raise RunError(f"{self.path} holds no run (no {self.config.name})")
         try:
-            fields = read_config(self.config)
+            fields = {**LATER_FIELDS, **read_config(self.config)}
             # A field that is gone would go on with its default, as another run.
-            known = fields.keys() | set(LATER_FIELDS)
-            missing = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in known]
+            missing = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in fields]
             if missing:
                 raise RunError(
                     f"{self.config} must have all fields of a run, got one without "
