@@ -69,6 +69,10 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
+# Lines of 95 characters of code fit.
+html_theme_options = {
+    "light_css_variables": {"code-font-size": "var(--font-size--small--3)"},
+}
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
 html_css_files = ["ember.css"]
