@@ -80,13 +80,24 @@ def runs(device_type: str, op: str) -> bool:
 def use_reference() -> Iterator[None]:
     """Run the PyTorch definitions in `ember_ext.reference` and not the compiled kernels.
 
-    The way out wherever something works with PyTorch's own operators only: a second derivative, a
-    device or an exporter without our kernels, a number in doubt. Operators and modules keep their
-    arguments, checks and results, and are slower. It nests, it is a decorator as well, and
-    compiled functions follow it. `ember_ext.decelerate` turns accelerated modules back for good.
+    This is the way out wherever something works with PyTorch's own operators only: a second
+    derivative, a device or an exporter without our kernels, a number in doubt. Operators and
+    modules keep their arguments, checks and results, and are slower. The context nests, it is a
+    decorator as well, and compiled functions follow it. :func:`~ember_ext.decelerate` turns
+    accelerated modules back for good.
 
-    The context holds for all threads of the process. What is computed again in the backward pass,
-    such as by `torch.utils.checkpoint`, must run within it, too.
+    The context holds for all threads of the process. Whatever the backward pass computes again,
+    such as by `torch.utils.checkpoint`, must run within it too.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import nn, use_reference
+        >>> gate, x = nn.LIFGate(8), torch.randn(4, 8)
+        >>> with use_reference():
+        ...     y = gate(x)
+        >>> torch.allclose(y, gate(x), atol=1e-6)
+        True
     """
     global _reference_uses
     _reference_uses += 1

@@ -129,17 +129,21 @@ class LiquidLayer(Packing):
             input: [B, T, C], or [T, B, C] without `batch_first`, or [T, C] for a single sequence.
             hx: initial state, [B, S], or [S] for a single sequence; with mixed memory a pair of
                 such. Default: zeros.
-            timespans: time since the previous step, ≥ 0, of an LTC > 0: a number, or a tensor
-                shaped as the input without C, or with C = 1; with B = 1 for all rows alike; or with
-                one for each unit, which goes step by step. Default: 1.
+            timespans: time since the previous step, >= 0, for an LTC > 0. It is a number, or a
+                tensor shaped as the input without C, or with C = 1. B = 1 stands for all rows
+                alike. A span for each unit goes step by step. Default: 1.
             lengths: [B], integers of any kind: row b ends after `lengths[b]` steps. Its state is
-                frozen from there on and its outputs are zero before the output layer. What the
-                input and the time spans hold there does not matter. Default: all T.
+                frozen from there on, and its outputs are zero before the output layer. The input
+                and the time spans may hold anything there. Default: all T.
 
         Returns:
             The output, shaped as the input with C the number of motor neurons (or units, or
             `proj_size`), or without T if `return_sequences` is False; and the state after each
             row's last step, shaped as `hx`.
+
+        Raises:
+            TypeError: an argument is of the wrong type or dtype.
+            ValueError: a shape or a value does not fit.
         """
         layer = self.layer_name
         batched = _arguments.check_input(layer, input, self._features, self.batch_first)
@@ -181,17 +185,18 @@ class LiquidLayer(Packing):
     def step(
         self, input: Tensor, hx: Hidden | None = None, timespan: Tensor | float | None = 1.0
     ) -> tuple[Tensor, Hidden]:
-        """One time step, for streaming: `forward` on a sequence of length 1, without its dimension.
+        """Take one time step: `forward` on a sequence of length 1, without its dimension.
 
-        Without gradients the weights are laid out once for many steps. Each step compares what they
-        hold with what was laid out, so that it follows every change of them at once, whoever makes
-        it: an optimiser, a soft update through `.data`, or another process.
+        Without gradients the weights are laid out once for many steps. Each step compares them with
+        what was laid out, so it follows every change of them at once, whoever makes it: an
+        optimiser, a soft update through `.data`, or another process.
 
         Args:
             input: [B, C], or [C] for a single sequence.
             hx: the state, as `forward` takes and returns it. Default: zeros.
-            timespan: time since the previous step, ≥ 0: a number, a tensor of no dimension, [B] or
-                [B, 1], without B for a single sequence; with B = 1 for all rows alike. Default: 1.
+            timespan: time since the previous step, >= 0: a number, or a tensor that has no
+                dimension, or is [B] or [B, 1], without B for a single sequence. B = 1 stands for
+                all rows alike. Default: 1.
 
         Returns:
             The output [B, units] (or motor neurons, or `proj_size`), and the new state.
@@ -219,9 +224,9 @@ class LiquidLayer(Packing):
         return (y.squeeze(time_dim) if self.return_sequences else y), hx
 
     def streamer(self) -> Streamer:
-        """A copy of this layer for streaming, whose steps do not look for changed weights.
+        """Copy this layer for streaming, to take steps that do not look for changed weights.
 
-        For weights that stay as they are, such as on a robot. `step` is always current.
+        Use it where weights stay as they are, such as on a robot. :meth:`step` is always current.
         """
         return Streamer(self)
 

@@ -14,12 +14,24 @@ if TYPE_CHECKING:
 
 
 class Streamer:
-    """A copy of a liquid layer for streaming, made by the layer's `streamer()`.
+    """A copy of a liquid layer for streaming, which the layer's `streamer()` makes.
 
-    It has the weights that the layer had when the copy was made, and does not follow later changes;
-    make a new one after them. In return a step does not read the weights a second time to compare
+    It has the weights that the layer had when the copy was made, and does not follow later changes.
+    Make a new one after them. In return a step does not read the weights a second time to compare
     them. Where weights cannot be laid out, as on a GPU, with mixed memory or with hooks, it takes
     the steps that the layer takes.
+
+    Examples::
+
+        >>> import torch
+        >>> from ncps.wirings import AutoNCP
+        >>> from ember_ext import nn
+        >>> streamer = nn.CfC(3, AutoNCP(16, 2)).streamer()
+        >>> state = torch.zeros(1, 16)
+        >>> for reading in torch.randn(5, 1, 3):
+        ...     output, state = streamer.step(reading, state, 0.05)
+        >>> output.shape
+        torch.Size([1, 2])
     """
 
     def __init__(self, layer: LiquidLayer) -> None:
@@ -35,7 +47,7 @@ class Streamer:
     def step(
         self, input: Tensor, hx: Hidden | None = None, timespan: Tensor | float | None = 1.0
     ) -> tuple[Tensor, Hidden]:
-        """One time step, as the layer's `step` takes it, without a gradient.
+        """Take one time step without a gradient, with the arguments of the layer's `step`.
 
         Args:
             input: [B, C], or [C] for a single sequence.

@@ -64,13 +64,24 @@ class _Exchange:
 
 @dataclass(frozen=True)
 class Acceleration(_Exchange):
-    """What `accelerate` did; prints as one line for each layer.
+    """What :func:`~ember_ext.accelerate` did; prints as one line for each layer.
 
     Attributes:
         replaced: the names in the model of the modules that are of `ember_ext.nn` now, as
             `named_modules` has them; the model itself is "".
         left: the modules of ncps that stay as they were, and why.
-        kinds: the name of each of these modules' class, such as "LTC".
+        kinds: the name of the class of each of these modules, such as "LTC".
+
+    Examples::
+
+        >>> import torch
+        >>> from ncps.torch import CfC
+        >>> from ember_ext import accelerate
+        >>> report = accelerate(torch.nn.ModuleDict({"memory": CfC(3, 16)}))
+        >>> report.replaced, report.left
+        (('memory',), {})
+        >>> print(report)
+        memory (CfC): accelerated
     """
 
     _verb = "accelerated"
@@ -79,13 +90,19 @@ class Acceleration(_Exchange):
 
 @dataclass(frozen=True)
 class Deceleration(_Exchange):
-    """What `decelerate` did; prints as one line for each layer.
+    """What :func:`~ember_ext.decelerate` did; prints as one line for each layer.
 
     Attributes:
         replaced: the names in the model of the modules that are of ncps again, as `named_modules`
             has them; the model itself is "".
         left: the modules of `ember_ext.nn` that stay as they were, and why.
-        kinds: the name of each of these modules' class, such as "LTC".
+        kinds: the name of the class of each of these modules, such as "LTC".
+
+    Examples::
+
+        >>> from ember_ext import decelerate, nn
+        >>> print(decelerate(nn.CfC(3, 16)))
+        (the model) (CfC): back to ncps
     """
 
     _verb = "back to ncps"
@@ -93,20 +110,35 @@ class Deceleration(_Exchange):
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Turn every `ncps.torch.CfC` and `LTC` in `model` into that of `ember_ext.nn`, in place.
+    """Turn every CfC, LTC and cell of ncps in `model` into that of `ember_ext.nn`, in place.
 
-    Cells that stand alone are turned, too: `CfCCell`, `WiredCfCCell` and `LTCCell`.
     The modules stay the same objects, with their parameters, hooks, mode and state-dict keys, so
-    optimisers and checkpoints that refer to them go on working. Calling it again changes nothing,
-    and `decelerate` undoes it.
+    optimisers and checkpoints that refer to them go on working. Device and dtype stay as they are.
+    A second call changes nothing, and :func:`~ember_ext.decelerate` undoes the first.
 
     Args:
         model: any module; it may itself be one of them.
 
     Returns:
-        Which modules were replaced, and which were left and why: subclasses, and those whose cells
-        do more than apply their own weights, such as by hooks, adapters or quantised layers. What
-        is done to a cell afterwards is followed, too: then its layer calls it step by step.
+        An :class:`~ember_ext.nn.Acceleration`: which modules were replaced, and which were left and
+        why. Subclasses are left, and so are modules whose cells do more than apply their own
+        weights, such as by hooks, adapters or quantised layers. A cell that is changed afterwards
+        is followed too: its layer then calls it step by step.
+
+    Examples::
+
+        >>> import torch
+        >>> from ncps.torch import CfC
+        >>> from ncps.wirings import AutoNCP
+        >>> from ember_ext import accelerate
+        >>> model = torch.nn.ModuleDict({"memory": CfC(3, AutoNCP(16, 2))})
+        >>> x = torch.randn(8, 20, 3)
+        >>> before, _ = model["memory"](x)
+        >>> print(accelerate(model))
+        memory (CfC): accelerated
+        >>> after, _ = model["memory"](x)
+        >>> torch.allclose(before, after, atol=1e-5)
+        True
     """
     replaced: list[str] = []
     left: dict[str, str] = {}
@@ -126,19 +158,29 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 
 def decelerate(model: nn.Module) -> Deceleration:
-    """Turn every `ember_ext.nn.CfC`, `LTC` and cell in `model` into that of ncps, in place.
+    """Turn every CfC, LTC and cell of `ember_ext.nn` in `model` into that of ncps, in place.
 
-    That undoes `accelerate`, and works as well for layers that were built as ours.
-    The modules stay the same objects, with their parameters, hooks and state-dict keys; the model
-    then needs `ncps` and no `ember_ext`, also where it is unpickled. What our classes add, such as
-    `step`, is gone. `use_reference` keeps it, and runs the definitions for a while.
+    This undoes :func:`~ember_ext.accelerate`, and works for layers that were built as ours too. The
+    modules stay the same objects, with their parameters, hooks and state-dict keys. The model then
+    needs ncps and no `ember_ext`, also where it is unpickled. What our classes add, such as `step`,
+    is gone. :func:`~ember_ext.use_reference` keeps it, and runs the definitions for a while.
 
     Args:
         model: any module; it may itself be one of them.
 
     Returns:
-        Which modules were replaced, and which were left and why: subclasses, and LTCs and LTC
-        cells with parametrised or pruned weights, which ncps' would not follow.
+        A :class:`~ember_ext.nn.Deceleration`: which modules were replaced, and which were left and
+        why. Subclasses are left, and so are LTCs and LTC cells with parametrised or pruned weights,
+        which those of ncps would not follow.
+
+    Examples::
+
+        >>> from ember_ext import decelerate, nn
+        >>> model = nn.LTC(3, 16)
+        >>> print(decelerate(model))
+        (the model) (LTC): back to ncps
+        >>> type(model).__module__
+        'ncps.torch.ltc'
     """
     replaced: list[str] = []
     left: dict[str, str] = {}

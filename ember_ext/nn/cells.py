@@ -1,4 +1,4 @@
-"""`CfCCell`, `WiredCfCCell` and `LTCCell`: ncps' cells, for loops over time that are not ours."""
+"""`CfCCell`, `WiredCfCCell` and `LTCCell`: the cells of ncps, for a loop over time of your own."""
 
 from __future__ import annotations
 
@@ -35,28 +35,39 @@ class CfCCell(_CfCSteps, ncps.torch.CfCCell):  # type: ignore[misc]
     """One time step of a closed-form continuous-time cell: `ncps.torch.CfCCell` 1.0.1.
 
     Constructor, initial values, state-dict keys and results are those of ncps. Without gradients a
-    step on a CPU is one call of an operator, from weights that are laid out once and compared by
-    their content at each step. With gradients, on other devices, and where the cell was changed
-    (hooks, adapters, pruned or quantised layers) it runs the code of ncps: a single step with
-    gradients takes an operator longer. `CfC` runs a sequence at once, with gradients, too.
+    step on a CPU is one call of an operator. Its weights are laid out once and compared by their
+    content at each step. The cell runs the code of ncps with gradients (for a single step an
+    operator would take longer), on other devices, and where it was changed by hooks, adapters,
+    pruning or quantisation. :class:`~ember_ext.nn.CfC` runs a sequence at once, with gradients too.
 
     Args:
         input_size: number of input features.
         hidden_size: number of units.
-        mode: "default", "pure" or "no_gate", see `ember_ext.ops.cfc_scan`.
+        mode: "default", "pure" or "no_gate", see :func:`~ember_ext.cfc_scan`.
         backbone_activation: "lecun_tanh" (the default), "tanh", "relu", "silu" or "gelu".
         backbone_units: width of each backbone layer. Default: 128.
         backbone_layers: number of backbone layers. Default: 1.
         backbone_dropout: dropout rate after the second and later backbone layers. Default: 0.
-        sparsity_mask: array [hidden_size, width of what ff1 and ff2 take] whose zeros are synapses
-            that do not exist. Default: none.
+        sparsity_mask: NumPy array [Z, hidden_size], where Z is the width of what ff1 and ff2 take.
+            Its zeros are synapses that do not exist. Default: none.
         device: of the parameters. Default: torch's default device.
-        dtype: of the parameters, floating; initial values are drawn in torch's default dtype and
+        dtype: of the parameters, floating. Initial values are drawn in torch's default dtype and
             rounded. Default: torch's default dtype.
 
     Raises:
         TypeError: `dtype` is not a floating one.
         ValueError: an unknown mode or activation.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import nn
+        >>> cell = nn.CfCCell(3, 16)
+        >>> h = torch.zeros(8, 16)
+        >>> for x in torch.randn(5, 8, 3):
+        ...     y, h = cell(x, h, 0.1)
+        >>> y.shape
+        torch.Size([8, 16])
     """
 
     def __init__(
@@ -88,13 +99,13 @@ class CfCCell(_CfCSteps, ncps.torch.CfCCell):  # type: ignore[misc]
         settle(self, device, dtype)
 
     def forward(self, input: Tensor, hx: Tensor, ts: Tensor | float) -> tuple[Tensor, Tensor]:
-        """One time step.
+        """Take one time step.
 
         Args:
             input: [B, C].
             hx: the state, [B, S].
-            ts: time since the previous step, ≥ 0: a number, or a tensor of no dimension, [B] or
-                [B, 1]. ncps multiplies [B] along the units.
+            ts: time since the previous step, >= 0: a number, or a tensor that has no dimension, or
+                is [B] or [B, 1]. ncps multiplies [B] along the units.
 
         Returns:
             The new state, twice.
@@ -110,19 +121,29 @@ class CfCCell(_CfCSteps, ncps.torch.CfCCell):  # type: ignore[misc]
 class WiredCfCCell(_CfCSteps, ncps.torch.WiredCfCCell):  # type: ignore[misc]
     """One time step of a wired stack of CfC cells: `ncps.torch.WiredCfCCell` 1.0.1.
 
-    As `CfCCell`, for all cells of the stack at once.
+    It works as :class:`~ember_ext.nn.CfCCell`, for all cells of the stack at once.
 
     Args:
         input_size: number of input features; None for a wiring that was built.
         wiring: an `ncps.wirings.Wiring`.
-        mode: "default", "pure" or "no_gate", see `ember_ext.ops.cfc_scan`.
+        mode: "default", "pure" or "no_gate", see :func:`~ember_ext.cfc_scan`.
         device: of the parameters. Default: torch's default device.
-        dtype: of the parameters, floating; initial values are drawn in torch's default dtype and
+        dtype: of the parameters, floating. Initial values are drawn in torch's default dtype and
             rounded. Default: torch's default dtype.
 
     Raises:
         TypeError: `dtype` is not a floating one.
         ValueError: an unknown mode, or `input_size` is not that of the wiring.
+
+    Examples::
+
+        >>> import torch
+        >>> from ncps.wirings import AutoNCP
+        >>> from ember_ext import nn
+        >>> cell = nn.WiredCfCCell(3, AutoNCP(16, 2))
+        >>> y, h = cell(torch.randn(8, 3), torch.zeros(8, 16), 0.1)
+        >>> y.shape, h.shape
+        (torch.Size([8, 2]), torch.Size([8, 16]))
     """
 
     def __init__(
@@ -142,7 +163,7 @@ class WiredCfCCell(_CfCSteps, ncps.torch.WiredCfCCell):  # type: ignore[misc]
     def forward(
         self, input: Tensor, hx: Tensor, timespans: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        """One time step.
+        """Take one time step.
 
         Args:
             input: [B, C].
@@ -150,7 +171,7 @@ class WiredCfCCell(_CfCSteps, ncps.torch.WiredCfCCell):  # type: ignore[misc]
             timespans: as for `CfCCell`.
 
         Returns:
-            The motor neurons' state [B, M], and the new state of all.
+            The state of the motor neurons [B, M], and the new state of all.
         """
         timespans = row_timespan(timespans, input)
         return self._advance(input, hx, timespans) or super().forward(input, hx, timespans)
@@ -167,33 +188,43 @@ class LTCCell(LiquidCell, ncps.torch.LTCCell):  # type: ignore[misc]
     """One time step of a liquid time-constant network: `ncps.torch.LTCCell` 1.0.1.
 
     Constructor, initial values, state-dict keys and results are those of ncps. A step is one call
-    of an operator; without gradients on a CPU, from weights that are laid out once and compared by
-    their content at each step. A cell that was hooked or pruned, or one of whose functions was
-    replaced, runs the code of ncps. `LTC` runs a sequence at once.
+    of an operator. Without gradients on a CPU its weights are laid out once and compared by their
+    content at each step. A cell that was hooked or pruned, or one of whose functions was replaced,
+    runs the code of ncps. :class:`~ember_ext.nn.LTC` runs a sequence at once.
 
-    ncps keeps its parameters twice: as the module's, and in a dict that its `forward` reads. What
-    replaces a parameter of the module is lost on that dict: `torch.func.functional_call`,
-    parametrisations, pruning, `load_state_dict(assign=True)`, a move to the meta device. This cell
-    computes with the parameters that the module has.
+    ncps keeps its parameters twice: as those of the module, and in a dict that its `forward` reads.
+    Whatever replaces a parameter of the module does not reach that dict:
+    `torch.func.functional_call`, parametrisations, pruning, `load_state_dict(assign=True)`, and a
+    move to the meta device. This cell computes with the parameters that the module has.
 
     Args:
         wiring: an `ncps.wirings.Wiring`.
         in_features: number of input features; None for a wiring that was built.
         input_mapping: "affine" (the default) scales and shifts each feature, "linear" scales it,
-            anything else leaves it as it is.
+            and anything else leaves it as it is.
         output_mapping: the same for each motor neuron.
         ode_unfolds: solver steps in one time step. Default: 6.
-        epsilon: added to the solver's denominator. Default: 1e-8.
-        implicit_param_constraints: keep conductances and capacitances positive by a softplus. If
-            not, `apply_weight_constraints` clips them. Default: False, unlike that of `LTC`; both
-            are those of ncps.
+        epsilon: added to the denominator of the solver. Default: 1e-8.
+        implicit_param_constraints: keep conductances and capacitances positive by a softplus.
+            Without it, :meth:`apply_weight_constraints` clips them. Default: False, unlike that of
+            `LTC`; both defaults are those of ncps.
         device: of the parameters. Default: torch's default device.
-        dtype: of the parameters, floating; initial values are drawn in torch's default dtype and
+        dtype: of the parameters, floating. Initial values are drawn in torch's default dtype and
             rounded. Default: torch's default dtype.
 
     Raises:
         TypeError: `dtype` is not a floating one.
-        ValueError: the wiring's number of inputs is not known.
+        ValueError: the number of inputs of the wiring is not known.
+
+    Examples::
+
+        >>> import torch
+        >>> from ncps.wirings import AutoNCP
+        >>> from ember_ext import nn
+        >>> cell = nn.LTCCell(AutoNCP(16, 2), 3)
+        >>> y, h = cell(torch.randn(8, 3), torch.zeros(8, 16), 0.1)
+        >>> y.shape, h.shape
+        (torch.Size([8, 2]), torch.Size([8, 16]))
     """
 
     def __init__(
@@ -241,16 +272,16 @@ class LTCCell(LiquidCell, ncps.torch.LTCCell):  # type: ignore[misc]
     def forward(
         self, inputs: Tensor, states: Tensor, elapsed_time: Tensor | float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """One time step.
+        """Take one time step.
 
         Args:
             inputs: [B, C].
             states: the state of all neurons, [B, S].
-            elapsed_time: time since the previous step, > 0: a number, or a tensor of no dimension,
-                [B] or [B, 1]. ncps divides the units by [B]. Default: 1.
+            elapsed_time: time since the previous step, > 0: a number, or a tensor that has no
+                dimension, or is [B] or [B, 1]. ncps divides the units by [B]. Default: 1.
 
         Returns:
-            The motor neurons' output [B, M], and the new state of all.
+            The output of the motor neurons [B, M], and the new state of all.
         """
         span = row_timespan(elapsed_time, inputs)
         return self._advance(inputs, states, span) or super().forward(inputs, states, span)
@@ -299,7 +330,7 @@ class LTCCell(LiquidCell, ncps.torch.LTCCell):  # type: ignore[misc]
         `implicit_param_constraints`, whose `forward` makes them positive.
 
         Raises:
-            RuntimeError: one of them is computed by hooks, such as by weight_norm's.
+            RuntimeError: hooks compute one of them, such as those of weight_norm.
         """
         if self._implicit_param_constraints:
             return

@@ -34,29 +34,30 @@ from ember_ext.reference.cfc_scan import Affine, CfCWeights, activate, cfc_cell
 
 
 class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
-    """A closed-form continuous-time network: `ncps.torch.CfC` 1.0.1, many times faster.
+    """A closed-form continuous-time (CfC) network: `ncps.torch.CfC` 1.0.1, many times faster.
 
-    Constructor, initial values, state-dict keys and results are those of ncps, so checkpoints
-    go back and forth unchanged. What ncps does and one might not expect is kept: a wiring's mask
-    covers the input weights of ff1 and ff2, and neither time_a, time_b nor the recurrent weights;
-    it counts as a (frozen) parameter; `activation` has no effect on a wired network; dropout
-    starts at the second backbone layer.
+    Constructor, initial values, state-dict keys and results are those of ncps, so checkpoints go
+    back and forth unchanged. This includes what one might not expect. The mask of a wiring covers
+    the input weights of ff1 and ff2, but neither time_a and time_b nor the recurrent weights, and
+    it counts as a (frozen) parameter. `activation` has no effect on a wired network. Dropout starts
+    at the second backbone layer.
 
-    Differences to ncps, where ncps fails:
-        - `timespans` of shape [B, T] or [B, T, 1] belong to each row and step. ncps squeezes a
-          step's column to [B] and multiplies it along the *units*: an error, or a wrong result
-          where B equals the number of units. Numbers are accepted too. What ncps computes rightly
-          is taken: [1, T] or [1, T, 1] for all rows, [T, 1] or [T] with the time first, and
-          [B, T, H] or [1, T, H] with a span for each unit where all cells have H of them. The last
-          go step by step.
-        - The default state has the input's dtype and not always float32.
-        - T = 0 returns the state unchanged.
-        - Arguments are checked, with messages that say what was expected.
+    It differs from ncps where ncps fails:
 
-    Where a cell's layer does more than apply its weights, because it was pruned, adapted, quantised
-    or hooked, the cell is called step by step as in ncps, and a warning says once for which layer.
+    - `timespans` of shape [B, T] or [B, T, 1] belong to each row and step. ncps squeezes a step's
+      column to [B] and multiplies it along the *units*. That is an error, or a wrong result where B
+      equals the number of units.
+    - `timespans` may be a number. All shapes that ncps computes rightly are taken too: [1, T] or
+      [1, T, 1] for all rows, [T, 1] or [T] with the time first, and [B, T, H] or [1, T, H] with a
+      span for each unit where all cells have H of them. The last go step by step.
+    - The default state has the dtype of the input and not always float32.
+    - T = 0 returns the state unchanged.
+    - Arguments are checked, with messages that say what was expected.
 
-    Additions: `step` for streaming, `lengths` for padded batches, and `chunk_size`.
+    A cell whose layers do more than apply their weights, because they were pruned, adapted,
+    quantised or hooked, is called step by step as in ncps. A warning says once for which layer.
+
+    :meth:`step` for streaming, `lengths` for padded batches, and `chunk_size` are additions.
 
     Args:
         input_size: number of input features; None for a wiring that was built.
@@ -65,24 +66,49 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
         return_sequences: return the output at every step and not only at the last. Default: True.
         batch_first: batched input is [B, T, C] and not [T, B, C]. Default: True.
         mixed_memory: run an LSTM cell on the state before each step. That takes several operations
-            for every step, so it is much slower than without. Default: False.
-        mode: "default", "pure" or "no_gate", see `ember_ext.ops.cfc_scan`.
+            for every step, so it is much slower. Default: False.
+        mode: "default", "pure" or "no_gate", see :func:`~ember_ext.cfc_scan`.
         activation: of the backbone: "lecun_tanh" (the default), "tanh", "relu", "silu" or "gelu".
         backbone_units: width of each backbone layer. Default: 128. Not for wirings, like the next
             two.
         backbone_layers: number of backbone layers. Default: 1.
         backbone_dropout: dropout rate after the second and later backbone layers. Default: 0.
-        chunk_size: time steps whose activations are kept at once for the backward pass: with 256
-            steps, 64 take about half the memory and 1.1 to 1.4 times the time;
-            `ember_ext.ops.cfc_scan` has more figures. Of no effect with mixed memory. Default: all,
-            up to 1024 steps.
+        chunk_size: time steps whose activations are kept at once for the backward pass. It computes
+            those of other chunks again, which saves memory and costs time. It has no effect with
+            mixed memory. Default: all, up to 1024 steps.
         device: of the parameters. Default: torch's default device.
-        dtype: of the parameters, floating; initial values are drawn in torch's default dtype and
+        dtype: of the parameters, floating. Initial values are drawn in torch's default dtype and
             rounded. Default: torch's default dtype.
 
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: an argument does not fit.
+
+    Examples::
+
+        >>> import torch
+        >>> from ncps.wirings import AutoNCP
+        >>> from ember_ext import nn
+        >>> model = nn.CfC(3, AutoNCP(16, 2))
+        >>> x, spans = torch.randn(8, 20, 3), torch.rand(8, 20)
+        >>> y, h = model(x, timespans=spans)
+        >>> y.shape, h.shape
+        (torch.Size([8, 20, 2]), torch.Size([8, 16]))
+
+    One step at a time::
+
+        >>> state = None
+        >>> with torch.no_grad():
+        ...     for t in range(20):
+        ...         output, state = model.step(x[:, t], state, spans[:, t])
+        >>> torch.allclose(state, h, atol=1e-5)
+        True
+
+    Padded rows end after their own lengths::
+
+        >>> y, h = model(x, timespans=spans, lengths=[20, 3, 5, 7, 11, 13, 17, 19])
+        >>> bool((y[1, 3:] == 0).all())
+        True
     """
 
     layer_name = "CfC"

@@ -29,19 +29,35 @@ REFRACTORY_RAW = -2.0
 
 
 class RefractoryParameters(LIFParameters):
-    """LIF parameters whose threshold rises with the attention that a key has already drawn.
+    r"""The parameters of LIF gates whose threshold rises with the attention that a key has drawn.
 
-    θ + softplus(within) · load + sigmoid(across) · (the previous layer's load)
+    The threshold of a key is
+
+    .. math::
+
+        \theta + \mathrm{within} \cdot \mathrm{load}
+            + \mathrm{across} \cdot \mathrm{load\ of\ the\ previous\ layer}.
+
+    As in :class:`~ember_ext.nn.LIFParameters`, raw values are learnt, and the properties `within`
+    and `across` are the effective ones: a softplus and a sigmoid of them.
 
     Args:
         num_units: number of heads.
-        preset: as `LIFParameters`.
-        learnable: as `LIFParameters`; the couplings are always learnt.
-        device: as `LIFParameters`.
-        dtype: as `LIFParameters`.
+        preset: as for `LIFParameters`.
+        learnable: as for `LIFParameters`; the couplings are always learnt.
+        device: as for `LIFParameters`.
+        dtype: as for `LIFParameters`.
 
     Attributes:
-        raw_within, raw_across: what is learnt, [num_units].
+        raw_within (Tensor): [num_units].
+        raw_across (Tensor): [num_units].
+
+    Examples::
+
+        >>> from ember_ext import nn
+        >>> gates = nn.RefractoryParameters(2)
+        >>> gates.within
+        tensor([0.1269, 0.1269], grad_fn=<SoftplusBackward0>)
     """
 
     _effective = (*LIFParameters._effective, "within", "across")
@@ -61,7 +77,7 @@ class RefractoryParameters(LIFParameters):
         self._reset_couplings()
 
     def reset_parameters(self) -> None:
-        """Fill the raw values with the preset's constants; draws no random numbers."""
+        """Fill the raw values with the constants of the preset. This draws no random numbers."""
         super().reset_parameters()
         if "raw_across" in self._parameters:  # not yet when the gate's own values are filled first
             self._reset_couplings()
@@ -72,17 +88,31 @@ class RefractoryParameters(LIFParameters):
 
     @property
     def within(self) -> Tensor:
-        """The coupling within a layer, [num_units], above 0; differentiable."""
+        """The effective coupling within a layer, [num_units], above 0; differentiable."""
         return F.softplus(self.raw_within)
 
     @property
     def across(self) -> Tensor:
-        """The coupling across layers, [num_units], within (0, 1); differentiable."""
+        """The effective coupling across layers, [num_units], within (0, 1); differentiable."""
         return torch.sigmoid(self.raw_across)
 
 
 class AttentionCache(NamedTuple):
-    """What one attention layer keeps of the S tokens that it has seen."""
+    """What one attention layer keeps of the S tokens that it has seen.
+
+    A layer returns it as a field of :class:`~ember_ext.nn.AttentionOutput`. An empty one begins a
+    sequence.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import nn
+        >>> layer = nn.LIFSelfAttention(12, 3)
+        >>> empty = torch.empty(2, 3, 0, 4)  # batch, heads, no tokens, head size
+        >>> out = layer(torch.randn(2, 5, 12), nn.AttentionCache(empty, empty, None))
+        >>> out.cache.key.shape
+        torch.Size([2, 3, 5, 4])
+    """
 
     key: Tensor
     """[B, n_head, S, head_dim]"""
@@ -94,7 +124,17 @@ class AttentionCache(NamedTuple):
 
 
 class AttentionOutput(NamedTuple):
-    """What an attention layer returns where more than its output was asked for."""
+    """What an attention layer returns where more than its output was asked for.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import nn
+        >>> layer, x = nn.LIFSelfAttention(12, 3), torch.randn(2, 5, 12)
+        >>> output, cache, load, weights = layer(x, need_weights=True)
+        >>> cache is None, weights.shape
+        (True, torch.Size([2, 3, 5, 5]))
+    """
 
     output: Tensor
     """[B, T, n_embd]"""
@@ -163,25 +203,27 @@ class SelfAttention(nn.Module):
         need_load: bool = False,
         need_weights: bool = False,
     ) -> Tensor | AttentionOutput:
-        """Attend from x to the cached tokens and to x.
+        """Attend from `x` to the cached tokens and to `x`.
 
         Args:
             x: [B, T, n_embd].
-            cache: the S tokens before x. Default: none.
+            cache: the S tokens before `x`. Default: none.
             previous_load: the load that the layer below returned, [B, T, S + T], where each
-                dimension may be 1; refractory thresholds use it, other layers hand it on. Default:
-                none.
-            need_load: return this layer's load even if no `previous_load` is given. Default: False.
-            need_weights: return the weights, too, which takes memory of T (S + T) for each head,
-                and computes them a second time. Default: False.
+                dimension may be 1. Refractory thresholds use it, and other layers hand it on.
+                Default: none.
+            need_load: return the load of this layer even if no `previous_load` is given. Default:
+                False.
+            need_weights: return the weights too. They take memory of T (S + T) numbers for each
+                head, and are computed a second time for it. Default: False.
 
         Returns:
-            The output alone, [B, T, n_embd], if none of the other arguments is given; else an
-            `AttentionOutput` of the output, the cache, the load and the weights.
+            The output alone, [B, T, n_embd], if none of the other arguments is given. Otherwise an
+            :class:`~ember_ext.nn.AttentionOutput` of the output, the cache, the load and the
+            weights.
 
         Raises:
-            TypeError: x is not a tensor.
-            ValueError: x or the cache has another shape, or lacks the loads that refractory
+            TypeError: `x` is not a tensor.
+            ValueError: `x` or the cache has another shape, or lacks the loads that refractory
                 thresholds need.
         """
         self._check_input(x)
@@ -205,12 +247,12 @@ class SelfAttention(nn.Module):
     def attention_weights(
         self, x: Tensor, previous_load: Tensor | None = None, *, gated: bool = True
     ) -> Tensor:
-        """The weights that `forward` applies to x without a cache, before dropout.
+        """Compute the weights that :meth:`forward` applies to `x` without a cache, before dropout.
 
         Args:
             x: [B, T, n_embd].
             previous_load: as for `forward`.
-            gated: False for the softmax's probabilities, before the gate. Default: True.
+            gated: False for the probabilities of the softmax, before the gate. Default: True.
 
         Returns:
             [B, n_head, T, T], in fp32 (fp64 for fp64 input).
@@ -278,26 +320,53 @@ class SelfAttention(nn.Module):
 
 
 class LIFSelfAttention(SelfAttention):
-    """Causal self-attention whose weights pass a LIF gate: `ember_ext.ops.lif_attention`.
+    """Causal self-attention with LIF gates: :func:`~ember_ext.lif_attention` as a layer.
 
     Args:
         n_embd: width of the input and the output.
-        n_head: number of heads, a divisor of n_embd; each has its own (θ, λ, k).
+        n_head: number of heads, a divisor of `n_embd`; each has a gate of its own.
         dropout: probability of dropping an attention weight, and an output. Default: 0.
         bias: whether the projections have biases. Default: False.
-        preset: initial values of the gates, see `ember_ext.nn.LIFParameters`. Default: "text".
+        preset: initial values of the gates, see :class:`~ember_ext.nn.LIFParameters`. Default:
+            "text".
         learnable: with False the gates are the paper's fixed control. Default: True.
+        refractory: "causal" or "look_ahead" for thresholds that rise with the attention that a key
+            has drawn, see :func:`~ember_ext.refractory_lif_attention`. With "look_ahead" outputs
+            depend on later tokens, and no cache can be continued. Default: None.
         device: of the parameters. Default: torch's default device.
         dtype: of the parameters, floating. Default: torch's default dtype.
-        refractory: "causal" or "look_ahead" for thresholds that rise with the attention a key has
-            drawn, see `ember_ext.ops.refractory_lif_attention`; with "look_ahead" outputs depend on
-            later tokens, and no cache can be continued. Default: None.
 
-    Shapes: input and output [B, T, n_embd]; see `forward`.
+    Attributes:
+        gate (LIFParameters): the gates, with `refractory`
+            :class:`~ember_ext.nn.RefractoryParameters`.
+
+    Shape:
+        Input and output are [B, T, n_embd]; see :meth:`forward` for what else can be asked for.
 
     Raises:
-        ValueError: n_head does not divide n_embd, dropout is outside [0, 1), or an unknown preset
-            or refractory mode.
+        TypeError: `dtype` is not a floating one.
+        ValueError: `n_head` does not divide `n_embd`, `dropout` is outside [0, 1), or an unknown
+            preset or refractory mode.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import nn
+        >>> attention = nn.LIFSelfAttention(32, 4)
+        >>> x = torch.randn(2, 10, 32)
+        >>> y = attention(x)
+        >>> y.shape
+        torch.Size([2, 10, 32])
+
+    Token by token, with a cache::
+
+        >>> empty = torch.empty(2, 4, 0, 8)
+        >>> cache, outputs = nn.AttentionCache(empty, empty, None), []
+        >>> for token in x.split(1, dim=1):
+        ...     output, cache, _, _ = attention(token, cache)
+        ...     outputs.append(output)
+        >>> torch.allclose(torch.cat(outputs, dim=1), y, atol=1e-6)
+        True
     """
 
     gate: LIFParameters

@@ -19,9 +19,16 @@ PresetName = Literal["text", "released"]
 
 @dataclass(frozen=True)
 class GatePreset:
-    """Initial raw values of a gate, and how a raw threshold becomes θ.
+    """The initial raw values of a gate, and how a raw threshold becomes the effective one.
 
-    Leak and steepness have one transform everywhere: λ = sigmoid(raw), k = softplus(raw).
+    Leak and steepness have one transform everywhere: a sigmoid makes the leak of its raw value, and
+    a softplus the steepness.
+
+    Examples::
+
+        >>> from ember_ext.nn import GATE_PRESETS
+        >>> GATE_PRESETS["released"].raw_threshold, GATE_PRESETS["released"].threshold_scale
+        (0.01, 0.1)
     """
 
     raw_threshold: float
@@ -33,7 +40,7 @@ class GatePreset:
     """The norm of each row that a gate on activations preserves."""
 
     def effective_threshold(self, raw: Tensor) -> Tensor:
-        """θ of a raw threshold."""
+        """Compute the effective threshold of a raw one; any shape."""
         return self.threshold_scale * raw.abs() if self.threshold_scale else raw
 
 
@@ -110,23 +117,40 @@ class GateParameters(nn.Module):
 
 
 class LIFParameters(GateParameters):
-    """Raw threshold, leak and steepness of `num_units` gates, and their transforms.
+    """The parameters of `num_units` LIF gates.
+
+    What is learnt are raw values, which may be any number. The operators take effective ones, which
+    are the properties `threshold`, `leak` and `steepness`. These are differentiable and cannot be
+    set. State dicts of earlier versions, which lack the `raw_`, load as they are.
 
     Args:
-        num_units: how many gates; one (θ, λ, k) each.
-        preset: "text" for the paper's text or "released" for the code behind its numbers (see
-            `GATE_PRESETS`). Default: "text".
-        learnable: with False the raw values are buffers, and the raw threshold is 1: the paper's
-            fixed control. Default: True.
+        num_units: how many gates; each has its own threshold, leak and steepness.
+        preset: "text" for the paper's text or "released" for the code behind its numbers, see
+            :data:`~ember_ext.nn.GATE_PRESETS`. Default: "text".
+        learnable: with False the raw values are buffers, and the raw threshold is 1, as in the
+            paper's fixed control. Default: True.
         device: of the raw values. Default: torch's default device.
         dtype: of the raw values, floating. Default: torch's default dtype.
 
     Attributes:
-        raw_threshold, raw_leak, raw_steepness: what is learnt, [num_units].
+        raw_threshold (Tensor): [num_units].
+        raw_leak (Tensor): [num_units].
+        raw_steepness (Tensor): [num_units].
 
     Raises:
         TypeError: `num_units` is not an integer, or `dtype` not a floating one.
         ValueError: an unknown preset, or a negative `num_units`.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import lif_gate, nn
+        >>> gates = nn.LIFParameters(4, preset="released")
+        >>> gates.raw_leak.detach()
+        tensor([2., 2., 2., 2.])
+        >>> gates.leak
+        tensor([0.8808, 0.8808, 0.8808, 0.8808], grad_fn=<SigmoidBackward0>)
+        >>> y = lif_gate(torch.randn(2, 4), gates.threshold, gates.leak, gates.steepness)
     """
 
     _effective: ClassVar[tuple[str, ...]] = ("threshold", "leak", "steepness")
@@ -161,7 +185,7 @@ class LIFParameters(GateParameters):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fill the raw values with the preset's constants; draws no random numbers."""
+        """Fill the raw values with the constants of the preset. This draws no random numbers."""
         values = GATE_PRESETS[self.preset]
         threshold = values.raw_threshold if self.learnable else FIXED_RAW_THRESHOLD
         nn.init.constant_(self.raw_threshold, threshold)
@@ -170,17 +194,17 @@ class LIFParameters(GateParameters):
 
     @property
     def threshold(self) -> Tensor:
-        """θ, [num_units], as the operators take it; differentiable."""
+        """The threshold as the operators take it, [num_units]; differentiable."""
         return GATE_PRESETS[self.preset].effective_threshold(self.raw_threshold)
 
     @property
     def leak(self) -> Tensor:
-        """λ, [num_units], within (0, 1), as the operators take it; differentiable."""
+        """The leak as the operators take it, [num_units], within (0, 1); differentiable."""
         return torch.sigmoid(self.raw_leak)
 
     @property
     def steepness(self) -> Tensor:
-        """k, [num_units], above 0, as the operators take it; differentiable."""
+        """The steepness as the operators take it, [num_units], above 0; differentiable."""
         return F.softplus(self.raw_steepness)
 
     def extra_repr(self) -> str:
@@ -189,23 +213,40 @@ class LIFParameters(GateParameters):
 
 
 class LIFGate(LIFParameters):
-    """Gate activations by their magnitude: `ember_ext.ops.lif_gate` with its own parameters.
+    """Gate activations by their magnitude: :func:`~ember_ext.lif_gate` with parameters of its own.
 
     Args:
         num_units: the size of the input's dimension `unit_dim`.
-        preset: as `LIFParameters`.
-        learnable: as `LIFParameters`.
+        preset: as for :class:`~ember_ext.nn.LIFParameters`.
+        learnable: as for `LIFParameters`.
         norm: "l1" or "l2" to preserve that norm of each row (the last dimension), None for no norm.
             Default: "preset", that is "l2" for "text" and None for "released".
         unit_dim: the dimension of the input along which units lie. Default: the last.
-        device: as `LIFParameters`.
-        dtype: as `LIFParameters`.
+        device: as for `LIFParameters`.
+        dtype: as for `LIFParameters`.
 
-    Shapes: input [..., num_units, ...] of any floating dtype, output alike.
+    Shape:
+        The input is [..., num_units, ...] of any floating dtype, and the output is like it.
 
     Raises:
         TypeError: `num_units` is not an integer, or `dtype` not a floating one.
         ValueError: an unknown preset or norm, or a negative `num_units`.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import lif_gate, nn
+        >>> gate = nn.LIFGate(64)
+        >>> x = torch.randn(8, 10, 64)
+        >>> y = gate(x)
+        >>> torch.allclose(y.norm(dim=-1), x.norm(dim=-1))
+        True
+
+    The same by the operator::
+
+        >>> by_hand = lif_gate(x, gate.threshold, gate.leak, gate.steepness, norm=gate.norm)
+        >>> torch.equal(y, by_hand)
+        True
     """
 
     def __init__(
@@ -225,7 +266,7 @@ class LIFGate(LIFParameters):
         self.unit_dim = unit_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gated `x`; see `ember_ext.ops.lif_gate`."""
+        """Gate `x`; see :func:`~ember_ext.lif_gate`."""
         return ops.lif_gate(
             x, self.threshold, self.leak, self.steepness, norm=self.norm, unit_dim=self.unit_dim
         )

@@ -22,34 +22,34 @@ from ember_ext.reference.ltc_scan import ltc_cell as reference_cell
 
 
 class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
-    """A liquid time-constant network: `ncps.torch.LTC` 1.0.1, many times faster.
+    """A liquid time-constant (LTC) network: `ncps.torch.LTC` 1.0.1, many times faster.
 
-    Constructor, initial values, state-dict keys and results are those of ncps, so checkpoints
-    go back and forth unchanged. What ncps does and one might not expect is kept: both
-    `synapse_count` and `sensory_synapse_count` count the synapses between units; the masks of the
-    wiring count as (frozen) parameters; without `implicit_param_constraints` negative weights are
-    used as they are, and a denominator may vanish.
+    Constructor, initial values, state-dict keys and results are those of ncps, so checkpoints go
+    back and forth unchanged. This includes what one might not expect. Both `synapse_count` and
+    `sensory_synapse_count` count the synapses between units. The masks of the wiring count as
+    (frozen) parameters. Without `implicit_param_constraints` negative weights are used as they are,
+    and a denominator may vanish.
 
-    Differences to ncps, where ncps fails:
-        - The cell computes with the parameters that the module has, see `LTCCell`, so that
-          parametrisations, pruning, `torch.func.functional_call` and
-          `load_state_dict(assign=True)` have an effect.
-        - `timespans` of shape [B, T] or [B, T, 1] belong to each row and step. ncps squeezes a
-          step's column to [B] and divides the *units* by it: an error, or a wrong result where B
-          equals the number of units. Numbers are accepted too.
-        - Synapses that do not exist have no influence, even if their weights are infinite or NaN.
-        - The default state has the input's dtype and not always float32.
-        - T = 0 returns the state unchanged.
-        - Arguments are checked, with messages that say what was expected. A time span must be above
-          0: the cell divides by it.
+    It differs from ncps where ncps fails:
+
+    - The cell computes with the parameters that the module has, see :class:`~ember_ext.nn.LTCCell`.
+      So parametrisations, pruning, `torch.func.functional_call` and `load_state_dict(assign=True)`
+      have an effect.
+    - `timespans` of shape [B, T] or [B, T, 1] belong to each row and step. ncps squeezes a step's
+      column to [B] and divides the *units* by it. That is an error, or a wrong result where B
+      equals the number of units. Numbers are accepted too.
+    - Synapses that do not exist have no influence, even if their weights are infinite or NaN.
+    - The default state has the dtype of the input and not always float32.
+    - T = 0 returns the state unchanged.
+    - Arguments are checked, with messages that say what was expected. A time span must be above 0,
+      because the cell divides by it.
 
     A cell that does more than apply its weights, because it was pruned or hooked, or one of its
-    functions was replaced, is called step by step as in ncps, and a warning says once why.
-    torch.compile, export, `torch.func` and masks that require a gradient have all synapses
-    computed, those that do not exist with a weight of zero; else the cost is that of the synapses
-    that exist.
+    functions was replaced, is called step by step as in ncps. A warning says once why. The cost is
+    that of the synapses that exist. torch.compile, export, `torch.func` and masks that require a
+    gradient compute all synapses, with a weight of zero for those that do not exist.
 
-    Additions: `step` for streaming, `lengths` for padded batches, and `chunk_size`.
+    :meth:`step` for streaming, `lengths` for padded batches, and `chunk_size` are additions.
 
     Args:
         input_size: number of input features; None for a wiring that was built.
@@ -57,23 +57,34 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         return_sequences: return the output at every step and not only at the last. Default: True.
         batch_first: batched input is [B, T, C] and not [T, B, C]. Default: True.
         mixed_memory: run an LSTM cell on the state before each step. That takes several operations
-            for every step, so it is slower than without. Default: False.
+            for every step, so it is slower. Default: False.
         input_mapping: "affine" (the default) scales and shifts each feature, "linear" scales it,
-            anything else leaves it as it is.
+            and anything else leaves it as it is.
         output_mapping: the same for each motor neuron.
         ode_unfolds: solver steps in one time step, at least 1. Default: 6.
-        epsilon: added to the solver's denominator, at least 0. Default: 1e-8.
-        implicit_param_constraints: keep conductances and capacitances positive by a softplus. If
-            not, `rnn_cell.apply_weight_constraints()` clips them. Default: True.
-        chunk_size: time steps for which the backward pass keeps the solver's states at once; see
-            `ember_ext.ltc_scan`. Of no effect with mixed memory.
+        epsilon: added to the denominator of the solver, at least 0. Default: 1e-8.
+        implicit_param_constraints: keep conductances and capacitances positive by a softplus.
+            Without it, `rnn_cell.apply_weight_constraints()` clips them. Default: True.
+        chunk_size: time steps for which the backward pass keeps the states of the solver at once,
+            see :func:`~ember_ext.ltc_scan`. It has no effect with mixed memory.
         device: of the parameters. Default: torch's default device.
-        dtype: of the parameters, floating; initial values are drawn in torch's default dtype and
+        dtype: of the parameters, floating. Initial values are drawn in torch's default dtype and
             rounded. Default: torch's default dtype.
 
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: an argument does not fit.
+
+    Examples::
+
+        >>> import torch
+        >>> from ncps.wirings import AutoNCP
+        >>> from ember_ext import nn
+        >>> model = nn.LTC(3, AutoNCP(16, 2))
+        >>> x, spans = torch.randn(8, 20, 3), 0.1 + torch.rand(8, 20)
+        >>> y, h = model(x, timespans=spans)
+        >>> y.shape, h.shape
+        (torch.Size([8, 20, 2]), torch.Size([8, 16]))
     """
 
     layer_name = "LTC"

@@ -1,9 +1,9 @@
-"""The public operators: argument checks, fake kernels, autograd and autocast.
+"""The operators, as functions of tensors.
 
-Each function here has a definition of the same name in `ember_ext.reference`. Under forward-mode AD
-and the transforms of `torch.func` a function runs its definition, and a warning says so once. So
-does a backward pass that is to be differentiated itself (`create_graph=True`): the kernels have
-gradients, and derivatives of any order are those of the definition.
+Each function has a definition of the same name in `ember_ext.reference`. Under forward-mode AD and
+the transforms of `torch.func` a function runs its definition, and a warning says so once. A
+backward pass that is to be differentiated itself (`create_graph=True`) runs the definition too: the
+kernels have gradients, and derivatives of any order are those of the definition.
 """
 
 from ember_ext import _native

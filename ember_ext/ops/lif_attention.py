@@ -77,51 +77,87 @@ def lif_attention(
     seed: Tensor | None = None,
     return_summary: bool = False,
 ) -> Tensor | tuple[Tensor, AttentionSummary]:
-    """Attention whose softmax probabilities pass a LIF gate (section 2.2 of the paper).
+    r"""Attention whose softmax probabilities pass a LIF gate.
 
-    p = softmax(query keyᵀ scale); w = p (f + λ (1 - f)) with f = σ(k (p - θ)); the rows of w are
-    divided by their sum plus eps; the result is dropout(w) value. A query that sees no key gets
-    zeros. Memory grows with Tq + Tk, not with their product. Differentiable in query, key,
-    value, θ, λ and k. Computed in fp32 (fp64 for fp64 input), rounded once, at the end; the same
-    bits come out for any number of threads. On a GPU 16-bit types use its matrix units, for which
-    weights and gradients of scores are rounded to query's dtype; fp32 does so, rounding its factors
-    to tf32, where PyTorch's own products may (`torch.set_float32_matmul_precision`).
+    Each probability is gated by its size before the rows are normalised again (section 2.2 of the
+    paper):
 
-    The weights themselves are never stored: `return_summary` describes them, and
-    `ember_ext.reference.lif_attention(..., return_weights=True)` returns them.
+    .. math::
 
-    Under autocast query, key and value are rounded to autocast's dtype, unless they are fp64.
+        p &= \operatorname{softmax}(\mathrm{scale} \cdot \mathrm{query}\,\mathrm{key}^\top), \\
+        w &= p\,\bigl(f + \lambda (1 - f)\bigr), \qquad f = \sigma\bigl(k (p - \theta)\bigr), \\
+        \mathrm{out} &=
+            \operatorname{dropout}\Bigl(\frac{w}{\sum w + \mathrm{eps}}\Bigr)\,\mathrm{value}.
+
+    The keywords and their defaults are those of
+    :func:`torch.nn.functional.scaled_dot_product_attention`. A query that sees no key gets zeros.
+
+    The matrix of weights is never stored, so memory grows with Tq + Tk and not with their product.
+    `return_summary` describes the weights, and :func:`ember_ext.reference.lif_attention` returns
+    them with `return_weights=True`. The operator is differentiable in query, key, value and the
+    three parameters of the gate. It computes in fp32 (fp64 for fp64 input) and rounds once, at the
+    end. The result is the same to the bit for any number of threads.
+
+    On a GPU, 16-bit types use the matrix units, for which weights and gradients of scores are
+    rounded to the dtype of `query`. fp32 rounds its factors to tf32 where PyTorch's own products
+    may do so, see :func:`torch.set_float32_matmul_precision`. Under autocast query, key and value
+    are rounded to autocast's dtype, unless they are fp64.
 
     Args:
         query: [B, H, Tq, D] in float64, float32, bfloat16 or float16; any strides.
-        key: [B, G, Tk, D] in query's dtype; each of its G heads serves H / G query heads.
-        value: [B, G, Tk, D] in query's dtype.
-        threshold: θ, [H], finite. Like `leak` and `steepness` of any floating dtype.
-        leak: λ, [H], within [0, 1].
-        steepness: k, [H], finite and > 0.
+        key: [B, G, Tk, D] in the dtype of `query`; each of its G heads serves H / G query heads.
+        value: [B, G, Tk, D] in the dtype of `query`.
+        threshold: :math:`\theta`, [H], finite. Like `leak` and `steepness` of any floating dtype.
+        leak: :math:`\lambda`, [H], within [0, 1].
+        steepness: :math:`k`, [H], finite and > 0.
         attn_mask: booleans, broadcastable to [B, H, Tq, Tk], True where a key may be seen; with
-            `is_causal` both conditions must hold. What lies at a query that sees no key, and at a
-            key that no query sees, NaN for instance, has no influence. Default: None.
-        dropout_p: probability of dropping a weight, within [0, 1). The others are divided by
-            1 - dropout_p. Default: 0.
-        is_causal: query i sees key j where j <= i + Tk - Tq: the last query stands at the last key,
-            as it has to behind a cache. `scaled_dot_product_attention` lets the first query stand
-            at the first key, which is the same where Tq = Tk. Default: False, as there.
+            `is_causal` both conditions must hold. A query that sees no key, and a key that no query
+            sees, may hold anything, NaN too. Default: None.
+        dropout_p: probability of dropping a weight, within [0, 1). The others are divided by 1 -
+            dropout_p. Default: 0.
+        is_causal: query i sees key j where j <= i + Tk - Tq, so the last query stands at the last
+            key, as it does behind a cache. `scaled_dot_product_attention` lets the first query
+            stand at the first key. Both are the same where Tq = Tk. Default: False.
         scale: multiplies the scores; finite, not 0. Default: 1 / sqrt(D).
         eps: added to the sum of a row, finite, >= 0. Default: 1e-8.
         seed: int64 scalar tensor that fixes which weights are dropped. Default: a fresh draw from
-            torch's generator of query's device; none without dropout.
+            torch's generator of the device of `query`; none without dropout.
         return_summary: also return a summary of the weights. Default: False.
 
     Returns:
-        [B, H, Tq, D] in query's dtype, laid out as [B, Tq, H, D] so that joining the heads copies
-        nothing; with `return_summary` also an `ember_ext.ops.AttentionSummary`, in fp32 (fp64 for
-        fp64 input) and without gradient.
+        [B, H, Tq, D] in the dtype of `query`, laid out as [B, Tq, H, D], so that joining the heads
+        copies nothing. With `return_summary` also an :class:`~ember_ext.ops.AttentionSummary`, in
+        fp32 (fp64 for fp64 input) and without gradient.
 
     Raises:
         TypeError: an argument is not a tensor or not of a supported dtype.
-        ValueError: a shape, device, value or option does not fit. The values of θ, λ and k are
-            checked on CPU tensors only: on a GPU the check would wait for the device.
+        ValueError: a shape, device, value or option does not fit. The values of the three
+            parameters are checked on CPU tensors only, because the check would wait for a GPU.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import lif_attention
+        >>> query, key, value = torch.randn(3, 2, 4, 10, 16)  # batch, heads, tokens, head size
+        >>> threshold, leak, steepness = torch.tensor([[0.1], [0.7], [9.0]]).expand(3, 4)
+        >>> out = lif_attention(query, key, value, threshold, leak, steepness, is_causal=True)
+        >>> out.shape
+        torch.Size([2, 4, 10, 16])
+
+    A leak of 1 lets everything pass, which leaves plain attention::
+
+        >>> from torch.nn.functional import scaled_dot_product_attention
+        >>> out = lif_attention(query, key, value, threshold, torch.ones(4), steepness)
+        >>> torch.allclose(out, scaled_dot_product_attention(query, key, value), atol=1e-5)
+        True
+
+    The summary describes the weights of each head, which are not stored::
+
+        >>> out, summary = lif_attention(
+        ...     query, key, value, threshold, leak, steepness, return_summary=True
+        ... )
+        >>> summary.entropy.shape
+        torch.Size([2, 4])
     """
     _attention.check_attention(_OP, query, key, value, dropout_p, scale, eps, seed)
     _attention.check_heads(_OP, query, threshold=threshold, leak=leak, steepness=steepness)

@@ -29,33 +29,54 @@ def lif_gate(
     unit_dim: int = -1,
     eps: float = 1e-8,
 ) -> Tensor:
-    """Gate every element of `x` by how far its magnitude exceeds a threshold.
+    r"""Gate activations by their magnitude: the leaky integrate-and-fire (LIF) gate.
 
-    y = x (f + λ (1 - f)) with the fire mask f = σ(k (|x| - θ)): an element above the threshold
-    passes in full, one below it is attenuated to the leak λ (section 2.1 of the paper). With
-    `norm`, each row y (along the last dimension) is scaled by ‖x‖ / (‖y‖ + eps), which keeps the
-    row's norm; a row of zeros stays zero and gets zero gradient. Differentiable in all four
-    tensors. The sum over a row is computed in fp32 (fp64 for fp64 input), without overflow or
-    underflow in the squares.
+    The gate fires where an activation is large, and lets a part of the others leak through (section
+    2.1 of the paper):
+
+    .. math::
+
+        y = x\,\bigl(f + \lambda (1 - f)\bigr), \qquad
+        f = \sigma\bigl(k (\lvert x \rvert - \theta)\bigr).
+
+    With a `norm`, each row of y (its last dimension) is multiplied by :math:`\lVert x \rVert /
+    (\lVert y \rVert + \mathrm{eps})`, so that it keeps the norm that it had in x. A row of zeros
+    stays zero and gets a gradient of zero.
+
+    The gate is differentiable in all four tensors. Sums over a row are computed in fp32 (fp64 for
+    fp64 input), and their squares neither overflow nor underflow. The result is the same to the bit
+    for any number of threads. :class:`~ember_ext.nn.LIFGate` has the parameters as a module.
 
     Args:
-        x: any shape with at least one dimension; float64, float32, bfloat16 or float16. Copied once
-            unless contiguous.
-        threshold: θ, shape [x.shape[unit_dim]], finite. Like `leak` and `steepness` of any
-            floating dtype; used in fp32 (fp64 if `x` is), also under autocast.
-        leak: λ, shape as `threshold`, within [0, 1].
-        steepness: k, shape as `threshold`, finite and > 0.
+        x: any shape with at least one dimension; float64, float32, bfloat16 or float16. It is
+            copied once unless it is contiguous.
+        threshold: :math:`\theta`, shape [x.shape[unit_dim]], finite. Like `leak` and `steepness` it
+            may have any floating dtype, and is used in fp32 (fp64 if `x` is), under autocast too.
+        leak: :math:`\lambda`, shape as `threshold`, within [0, 1].
+        steepness: :math:`k`, shape as `threshold`, finite and > 0.
         norm: "l1", "l2" or None: the norm of each row that the gate preserves. Default: None.
-        unit_dim: the dimension of `x` along which θ, λ and k vary. Default: the last.
-        eps: added to ‖y‖, finite, >= 0. Default: 1e-8.
+        unit_dim: the dimension of `x` along which the three parameters vary. Default: the last.
+        eps: added to the norm of y, finite, >= 0. Default: 1e-8.
 
     Returns:
         y, contiguous, with the shape and dtype of `x`.
 
     Raises:
         TypeError: an argument is not of a supported type or dtype.
-        ValueError: a shape, device, value or option does not fit. The values of θ, λ and k are
-            checked on CPU tensors only: on a GPU the check would wait for the device.
+        ValueError: a shape, device, value or option does not fit. The values of the three
+            parameters are checked on CPU tensors only, because the check would wait for a GPU.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import lif_gate
+        >>> x = torch.tensor([[0.1, -0.2, 3.0]])
+        >>> threshold, leak, steepness = torch.tensor([[1.0], [0.5], [8.0]]).expand(3, 3)
+        >>> lif_gate(x, threshold, leak, steepness)
+        tensor([[ 0.0500, -0.1002,  3.0000]])
+        >>> y = lif_gate(x, threshold, leak, steepness, norm="l2")
+        >>> torch.allclose(y.norm(dim=-1), x.norm(dim=-1))
+        True
     """
     try:
         if not 0 <= eps < math.inf:

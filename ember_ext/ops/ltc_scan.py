@@ -26,7 +26,7 @@ MAX_SYNAPSES = 1 << 26
 
 
 def ltc_synapses(mask: Tensor, sensory_mask: Tensor) -> LTCSynapses:
-    """List the synapses of a liquid time-constant network, for `ltc_scan`.
+    """List the synapses of a liquid time-constant network, for :func:`~ember_ext.ltc_scan`.
 
     Args:
         mask: [S, S], of any dtype: 1 where unit i has a synapse to unit j, else 0. ncps calls it
@@ -34,11 +34,20 @@ def ltc_synapses(mask: Tensor, sensory_mask: Tensor) -> LTCSynapses:
         sensory_mask: [I, S]: the same of inputs and units; `sensory_sparsity_mask` in ncps.
 
     Returns:
-        The lists, on the masks' device. They do not follow later changes of the masks.
+        The lists, on the device of the masks. They do not follow later changes of the masks.
 
     Raises:
         TypeError: a mask is not a tensor.
         ValueError: a shape or device does not fit, or an entry is neither 0 nor 1.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import ltc_synapses
+        >>> synapses = ltc_synapses(torch.tensor([[0, 1], [1, 0]]), torch.tensor([[1, 0]]))
+        >>> synapses.recurrent[:2]  # sources and targets
+        tensor([[1, 0],
+                [0, 1]])
     """
     for argument, value in (("mask", mask), ("sensory_mask", sensory_mask)):
         if not isinstance(value, Tensor):
@@ -74,46 +83,80 @@ def ltc_scan(
     outputs: int | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a liquid time-constant network over a sequence, as `ncps.torch.LTC` solves it.
+    r"""Run a liquid time-constant (LTC) network over a sequence, as `ncps.torch.LTC` does.
 
-    Each time step takes `ode_unfolds` solver steps from v = h_{t-1}. With a_ij = w_ij σ(sigma_ij
-    (v_i - mu_ij)) of the synapses between units and A_ij the same of the sensory synapses, from
-    inputs x_t, and c = cm / (Δt / ode_unfolds):
-    v_j ← (c_j v_j + gleak_j vleak_j + Σ_i a_ij erev_ij + Σ_i A_ij sensory_erev_ij)
-    / (c_j + gleak_j + Σ_i a_ij + Σ_i A_ij + eps). Then h_t = v.
-    Differentiable in `x`, `h0`, time spans and weights, and through both results. The weights
-    of a synapse that is not listed have no influence, and a gradient of exactly 0. Everything is
-    computed in fp32 (fp64 for fp64 input), under autocast, too, and the results rounded once. A
-    denominator may vanish where weights are negative; results are infinite or NaN then.
+    Each time step takes `ode_unfolds` solver steps, beginning with :math:`v = h_{t-1}`. A solver
+    step is
+
+    .. math::
+
+        v_j \leftarrow \frac{c_j v_j + \mathrm{gleak}_j\,\mathrm{vleak}_j
+            + \sum_i a_{ij}\,\mathrm{erev}_{ij} + \sum_i A_{ij}\,\mathrm{sensory\_erev}_{ij}}
+            {c_j + \mathrm{gleak}_j + \sum_i a_{ij} + \sum_i A_{ij} + \mathrm{eps}}
+
+    with :math:`c = \mathrm{cm} / (\Delta t / \mathrm{ode\_unfolds})`. The synapses between units
+    open with :math:`a_{ij} = w_{ij}\,\sigma(\mathrm{sigma}_{ij} (v_i - \mathrm{mu}_{ij}))`, and
+    those from the inputs :math:`x_t` likewise with :math:`A_{ij}`. The last :math:`v` is
+    :math:`h_t`.
+
+    The operator is differentiable in `x`, `h0`, time spans and weights, and through both results.
+    The weights of a synapse that is not listed have no influence, and a gradient of exactly 0.
+    Everything is computed in fp32 (fp64 for fp64 input), under autocast too, and the results are
+    rounded once. A denominator may vanish where weights are negative; results are infinite or NaN
+    then.
 
     Args:
         x: input, [B, T, I], in float64, float32, bfloat16 or float16; any strides.
-        weights: an `ember_ext.ops.LTCWeights` of a network with S units; tensors of any floating
-            dtype.
+        weights: an :class:`~ember_ext.ops.LTCWeights` of a network with S units; tensors of any
+            floating dtype.
         h0: initial state, [B, S]. Default: zeros.
-        synapses: those that exist, from `ltc_synapses`. Default: all.
-        timespans: Δt > 0 and finite, in the unit of time that the weights were trained with: a
-            number, or a tensor of a floating or integer dtype: of no dimension, [B, T] or
-            [B, T, 1]. Default: 1.
-        lengths: [B], integers within [0, T]: row b ends after `lengths[b]` steps. Its state
-            is frozen from there on, its outputs are zero, and no gradient passes. What input and
-            time spans hold there, NaN for instance, has no influence. Default: all T.
+        synapses: those that exist, from :func:`~ember_ext.ltc_synapses`. Default: all.
+        timespans: :math:`\Delta t > 0` and finite, in the unit of time that the weights were
+            trained with: a number, or a tensor of a floating or integer dtype, which has no
+            dimension, or is [B, T] or [B, T, 1]. Default: 1.
+        lengths: [B], integers within [0, T]: row b ends after `lengths[b]` steps. Its state is
+            frozen from there on, its outputs are zero, and no gradient passes. Input and time spans
+            may hold anything there, NaN too. Default: all T.
         ode_unfolds: solver steps per time step, from 1 to 2^30. Default: 6.
         eps: added to the denominator, at least 0. Default: 1e-8.
         outputs: how many units' states to return, beginning with the first. Default: all S.
         chunk_size: time steps for which the backward pass keeps the states of all solver steps at
-            once; those of other chunks are computed again, from the states at the chunks' borders.
-            0 keeps everything, B T S `ode_unfolds` numbers. Default: 0 up to 128 million numbers,
-            and 64 beyond that.
+            once. It computes those of other chunks again, from the states at the chunks' borders. 0
+            keeps everything, which is B T S `ode_unfolds` numbers. Default: 0 up to 128 million
+            numbers, and 64 beyond that.
 
     Returns:
-        The states [B, T, outputs], and the state [B, S] after each row's last step, both in x's
-        dtype.
+        The states [B, T, outputs], and the state [B, S] after each row's last step, both in the
+        dtype of `x`.
 
     Raises:
         TypeError: an argument is not of a supported type or dtype.
         ValueError: a shape, device, value or option does not fit. The values of time spans and
-            lengths are checked on CPU tensors only: on a GPU the check would wait for the device.
+            lengths are checked on CPU tensors only, because the check would wait for a GPU.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import ltc_scan
+        >>> from ember_ext.ops import LTCWeights
+        >>> inputs, units = 3, 4
+        >>> weights = LTCWeights(
+        ...     cm=torch.full((units,), 0.5),
+        ...     gleak=torch.rand(units),
+        ...     vleak=torch.zeros(units),
+        ...     w=torch.rand(units, units),
+        ...     mu=torch.rand(units, units),
+        ...     sigma=torch.full((units, units), 5.0),
+        ...     erev=torch.randn(units, units).sign(),
+        ...     sensory_w=torch.rand(inputs, units),
+        ...     sensory_mu=torch.rand(inputs, units),
+        ...     sensory_sigma=torch.full((inputs, units), 5.0),
+        ...     sensory_erev=torch.randn(inputs, units).sign(),
+        ... )
+        >>> x, spans = torch.randn(2, 7, inputs), 0.5 + torch.rand(2, 7)
+        >>> y, h = ltc_scan(x, weights, timespans=spans)
+        >>> y.shape, torch.equal(y[:, -1], h)
+        (torch.Size([2, 7, 4]), True)
     """
     _check(x, weights, h0, synapses, ode_unfolds, eps, outputs)
     _sequence.check_chunk_size(_OP, chunk_size)

@@ -43,54 +43,83 @@ def refractory_lif_attention(
     eps: float = 1e-8,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, RefractoryState]:
-    """Causal LIF attention in which a key that has drawn attention gets a higher threshold.
+    r"""Causal LIF attention in which a key that has drawn attention gets a higher threshold.
 
-    θ_ij = θ + within · load_ij + across · previous_load_ij, where load_ij is the mean over queries
-    of the probabilities p that key j draws. `mode` says over which queries: "causal", those up to
-    i, so that no output depends on later tokens; "look_ahead", all of them, as in the paper's code,
-    which lets the future leak into the past. The loads are differentiated. Gates with these
-    thresholds, this is `lif_attention` with `is_causal`.
+    The threshold of query i at key j is
 
-    Differentiable in all tensors but the seed, `past` included, and in all results. Mode
-    "causal" keeps one strip of queries at a time, and in memory the loads and the sums over queries
-    at every 48th (on a GPU every 64th); mode "look_ahead" keeps one head's matrix, in backward two,
-    for each thread. Computed in fp32 (fp64 for fp64 input), rounded once, at the end; the same bits
-    come out for any number of threads. Autocast as in `lif_attention`.
+    .. math::
+
+        \theta_{ij} = \theta + \mathrm{within} \cdot \mathrm{load}_{ij}
+            + \mathrm{across} \cdot \mathrm{previous\_load}_{ij},
+
+    where the load is the mean, over queries, of the probabilities p that key j draws. `mode` says
+    which queries these are. In mode "causal" they are those up to i, so that no output depends on
+    later tokens. In mode "look_ahead" they are all queries, as in the paper's code, so the future
+    leaks into the past. In both modes no query sees a later key, and the loads are differentiated.
+    For given thresholds the rest is :func:`~ember_ext.lif_attention` with `is_causal`.
+
+    The operator is differentiable in all tensors but the seed, `past` included, and in all results.
+    Mode "causal" works on one strip of queries at a time, and keeps the loads and the sums over
+    queries at every 48th query (on a GPU at every 64th). Mode "look_ahead" keeps one head's matrix
+    for each thread, and two in the backward pass. Both compute in fp32 (fp64 for fp64 input) and
+    round once, at the end. The result is the same to the bit for any number of threads. Autocast
+    works as in `lif_attention`.
 
     Args:
         query: [B, H, T, D] in float64, float32, bfloat16 or float16.
-        key: [B, G, S + T, D] in query's dtype, G a divisor of H; S tokens lie before the first
-            query.
-        value: as key.
-        threshold: θ, [H], finite. Like the four below of any floating dtype.
-        leak: λ, [H], within [0, 1].
-        steepness: k, [H], finite and > 0.
-        within: [H]: how much the own load raises the threshold.
-        across: [H]: how much the previous layer's does.
+        key: [B, G, S + T, D] in the dtype of `query`, G a divisor of H; S tokens lie before the
+            first query.
+        value: as `key`.
+        threshold: :math:`\theta`, [H], finite. Like the four below of any floating dtype.
+        leak: :math:`\lambda`, [H], within [0, 1].
+        steepness: :math:`k`, [H], finite and > 0.
+        within: [H]: how much the load of this layer raises the threshold.
+        across: [H]: how much the load of the previous layer does.
         dropout_p: as in `lif_attention`.
-        is_causal: must be True. The argument makes a caller say so, since `lif_attention` is not
-            causal by default. Default: False.
+        is_causal: must be True. `lif_attention` is not causal by default, so a caller has to say
+            it. Default: False.
         scale: as in `lif_attention`.
-        mode: "causal" or "look_ahead": which queries the loads are means over. No query sees a
-            later key in either of them. Default: "causal".
+        mode: "causal" or "look_ahead". Default: "causal".
         previous_load: what the previous layer returned, [B, T, S + T], where each dimension may be
             1. Default: none.
-        past: the `ember_ext.ops.RefractoryState` that the call on the S tokens before returned.
-            Default: none. In mode "look_ahead" it must be None: there a sequence cannot be taken in
-            parts.
+        past: the :class:`~ember_ext.ops.RefractoryState` that the call on the S tokens before
+            returned. It must be None in mode "look_ahead", which cannot take a sequence in parts.
+            Default: none.
         eps: as in `lif_attention`.
         seed: as in `lif_attention`.
 
     Returns:
-        The output [B, H, T, D] in query's dtype, laid out as [B, T, H, D]; the load of the gated
-        weights, averaged over heads, for the next layer, [B, T, S + T] in mode "causal" and
+        The output [B, H, T, D] in the dtype of `query`, laid out as [B, T, H, D]; the load of the
+        gated weights, averaged over heads, for the next layer, [B, T, S + T] in mode "causal" and
         [B, 1, S + T] in mode "look_ahead"; and the sums to carry on from. Load and sums are in fp32
         (fp64 for fp64 input).
 
     Raises:
         TypeError: an argument is not a tensor or not of a supported dtype.
-        ValueError: a shape, device, value or option does not fit. The values of θ, λ and k are
-            checked on CPU tensors only: on a GPU the check would wait for the device.
+        ValueError: a shape, device, value or option does not fit, or `is_causal` is not True. The
+            values of threshold, leak and steepness are checked on CPU tensors only, because the
+            check would wait for a GPU.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import refractory_lif_attention
+        >>> query, key, value = torch.randn(3, 2, 4, 10, 16)
+        >>> gates = torch.tensor([[0.1], [0.7], [9.0], [0.2], [0.1]]).expand(5, 4)
+        >>> whole, load, state = refractory_lif_attention(query, key, value, *gates, is_causal=True)
+        >>> load.shape
+        torch.Size([2, 10, 10])
+
+    The sums that a call returns carry a sequence on::
+
+        >>> _, _, past = refractory_lif_attention(
+        ...     query[:, :, :6], key[:, :, :6], value[:, :, :6], *gates, is_causal=True
+        ... )
+        >>> rest, _, _ = refractory_lif_attention(
+        ...     query[:, :, 6:], key, value, *gates, is_causal=True, past=past
+        ... )
+        >>> torch.allclose(rest, whole[:, :, 6:], atol=1e-5)
+        True
     """
     _attention.check_attention(_OP, query, key, value, dropout_p, scale, eps, seed)
     heads = {"threshold": threshold, "leak": leak, "steepness": steepness}

@@ -1,7 +1,8 @@
-"""What each operator computes, in plain PyTorch: the text that kernels and tests are held to.
+"""The definition of every operator in plain PyTorch, to which kernels and tests are held.
 
-These modules import only torch, run in any floating dtype and on any device, and are
-differentiable by autograd.
+They need nothing but torch, run in any floating dtype and on any device, and are differentiable by
+autograd. They are readable and slow. :func:`~ember_ext.use_reference` runs them in place of the
+compiled kernels.
 """
 
 from ember_ext.reference.cfc_scan import cfc_scan

@@ -12,7 +12,15 @@ from ember_ext.reference.time_loop import over_time
 
 
 class Affine(NamedTuple):
-    """z -> weight z + bias, with weight [out, in] and bias [out]."""
+    """An affine map from z to weight z + bias, with weight [out, in] and bias [out].
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext.ops import Affine
+        >>> layer = torch.nn.Linear(5, 4)
+        >>> affine = Affine(layer.weight, layer.bias)
+    """
 
     weight: Tensor
     bias: Tensor
@@ -21,8 +29,17 @@ class Affine(NamedTuple):
 class CfCWeights(NamedTuple):
     """The parameters of one CfC cell with H units.
 
-    Z is I + H, or the backbone's width U if there is one. `pure` cells have `ff1`, `w_tau` and
-    `amplitude`; the other modes have the four heads.
+    Z is I + H, or the width U of the backbone if there is one. Cells of mode "pure" have `ff1`,
+    `w_tau` and `amplitude`. Those of the other modes have the four heads.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext.ops import Affine, CfCWeights
+        >>> inputs, units = 3, 4
+        >>> def head():
+        ...     return Affine(torch.randn(units, inputs + units), torch.zeros(units))
+        >>> weights = CfCWeights(ff1=head(), ff2=head(), time_a=head(), time_b=head())
     """
 
     ff1: Affine
@@ -111,9 +128,22 @@ def cfc_scan(
     activation: str = "lecun_tanh",
     dropout_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """All states [B, T, H] and the final state [B, H]; see `ember_ext.ops.cfc_scan`.
+    """Define the operator :func:`ember_ext.cfc_scan`, with the same arguments but `chunk_size`.
 
-    bf16 and fp16 are computed in fp32, the state included, and the results rounded once.
+    bf16 and fp16 are computed in fp32, the state included, and the results are rounded once.
+
+    Returns:
+        All states [B, T, H] and the final state [B, H].
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import reference
+        >>> from ember_ext.ops import Affine, CfCWeights
+        >>> heads = [Affine(torch.randn(4, 3 + 4), torch.zeros(4)) for _ in range(4)]
+        >>> y, h = reference.cfc_scan(torch.randn(2, 7, 3), CfCWeights(*heads))
+        >>> y.shape, torch.equal(y[:, -1], h)
+        (torch.Size([2, 7, 4]), True)
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     batch, steps, _ = x.shape

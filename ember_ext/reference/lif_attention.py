@@ -1,6 +1,6 @@
 """LIF attention: a LIF gate between attention's softmax and its values (section 2.2 of the paper).
 
-Everything here stores the matrix of weights, several times over; `ember_ext.ops.lif_attention` does
+Everything here stores the matrix of weights, several times over. `ember_ext.lif_attention` does
 not.
 """
 
@@ -17,10 +17,22 @@ from ember_ext.reference.lif_gate import fire_mask
 
 
 class AttentionSummary(NamedTuple):
-    """What attention weights look like, without the weights: means over queries, per head.
+    """A description of attention weights: means over queries, for each head.
 
-    Probabilities are those before the gate, weights those that multiply the values before dropout.
-    A query that sees no key counts as one of zero probabilities.
+    Probabilities are those before the gate. Weights are those that multiply the values, before
+    dropout. A query that sees no key counts as one of zero probabilities.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import lif_attention
+        >>> query, key, value = torch.zeros(3, 1, 1, 4, 8)  # equal scores
+        >>> gate = torch.tensor([[0.0], [1.0], [1.0]])  # everything passes
+        >>> _, summary = lif_attention(query, key, value, *gate, return_summary=True)
+        >>> summary.entropy  # ln 4
+        tensor([[1.3863]])
+        >>> summary.load
+        tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]])
     """
 
     entropy: Tensor
@@ -51,12 +63,42 @@ def lif_attention(
     seed: Tensor | None = None,
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """out = dropout(w) value with w = p g(p) / (Σ p g(p) + eps); see `ember_ext.ops.lif_attention`.
+    """Define the operator :func:`ember_ext.lif_attention`, with the same arguments.
 
-    bf16 and fp16 are computed in fp32 and rounded once, at the end.
+    bf16 and fp16 are computed in fp32 and rounded once, at the end. Dropout needs a seed.
 
-    The arguments are those described there; dropout needs a seed. With `return_weights` the result
-    is (out, w), w before dropout, [B, H, Tq, Tk], in fp32 (fp64 for fp64 input).
+    Args:
+        query: as there, like all arguments but the last.
+        key: [B, G, Tk, D].
+        value: [B, G, Tk, D].
+        threshold: [H].
+        leak: [H].
+        steepness: [H].
+        attn_mask: booleans, broadcastable to [B, H, Tq, Tk]. Default: None.
+        dropout_p: probability of dropping a weight. Default: 0.
+        is_causal: whether the last query stands at the last key. Default: False.
+        scale: multiplies the scores. Default: 1 / sqrt(D).
+        eps: added to the sum of a row. Default: 1e-8.
+        seed: int64 scalar tensor. Default: None, which dropout does not take.
+        return_weights: also return the weights before dropout. Default: False.
+
+    Returns:
+        [B, H, Tq, D] in the dtype of `query`; with `return_weights` also the weights [B, H, Tq,
+        Tk], in fp32 (fp64 for fp64 input).
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import reference
+        >>> query, key, value = torch.randn(3, 2, 4, 10, 16)
+        >>> gate = torch.tensor([[0.1], [0.7], [9.0]]).expand(3, 4)
+        >>> out, weights = reference.lif_attention(
+        ...     query, key, value, *gate, is_causal=True, return_weights=True
+        ... )
+        >>> weights.shape
+        torch.Size([2, 4, 10, 10])
+        >>> torch.allclose(weights @ value, out, atol=1e-6)
+        True
     """
     if attn_mask is not None:
         query, key, value = without_hidden(query, key, value, attn_mask)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def fire_mask(u: Tensor, threshold: Tensor, steepness: Tensor) -> Tensor:
-    """f = σ(k (u - θ)): how strongly an input of magnitude `u` ≥ 0 fires."""
+    """f = σ(k (u - θ)): how strongly an input of magnitude `u` >= 0 fires."""
     return torch.sigmoid(steepness * (u - threshold))
 
 
@@ -21,9 +21,17 @@ def lif_gate(
     unit_dim: int = -1,
     eps: float = 1e-8,
 ) -> Tensor:
-    """y = x (f + λ (1 - f)) with f = σ(k (|x| - θ)); see `ember_ext.ops.lif_gate`.
+    """Define the operator :func:`ember_ext.lif_gate`, with the same arguments.
 
     bf16 and fp16 are computed in fp32 and rounded once, at the end.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import lif_gate, reference
+        >>> x, gate = torch.randn(4, 3), torch.tensor([[0.1], [0.7], [9.0]]).expand(3, 3)
+        >>> torch.allclose(lif_gate(x, *gate), reference.lif_gate(x, *gate), atol=1e-6)
+        True
     """
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
     units = [1] * x.dim()

@@ -15,6 +15,16 @@ class LTCWeights(NamedTuple):
 
     They have the names that ncps gives them. Whatever keeps `w`, `sensory_w`, `cm` and `gleak`
     positive was applied before. Synapses are [from, to].
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext.ops import LTCWeights
+        >>> inputs, units = 3, 4
+        >>> per_unit = [torch.rand(units) for _ in range(3)]
+        >>> between_units = [torch.rand(units, units) for _ in range(4)]
+        >>> from_inputs = [torch.rand(inputs, units) for _ in range(4)]
+        >>> weights = LTCWeights(*per_unit, *between_units, *from_inputs)
     """
 
     cm: Tensor
@@ -42,10 +52,18 @@ class LTCWeights(NamedTuple):
 
 
 class LTCSynapses(NamedTuple):
-    """The synapses that exist; `ember_ext.ops.ltc_synapses` makes this of masks.
+    """The synapses that exist. :func:`~ember_ext.ltc_synapses` makes this of masks.
 
-    Each tensor is [3, E], int64, and sorted by target, then source: the sources, the targets, and
-    the positions in the list in the order that sorts it by source, then target.
+    Each tensor is [3, E], int64, and sorted by target, then source. It holds the sources, the
+    targets, and the positions in the list in the order that sorts it by source, then target.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import ltc_synapses
+        >>> synapses = ltc_synapses(torch.ones(2, 2), torch.ones(3, 2))
+        >>> synapses.recurrent.shape, synapses.sensory.shape
+        (torch.Size([3, 4]), torch.Size([3, 6]))
     """
 
     recurrent: Tensor
@@ -127,9 +145,24 @@ def ltc_scan(
     eps: float = 1e-8,
     outputs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """States [B, T, outputs] and the final state [B, S]; see `ember_ext.ops.ltc_scan`.
+    """Define the operator :func:`ember_ext.ltc_scan`, with the same arguments but `chunk_size`.
 
-    bf16 and fp16 are computed in fp32, the state included, and the results rounded once.
+    bf16 and fp16 are computed in fp32, the state included, and the results are rounded once.
+
+    Returns:
+        The states [B, T, outputs] and the final state [B, S].
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import reference
+        >>> from ember_ext.ops import LTCWeights
+        >>> per_unit = [torch.rand(4) for _ in range(3)]
+        >>> synapses = [torch.rand(4, 4) for _ in range(4)] + [torch.rand(3, 4) for _ in range(4)]
+        >>> weights = LTCWeights(*per_unit, *synapses)
+        >>> y, h = reference.ltc_scan(torch.randn(2, 7, 3), weights, outputs=1)
+        >>> y.shape, h.shape
+        (torch.Size([2, 7, 1]), torch.Size([2, 4]))
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     batch, steps, _ = x.shape

@@ -1,7 +1,7 @@
 """Refractory LIF attention: thresholds that rise with the attention that a key has drawn.
 
-Everything here stores the matrix of weights, several times over;
-`ember_ext.ops.refractory_lif_attention` does not.
+Everything here stores the matrix of weights, several times over.
+`ember_ext.refractory_lif_attention` does not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ RefractoryMode = Literal["causal", "look_ahead"]
 
 
 class RefractoryState(NamedTuple):
-    """The attention that each of S keys has drawn, summed over the queries so far."""
+    """The attention that each of S keys has drawn, summed over the queries so far.
+
+    :func:`~ember_ext.refractory_lif_attention` returns it, and takes it as `past` to carry on.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext.ops import RefractoryState
+        >>> batch, heads = 2, 4
+        >>> nothing_yet = RefractoryState(torch.zeros(batch, heads, 0), torch.zeros(batch, 0))
+    """
 
     probabilities: Tensor
     """Before the gate, [B, H, S]."""
@@ -50,9 +60,24 @@ def refractory_lif_attention(
     eps: float = 1e-8,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, RefractoryState]:
-    """Causal LIF attention whose thresholds follow the keys' loads.
+    """Define the operator :func:`ember_ext.refractory_lif_attention`, with the same arguments.
 
-    See `ember_ext.ops.refractory_lif_attention`.
+    bf16 and fp16 are computed in fp32 and rounded once, at the end. Dropout needs a seed.
+
+    Raises:
+        ValueError: `is_causal` is not True.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import reference
+        >>> query, key, value = torch.randn(3, 2, 4, 10, 16)
+        >>> gates = torch.tensor([[0.1], [0.7], [9.0], [0.2], [0.1]]).expand(5, 4)
+        >>> out, load, state = reference.refractory_lif_attention(
+        ...     query, key, value, *gates, is_causal=True
+        ... )
+        >>> out.shape, load.shape
+        (torch.Size([2, 4, 10, 16]), torch.Size([2, 10, 10]))
     """
     require_causal(is_causal)
     w, next_load, state = refractory_weights(
