@@ -199,7 +199,7 @@ class SelfAttention(nn.Module):
         x: Tensor,
         cache: AttentionCache | None = None,
         previous_load: Tensor | None = None,
-        *,
+        # Not keyword-only: the older ONNX exporter hands defaults on by position.
         need_load: bool = False,
         need_weights: bool = False,
     ) -> Tensor | AttentionOutput:
