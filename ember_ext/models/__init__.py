@@ -1,15 +1,7 @@
 """The paper's two language models: a Transformer and its continuous-time counterpart.
 
-    >>> import torch
-    >>> from ember_ext.models import LiquidEmber, LiquidEmberConfig
-    >>> model = LiquidEmber(LiquidEmberConfig(n_layer=2, n_embd=16, cfc_units=24, vocab_size=65))
-    >>> tokens = torch.randint(65, (4, 33))
-    >>> logits, loss, _ = model(tokens[:, :-1], tokens[:, 1:])
-    >>> model.generate(tokens[:1, :5], max_new_tokens=7).shape
-    torch.Size([1, 12])
-
-Names are nanoGPT's where it has one. Under every condition of one random seed the weights that
-conditions share start out equal.
+Names are nanoGPT's where it has one. Models that are built with the same random seed have equal
+weights wherever their conditions share them.
 """
 
 from ember_ext.models.ember import Ember, EmberConfig, EmberState

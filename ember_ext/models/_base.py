@@ -32,7 +32,7 @@ class ModelConfig:
         n_layer: number of blocks.
         n_embd: width of the residual stream.
         dropout: dropout probability, in [0, 1).
-        bias: whether linear layers and LayerNorms have biases (a CfC's own always do).
+        bias: whether linear layers and LayerNorms have biases. A CfC's own layers always do.
         gate_preset: initial values and normalisation of the LIF gates, "text" or "released".
 
     Raises:
@@ -87,26 +87,29 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
         Args:
             idx: tokens [B, T], int64.
             targets: the token that follows each of `idx`, [B, T], int64; -1 is not counted.
-            state: what came before `idx`, from `initial_state` or an earlier call. Differentiable
-                and never written to, so one state can be continued in several ways.
+                Default: none.
+            state: what came before `idx`, from `initial_state` or an earlier call. It is
+                differentiable and never written to, so one state can be continued in several ways.
+                Default: none.
 
         Returns:
-            logits [B, T, vocab_size]; the mean cross-entropy in nats, or None without `targets`;
-            the state after `idx`, or None if no state was passed: training caches nothing.
+            The logits [B, T, vocab_size]; the mean cross-entropy in nats, or None without
+            `targets`; and the state after `idx`, or None if no state was passed.
 
         Raises:
-            ValueError: wrong shapes, an empty batch, tokens outside the vocabulary (looked at on
-                the CPU only: elsewhere the look would stall the device), or too many of them.
+            ValueError: a shape is wrong, the batch is empty, there are too many tokens, or one of
+                them is outside the vocabulary. Tokens are looked at on the CPU only, because the
+                check would wait for a GPU.
             TypeError: `idx` or `targets` is not an int64 tensor, or `state` is another model's.
         """
 
     @abstractmethod
     def initial_state(self, batch_size: int) -> State:
-        """The state before the first token, on the model's device and in its dtype."""
+        """Make the state before the first token, on the model's device and in its dtype."""
 
     @property
     def context_limit(self) -> int | None:
-        """How many tokens, the state's included, the model can look at; None if any number."""
+        """How many tokens the model can look at, the state's included; None for any number."""
         return None
 
     @property
@@ -122,9 +125,9 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue each row of `idx`: prompt and continuation, [B, T + max_new_tokens].
+        """Continue each row of `idx`, and return prompt and continuation, [B, T + max_new_tokens].
 
-        See `stream` for the arguments.
+        See :meth:`stream` for the arguments.
         """
         tokens = self.stream(idx, max_new_tokens, temperature, top_k, generator)
         return torch.cat([idx, *tokens], dim=1)
@@ -140,22 +143,23 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
         """Continue each row of `idx`, in evaluation mode, one token at a time.
 
         The state is carried from token to token. A model with a `context_limit` sees the last
-        `context_limit` tokens once the text is longer than that; since every token's position then
-        changes with each step, nothing cached stays valid and each step is a full forward pass.
+        `context_limit` tokens once the text is longer than that. The position of every token then
+        changes with each step, so nothing cached stays valid, and each step is a full forward pass.
 
         Args:
-            idx: the prompt [B, T], int64, T ≥ 1.
+            idx: the prompt [B, T], int64, T >= 1.
             max_new_tokens: how many tokens to add.
-            temperature: divides the logits; 0 takes the likeliest token.
+            temperature: divides the logits; 0 takes the likeliest token. Default: 1.
             top_k: sample among this many likeliest tokens only. Default: all.
             generator: source of randomness, on the model's device. Default: torch's global one.
 
         Yields:
             The next token of each row, [B, 1], `max_new_tokens` times.
 
-        Raises, with the first token:
-            TypeError, ValueError: as `forward` for `idx`; `max_new_tokens` or `temperature` is
-                negative, `temperature` infinite, or `top_k` below 1.
+        Raises:
+            TypeError: as `forward` for `idx`. All errors come with the first token.
+            ValueError: as `forward` for `idx`; `max_new_tokens` or `temperature` is negative,
+                `temperature` is infinite, or `top_k` is below 1.
         """
         name = f"{self._name}.generate"
         if max_new_tokens < 0:
@@ -193,7 +197,10 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
         return logits, state
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for AdamW: matrices decay; gains, biases and the gates' parameters do not."""
+        """Group the parameters for AdamW: only matrices decay.
+
+        Gains, biases and the parameters of gates do not.
+        """
         trainable = [p for p in self.parameters() if p.requires_grad]
         return [
             {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
@@ -201,15 +208,15 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
         ]
 
     def num_parameters(self, trainable_only: bool = False) -> int:
-        """Number of parameters, by default with the CfCs' frozen 0/1 masks, as the paper counts."""
+        """Count the parameters, by default with the CfCs' frozen 0/1 masks, as the paper does."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
     def gates(self) -> dict[str, LIFParameters]:
-        """Every LIF gate by its module name, in order of depth; empty without LIF."""
+        """Find every LIF gate, by its module name and in order of depth."""
         return {name: m for name, m in self.named_modules() if isinstance(m, LIFParameters)}
 
     def num_lif_parameters(self) -> int:
-        """Number of learnable parameters that the LIF mechanism adds."""
+        """Count the learnable parameters that the LIF mechanism adds."""
         return sum(p.numel() for gate in self.gates().values() for p in gate.parameters())
 
     @property

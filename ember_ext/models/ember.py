@@ -24,17 +24,29 @@ EmberCondition = Literal["standard", "lif", "lif-fixed", "lif-refractory", "qwen
 
 @dataclass(frozen=True)
 class EmberConfig(ModelConfig):
-    """Sizes and variant of an `Ember`; the defaults are the paper's.
+    """Sizes and variant of an :class:`~ember_ext.models.Ember`; the defaults are the paper's.
+
+    Its other fields are those of both models: `block_size`, `vocab_size`, `n_layer`, `n_embd`,
+    `dropout`, `bias` and `gate_preset`.
 
     Attributes:
-        n_head: attention heads in a block; divides n_embd.
-        condition: "standard" attention; "lif", a LIF gate per head on the attention weights;
+        n_head: attention heads in a block; divides `n_embd`.
+        condition: "standard" attention; "lif", a LIF gate for each head on the attention weights;
             "lif-fixed", the same with constant gates; "lif-refractory", thresholds that rise with
-            the attention that a key has already drawn; "qwen-gate", a sigmoid gate on the
-            attention's output.
-        refractory_mode: what "lif-refractory" takes a key's load from. "causal": the queries up to
-            the present one. "look_ahead": all of them, the later ones too, as in the released code;
-            losses are then not those of a language model.
+            the attention that a key has already drawn; or "qwen-gate", a sigmoid gate on the output
+            of attention.
+        refractory_mode: which queries "lif-refractory" takes the load of a key from. "causal":
+            those up to the present one. "look_ahead": all of them, the later ones too, as in the
+            paper's code. Losses are then not those of a language model.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    Examples::
+
+        >>> from ember_ext.models import EmberConfig
+        >>> EmberConfig(n_layer=2, n_embd=64, n_head=4).condition
+        'lif'
     """
 
     n_head: int = 6
@@ -51,7 +63,16 @@ class EmberConfig(ModelConfig):
 
 
 class EmberState(NamedTuple):
-    """The key-value cache of each block."""
+    """The key-value cache of each block.
+
+    Examples::
+
+        >>> from ember_ext.models import Ember, EmberConfig
+        >>> model = Ember(EmberConfig(n_layer=2, n_embd=64, n_head=4))
+        >>> state = model.initial_state(batch_size=3)
+        >>> state.length, len(state.layers)
+        (0, 2)
+    """
 
     layers: tuple[AttentionCache, ...]
 
@@ -62,14 +83,26 @@ class EmberState(NamedTuple):
 
 
 class Ember(LanguageModel[EmberState]):
-    """The paper's Transformer (section 2.2).
+    """The paper's Transformer (section 2.2): nanoGPT's, with a choice of gates in its attention.
 
     Pre-norm blocks of attention and MLP, learned positions, tied embeddings. The attention of block
     i is `blocks.{i}.attn` under every condition.
 
     Args:
-        config: sizes and variant. Models of one random seed have equal weights under all
-            conditions, and leave torch's random stream at the same place.
+        config: sizes and variant. Models that are built with the same random seed have equal
+            weights under all conditions, and leave torch's random stream at the same place.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext.models import Ember, EmberConfig
+        >>> model = Ember(EmberConfig(n_layer=2, n_embd=64, n_head=4, vocab_size=65))
+        >>> idx = torch.randint(65, (3, 16))
+        >>> logits, loss, _ = model(idx, targets=idx.roll(-1, 1))
+        >>> logits.shape
+        torch.Size([3, 16, 65])
+        >>> model.generate(idx, max_new_tokens=4).shape
+        torch.Size([3, 20])
     """
 
     config: EmberConfig
@@ -89,7 +122,10 @@ class Ember(LanguageModel[EmberState]):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, state: EmberState | None = None
     ) -> tuple[Tensor, Tensor | None, EmberState | None]:
-        """See `LanguageModel.forward`; T and the state's length together reach `block_size`."""
+        """Predict the next token; T and the state's length together may reach `block_size`.
+
+        Arguments and results are those of `LanguageModel.forward`.
+        """
         self._check_inputs(idx, targets)
         seen = 0 if state is None else self._check_state(state, idx.shape[0])
         x = self._embed(idx, seen)
@@ -111,7 +147,7 @@ class Ember(LanguageModel[EmberState]):
         return self.config.condition != "lif-refractory" or self.config.refractory_mode == "causal"
 
     def initial_state(self, batch_size: int) -> EmberState:
-        """A cache of no tokens.
+        """Make a cache of no tokens.
 
         Raises:
             ValueError: the model is not `incremental`.
@@ -130,12 +166,13 @@ class Ember(LanguageModel[EmberState]):
 
     @torch.no_grad()
     def attention_weights(self, idx: Tensor, *, gated: bool = True) -> Iterator[Tensor]:
-        """Yield each layer's attention weights, [B, n_head, T, T]; for analysis, in eval mode.
+        """Yield the attention weights of each layer, [B, n_head, T, T], for analysis in eval mode.
 
         Args:
             idx: tokens [B, T], as in `forward`.
-            gated: True for the weights that multiply the values, False for the softmax's
-                probabilities, which a LIF gate compares with θ. They differ under LIF only.
+            gated: True for the weights that multiply the values, False for the probabilities of the
+                softmax, which a LIF gate compares with its threshold. They differ under LIF only.
+                Default: True.
         """
         self._check_inputs(idx, None)
         x, load = self._embed(idx, 0), self._no_load()

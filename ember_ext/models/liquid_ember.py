@@ -20,19 +20,33 @@ WIRING_SEED = 22222
 """Every layer of every run has the same wiring, the one that ncps draws by default."""
 
 CHUNK_SIZE = 64
-"""Of each CfC: a training step at T = 256 takes 7 % more time, and two fifths less memory."""
+"""The `chunk_size` of each CfC, which saves memory in training and costs little time."""
 
 
 @dataclass(frozen=True)
 class LiquidEmberConfig(ModelConfig):
-    """Sizes and variant of a `LiquidEmber`; the defaults are those of the paper's text CfC.
+    """Sizes and variant of a :class:`~ember_ext.models.LiquidEmber`.
 
-    `block_size` is the training window only: the model reads sequences of any length.
+    The defaults are those of the paper's text model.
+
+    Its other fields are those of both models: `vocab_size`, `n_layer`, `n_embd`, `dropout`, `bias`
+    and `gate_preset`, and `block_size`, which is the training window only. The model reads
+    sequences of any length.
 
     Attributes:
-        cell: "cfc", the paper's, or "ltc": liquid time-constant networks in place of the CfCs.
+        cell: "cfc", as in the paper, or "ltc" for liquid time-constant networks in place of the
+            CfCs.
         cfc_units: neurons of each CfC or LTC (inter, command and motor), at least n_embd + 3.
-        condition: "standard", or "lif" for a LIF gate on each CfC's output.
+        condition: "standard", or "lif" for a LIF gate on the output of each CfC.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    Examples::
+
+        >>> from ember_ext.models import LiquidEmberConfig
+        >>> LiquidEmberConfig(n_layer=2, n_embd=64, cfc_units=96).cell
+        'cfc'
     """
 
     n_layer: int = 4
@@ -54,26 +68,50 @@ class LiquidEmberConfig(ModelConfig):
 
 
 class LiquidEmberState(NamedTuple):
-    """The hidden state of each block's CfC, [B, cfc_units]."""
+    """The hidden state of each block's CfC, [B, cfc_units].
+
+    Examples::
+
+        >>> from ember_ext.models import LiquidEmber, LiquidEmberConfig
+        >>> model = LiquidEmber(LiquidEmberConfig(n_layer=2, n_embd=64, cfc_units=96))
+        >>> [h.shape for h in model.initial_state(batch_size=3).hidden]
+        [torch.Size([3, 96]), torch.Size([3, 96])]
+    """
 
     hidden: tuple[Tensor, ...]
 
     def detach(self) -> LiquidEmberState:
-        """The same state cut from the graph, for truncated back-propagation through time."""
+        """Cut the state from the graph, for truncated back-propagation through time."""
         return LiquidEmberState(tuple(h.detach() for h in self.hidden))
 
 
 class LiquidEmber(LanguageModel[LiquidEmberState]):
-    """The paper's CfC language model (section 2.3).
+    """The paper's CfC language model (section 2.3), whose blocks mix tokens with a CfC.
 
-    Pre-norm blocks of CfC, optional LIF gate and MLP, tied embeddings and no positions: time is the
-    CfC's own. The CfC of block i, or with `cell="ltc"` the LTC, is `blocks.{i}.cfc`, and
-    `blocks.{i}.gate` takes its output under every condition (without LIF it is an identity), so
-    that hooks see the same tensor in both.
+    Pre-norm blocks of CfC, optional LIF gate and MLP, tied embeddings and no positions, since the
+    CfC has a time of its own. The CfC of block i, or with `cell="ltc"` the LTC, is
+    `blocks.{i}.cfc`. `blocks.{i}.gate` takes its output under every condition, and is an identity
+    without LIF, so that hooks see the same tensor in both.
 
     Args:
-        config: sizes and variant. Models of one random seed have equal weights under both
-            conditions.
+        config: sizes and variant. Models that are built with the same random seed have equal
+            weights under both conditions.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext.models import LiquidEmber, LiquidEmberConfig
+        >>> model = LiquidEmber(LiquidEmberConfig(n_layer=2, n_embd=64, cfc_units=96))
+        >>> idx = torch.randint(65, (3, 16))
+        >>> logits, loss, _ = model(idx, targets=idx.roll(-1, 1))
+        >>> logits.shape
+        torch.Size([3, 16, 65])
+
+    One token at a time, with the state in hand::
+
+        >>> state = model.initial_state(batch_size=3)
+        >>> for token in idx.split(1, dim=1):
+        ...     logits, _, state = model(token, state=state)
     """
 
     config: LiquidEmberConfig
@@ -90,7 +128,10 @@ class LiquidEmber(LanguageModel[LiquidEmberState]):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, state: LiquidEmberState | None = None
     ) -> tuple[Tensor, Tensor | None, LiquidEmberState | None]:
-        """See `LanguageModel.forward`; T may exceed `block_size`."""
+        """Predict the next token; T may exceed `block_size`.
+
+        Arguments and results are those of `LanguageModel.forward`.
+        """
         self._check_inputs(idx, targets)
         if state is not None:
             self._check_state(state, idx.shape[0])
@@ -103,7 +144,7 @@ class LiquidEmber(LanguageModel[LiquidEmberState]):
         return logits, loss, None if state is None else LiquidEmberState(tuple(hidden))
 
     def initial_state(self, batch_size: int) -> LiquidEmberState:
-        """All hidden states zero, as at the start of every training window."""
+        """Make hidden states of zero, as at the start of every training window."""
         zeros = self.wte.weight.new_zeros(batch_size, self.config.cfc_units)
         return LiquidEmberState((zeros,) * self.config.n_layer)
 
