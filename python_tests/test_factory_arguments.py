@@ -151,7 +151,7 @@ def test_accelerate_keeps_device_and_dtype(device: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize(
     ("module", "settings"),
     [
-        (nn.LIFGate(3, norm="l1", unit_dim=1), ["norm='l1'", "unit_dim=1", "preset='seed'"]),
+        (nn.LIFGate(3, norm="l1", unit_dim=1), ["norm='l1'", "unit_dim=1", "preset='text'"]),
         (nn.LIFSelfAttention(6, 2, dropout=0.5), ["n_head=2", "dropout=0.5", "refractory=None"]),
         (nn.CfC(3, 4, mode="pure", chunk_size=7), ["CfC(\n  3, 4, mode='pure', chunk_size=7\n"]),
         (nn.CfC(3, wiring(), mixed_memory=True), ["CfC(\n  3, 11, mixed_memory=True\n"]),

@@ -116,11 +116,15 @@ def test_earlier_pickles_load(build: Callable[[], torch.nn.Module]) -> None:
             for tensors in (module._parameters, module._buffers):
                 for name in list(tensors):
                     tensors[name.removeprefix("raw_")] = tensors.pop(name)
+            module.preset = "seed"  # type: ignore[assignment]
     file = io.BytesIO()
     torch.save(old, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     assert list(loaded.state_dict()) == list(source.state_dict())
+    for module, other in zip(loaded.modules(), source.modules(), strict=True):
+        if isinstance(module, nn.LIFParameters):
+            assert torch.equal(module.threshold, other.threshold)  # type: ignore[arg-type]
     assert all(torch.equal(loaded.state_dict()[n], v) for n, v in source.state_dict().items())
 
 

@@ -114,6 +114,8 @@ class GateParameters(nn.Module):
         for tensors in kinds:
             for name in [name for name in tensors if name in self._effective]:
                 tensors[_RAW_PREFIX + name] = tensors.pop(name)
+        if self.__dict__.get("preset") == "seed":  # its name in earlier versions
+            self.preset = "text"
 
 
 class LIFParameters(GateParameters):
