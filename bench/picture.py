@@ -101,7 +101,7 @@ def draw(comparison: Comparison, axis: Any, ours: str, others: str, ink: str, fa
         comparison.title, loc="left", fontsize=12.5, weight="bold", color=ink, pad=5
     )
     axis.annotate(
-        comparison.size, (1, 0), xycoords=title, xytext=(10, 0), textcoords="offset points",
+        comparison.size, (1, 0), xycoords=title, xytext=(10, 3), textcoords="offset points",
         fontsize=10.5, color=faint,
     )  # fmt: skip
 
