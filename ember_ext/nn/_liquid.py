@@ -189,7 +189,7 @@ class LiquidLayer(Packing):
 
         Without gradients the weights are laid out once for many steps. Each step compares them with
         what was laid out, so it follows every change of them at once, whoever makes it: an
-        optimiser, a soft update through `.data`, or another process.
+        optimiser, a soft update through ``.data``, or another process.
 
         Args:
             input: [B, C], or [C] for a single sequence.

@@ -35,7 +35,7 @@ class GatePreset:
     raw_leak: float
     raw_steepness: float
     threshold_scale: float
-    """θ = threshold_scale · |raw|; 0 stands for θ = raw."""
+    """The threshold is this times the absolute value of the raw one; 0 stands for the raw one."""
     norm: Norm | None
     """The norm of each row that a gate on activations preserves."""
 

@@ -42,7 +42,7 @@ def cfc_scan(
     With z = [x_t, h_{t-1}], through the backbone if there is one, and Δt the time span:
     `default`: h_t = tanh(ff1 z) (1 - g) + tanh(ff2 z) g with g = σ(Δt time_a z + time_b z);
     `no_gate`: h_t = tanh(ff1 z) + tanh(ff2 z) g;
-    `pure`: h_t = A - A exp(-Δt (|w_tau| + |ff1 z|)) ff1 z.
+    `pure`: ``h_t = A - A exp(-Δt (|w_tau| + |ff1 z|)) ff1 z``.
     Differentiable in `x`, `h0`, time spans and weights, and through both results.
     Sums, the gate and the state between steps are kept in fp32 (fp64 for fp64 input).
 
