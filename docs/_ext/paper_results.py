@@ -23,6 +23,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from bench_tables import make_table
 from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
@@ -40,19 +41,6 @@ def numbers(suite: str, environment: BuildEnvironment) -> dict[str, Any]:
     environment.note_dependency(str(path))
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
-
-
-def _table(headings: list[str], lines: list[list[str]]) -> nodes.table:
-    group = nodes.tgroup(cols=len(headings))
-    group += [nodes.colspec(colwidth=1) for _ in headings]
-
-    def row(cells: list[str]) -> nodes.row:
-        entries = (nodes.entry("", nodes.paragraph("", cell)) for cell in cells)
-        return nodes.row("", *entries)
-
-    group += nodes.thead("", row(headings))
-    group += nodes.tbody("", *(row(line) for line in lines))
-    return nodes.table("", group, classes=["paper"])
 
 
 class PaperClaims(SphinxDirective):
@@ -95,7 +83,8 @@ class PaperTable(SphinxDirective):
         if unknown := set(headings) - set(table["columns"]):
             raise self.error(f"table {number} of suite {suite} has no columns {sorted(unknown)}")
         places = [table["columns"].index(name) for name in headings]
-        return [_table(headings, [[row[place] for place in places] for row in table["rows"]])]
+        lines = [[(row[place],) for place in places] for row in table["rows"]]
+        return [make_table(headings, lines, len(headings))]
 
 
 class PaperNumber(SphinxRole):
