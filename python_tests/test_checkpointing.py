@@ -303,7 +303,7 @@ def test_saved_tensors_are_unpacked_once(entry: Registered) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["gate", "attention", "refractory paper", "dense cfc", "mlp"])
+@pytest.mark.parametrize("name", ["gate", "attention", "refractory look-ahead", "dense cfc", "mlp"])
 def test_compiled(name: str) -> None:
     torch._dynamo.reset()
     model = block(name, "middle", 0.0)

@@ -86,15 +86,18 @@ class RefractoryParameters(LIFParameters):
         for raw in (self.raw_within, self.raw_across):
             nn.init.constant_(raw, REFRACTORY_RAW)
 
+    def _values(self) -> tuple[Tensor, ...]:
+        return *super()._values(), F.softplus(self.raw_within), torch.sigmoid(self.raw_across)
+
     @property
     def within(self) -> Tensor:
         """The effective coupling within a layer, [num_units], above 0; differentiable."""
-        return F.softplus(self.raw_within)
+        return self._values()[3]
 
     @property
     def across(self) -> Tensor:
         """The effective coupling across layers, [num_units], within (0, 1); differentiable."""
-        return torch.sigmoid(self.raw_across)
+        return self._values()[4]
 
 
 class AttentionCache(NamedTuple):
@@ -403,7 +406,7 @@ class LIFSelfAttention(SelfAttention):
         past: RefractoryState | None,
     ) -> tuple[Tensor, Tensor | None, RefractoryState | None]:
         """See `SelfAttention.attend`."""
-        gates = self.gate.threshold, self.gate.leak, self.gate.steepness
+        gates = self.gate._values()
         if not isinstance(self.gate, RefractoryParameters):
             y = ops.lif_attention(
                 query, key, value, *gates, dropout_p=self.dropout_p, is_causal=True
@@ -420,8 +423,6 @@ class LIFSelfAttention(SelfAttention):
             key,
             value,
             *gates,
-            self.gate.within,
-            self.gate.across,
             dropout_p=self.dropout_p,
             is_causal=True,
             mode=self.refractory,
@@ -437,7 +438,7 @@ class LIFSelfAttention(SelfAttention):
         past: RefractoryState | None,
     ) -> Tensor:
         """See `SelfAttention.weights`."""
-        gates = self.gate.threshold, self.gate.leak, self.gate.steepness
+        gates = self.gate._values()
         if not isinstance(self.gate, RefractoryParameters):
             p = causal_probabilities(query, key)
             threshold, leak, steepness = (v.to(p.dtype).view(-1, 1, 1) for v in gates)
@@ -447,8 +448,6 @@ class LIFSelfAttention(SelfAttention):
             query,
             key,
             *gates,
-            self.gate.within,
-            self.gate.across,
             mode=self.refractory,
             previous_load=previous_load,
             past=past,

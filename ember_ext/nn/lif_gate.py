@@ -37,7 +37,7 @@ class GatePreset:
     threshold_scale: float
     """The threshold is this times the absolute value of the raw one; 0 stands for the raw one."""
     norm: Norm | None
-    """The norm of each row that a gate on activations preserves."""
+    """The norm of each row that a gate on activations preserves by default."""
 
     def effective_threshold(self, raw: Tensor) -> Tensor:
         """Compute the effective threshold of a raw one; any shape."""
@@ -54,6 +54,7 @@ GATE_PRESETS: dict[str, GatePreset] = {
         raw_threshold=0.01, raw_leak=2.0, raw_steepness=2.0, threshold_scale=0.1, norm=None
     ),
 }
+"""The presets of gates: "text" is the paper's text, "released" the code behind its numbers."""
 
 FIXED_RAW_THRESHOLD = 1.0
 """The raw threshold of the paper's non-learnable control."""
@@ -194,20 +195,32 @@ class LIFParameters(GateParameters):
         nn.init.constant_(self.raw_leak, values.raw_leak)
         nn.init.constant_(self.raw_steepness, values.raw_steepness)
 
+    def _values(self) -> tuple[Tensor, ...]:
+        """All effective values, in the order of `_effective`.
+
+        Modules call this. Within a property `nn.Module` takes an AttributeError, such as that of
+        somebody's hook, for a missing attribute, and hides it.
+        """
+        return (
+            GATE_PRESETS[self.preset].effective_threshold(self.raw_threshold),
+            torch.sigmoid(self.raw_leak),
+            F.softplus(self.raw_steepness),
+        )
+
     @property
     def threshold(self) -> Tensor:
         """The threshold as the operators take it, [num_units]; differentiable."""
-        return GATE_PRESETS[self.preset].effective_threshold(self.raw_threshold)
+        return self._values()[0]
 
     @property
     def leak(self) -> Tensor:
         """The leak as the operators take it, [num_units], within (0, 1); differentiable."""
-        return torch.sigmoid(self.raw_leak)
+        return self._values()[1]
 
     @property
     def steepness(self) -> Tensor:
         """The steepness as the operators take it, [num_units], above 0; differentiable."""
-        return F.softplus(self.raw_steepness)
+        return self._values()[2]
 
     def extra_repr(self) -> str:
         """The arguments that tell one gate from another."""
@@ -269,9 +282,7 @@ class LIFGate(LIFParameters):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate `x`; see :func:`~ember_ext.lif_gate`."""
-        return ops.lif_gate(
-            x, self.threshold, self.leak, self.steepness, norm=self.norm, unit_dim=self.unit_dim
-        )
+        return ops.lif_gate(x, *self._values(), norm=self.norm, unit_dim=self.unit_dim)
 
     def extra_repr(self) -> str:
         """The arguments that tell one gate from another."""

@@ -37,47 +37,69 @@ def cfc_scan(
     dropout_scale: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run one closed-form continuous-time cell over a sequence (section 2.3 of the paper).
+    r"""Run one closed-form continuous-time (CfC) cell over a sequence (section 2.3 of the paper).
 
-    With z = [x_t, h_{t-1}], through the backbone if there is one, and Δt the time span:
-    `default`: h_t = tanh(ff1 z) (1 - g) + tanh(ff2 z) g with g = σ(Δt time_a z + time_b z);
-    `no_gate`: h_t = tanh(ff1 z) + tanh(ff2 z) g;
-    `pure`: ``h_t = A - A exp(-Δt (|w_tau| + |ff1 z|)) ff1 z``.
-    Differentiable in `x`, `h0`, time spans and weights, and through both results.
-    Sums, the gate and the state between steps are kept in fp32 (fp64 for fp64 input).
+    With :math:`z = [x_t, h_{t-1}]`, through the backbone if there is one, the next state depends on
+    the mode:
 
-    Under autocast `x` and the weight matrices are rounded to autocast's dtype, unless `x` is fp64.
+    .. math::
+
+        \text{default:} \quad h_t &= \tanh(\mathrm{ff1}\,z)\,(1 - g) + \tanh(\mathrm{ff2}\,z)\,g, \\
+        \text{no\_gate:} \quad h_t &= \tanh(\mathrm{ff1}\,z) + \tanh(\mathrm{ff2}\,z)\,g, \\
+        \text{pure:} \quad h_t &= A - A\,e^{-\Delta t\,(\lvert \mathrm{w\_tau} \rvert
+            + \lvert \mathrm{ff1}\,z \rvert)}\,\mathrm{ff1}\,z,
+
+    where the gate :math:`g = \sigma(\Delta t\,\mathrm{time\_a}\,z + \mathrm{time\_b}\,z)` moves
+    with the time span :math:`\Delta t`, and :math:`A` is the amplitude.
+
+    The operator is differentiable in `x`, `h0`, time spans and weights, and through both results.
+    Sums, the gate and the state between steps are kept in fp32 (fp64 for fp64 input). Under
+    autocast `x` and the weight matrices are rounded to autocast's dtype, unless `x` is fp64.
 
     Args:
         x: input, [B, T, I], in float64, float32, bfloat16 or float16; any strides.
-        weights: an `ember_ext.ops.CfCWeights` of a cell with H units and, where it has one, a
-            backbone of width U, which on a GPU has at most 15 layers; tensors of any floating
+        weights: an :class:`~ember_ext.ops.CfCWeights` of a cell with H units and, where it has one,
+            a backbone of width U, which on a GPU has at most 15 layers; tensors of any floating
             dtype.
         h0: initial state, [B, H]. Default: zeros.
-        timespans: Δt ≥ 0 and finite, in the unit of time that the weights were trained with: a
-            number, or a tensor of a floating or integer dtype: of no dimension, [B, T] or
-            [B, T, 1]. Default: 1.
-        lengths: [B], integers within [0, T]: row b ends after `lengths[b]` steps. Its state
-            is frozen from there on, its outputs are zero, and no gradient passes. What the other
-            arguments hold there, NaN for instance, has no influence. Default: all T.
+        timespans: :math:`\Delta t \ge 0` and finite, in the unit of time that the weights were
+            trained with: a number, or a tensor of a floating or integer dtype, which has no
+            dimension, or is [B, T] or [B, T, 1]. Default: 1.
+        lengths: [B], integers within [0, T]: row b ends after `lengths[b]` steps. Its state is
+            frozen from there on, its outputs are zero, and no gradient passes. The other arguments
+            may hold anything there, NaN too. Default: all T.
         mode: "default", "pure" or "no_gate".
-        activation: of the backbone: "lecun_tanh", "tanh", "relu", "silu" or "gelu".
+        activation: of the backbone: "lecun_tanh" (the default), "tanh", "relu", "silu" or "gelu".
         dropout_scale: [B, T, layers - 1, U], multiplied onto the outputs of the backbone's second
-            and later layers: 0 or 1 / (1 - p). Not differentiable. Default: no dropout.
-        chunk_size: time steps for which the backward pass keeps activations at once; those of other
-            chunks are computed again. Measured with 64 rows of 256 steps and 192 units, peak memory
-            and time of forward and backward, as shares of what keeping everything takes: 128 steps,
-            61-83 % and 1.19-1.34; 64 steps, 45-57 % and 1.14-1.34; 32 steps, 43-44 % and 1.12-1.36;
-            16 steps, 39-41 % and 1.08-1.38. With 4 rows of 4096 steps: 128 steps, 34-38 % and
-            1.15-1.22. Default: all T up to 1024 steps, and 128 beyond that. 0 keeps everything.
+            and later layers: 0 or 1 / (1 - p). It is not differentiable. Default: no dropout.
+        chunk_size: time steps for which the backward pass keeps activations at once. It computes
+            those of other chunks again, which saves memory and costs time. 0 keeps everything.
+            Default: all T up to 1024 steps, and 128 beyond that.
 
     Returns:
-        The states [B, T, H], and the state [B, H] after each row's last step, both in x's dtype.
+        The states [B, T, H], and the state [B, H] after each row's last step, both in the dtype of
+        `x`.
 
     Raises:
         TypeError: an argument is not of a supported type or dtype.
         ValueError: a shape, device, value or option does not fit. The values of time spans and
-            lengths are checked on CPU tensors only: on a GPU the check would wait for the device.
+            lengths are checked on CPU tensors only, because the check would wait for a GPU.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext import cfc_scan
+        >>> from ember_ext.ops import Affine, CfCWeights
+        >>> inputs, units = 3, 4
+        >>> def head():
+        ...     return Affine(torch.randn(units, inputs + units), torch.zeros(units))
+        >>> weights = CfCWeights(ff1=head(), ff2=head(), time_a=head(), time_b=head())
+        >>> x, spans = torch.randn(2, 7, inputs), torch.rand(2, 7)
+        >>> y, h = cfc_scan(x, weights, timespans=spans, lengths=torch.tensor([7, 5]))
+        >>> y.shape, h.shape
+        (torch.Size([2, 7, 4]), torch.Size([2, 4]))
+        >>> torch.equal(h[1], y[1, 4])  # the second row ends after five steps
+        True
     """
     _check(x, weights, h0, mode, activation, dropout_scale, chunk_size)
     timespans = _sequence.as_timespans(_OP, "timespans", timespans, x.dtype)
