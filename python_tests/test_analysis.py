@@ -15,7 +15,7 @@ from synthetic_results import Effect, synthetic_results, synthetic_run
 
 from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
 from ember_ext.paper.claims.catalogue import claims
-from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import (
     ResultError,
     RunResult,
@@ -72,13 +72,13 @@ def with_losses(run: RunResult, losses: list[float]) -> RunResult:
 def test_grid_pairs_common_seeds_only() -> None:
     runs = synthetic_results(variants=("standard",), seeds=(7, 3, 5))
     runs += synthetic_results(variants=("lif",), seeds=(5, 9, 3))
-    grid = Grid(runs)
-    assert [run.seed for run in grid.runs("transformer", "standard")] == [3, 5, 7]
-    pairs = grid.pairs("transformer", "lif")
+    finished = FinishedRuns(runs)
+    assert [run.seed for run in finished.runs("transformer", "standard")] == [3, 5, 7]
+    pairs = finished.pairs("transformer", "lif")
     assert [(p.base.seed, p.other.seed) for p in pairs] == [(3, 3), (5, 5)]
     assert [(p.base.variant, p.other.variant) for p in pairs] == [("standard", "lif")] * 2
-    assert grid.pairs("cfc", "lif") == []
-    assert grid.backbones == ["transformer"]
+    assert finished.pairs("cfc", "lif") == []
+    assert finished.backbones == ["transformer"]
 
 
 def change_record(key: str, value: object) -> Callable[[dict[str, Any]], None]:
@@ -115,7 +115,7 @@ def test_damaged_results_are_named(change: Callable[[dict[str, Any]], None], mes
     content = copy.deepcopy(dataclasses.asdict(runs[3]))
     change(content)
     damaged = [*runs[:3], RunResult(**content), *runs[4:]]
-    for analyse in (Grid, tables, claims):
+    for analyse in (FinishedRuns, tables, claims):
         with pytest.raises(ResultError, match=message) as caught:
             analyse(damaged)
         assert "lif" in str(caught.value)
@@ -124,27 +124,27 @@ def test_damaged_results_are_named(change: Callable[[dict[str, Any]], None], mes
 def test_two_results_of_one_run_are_refused() -> None:
     run = synthetic_run()
     with pytest.raises(ResultError, match="transformer-standard-seed42: there are two results"):
-        Grid([run, run])
+        FinishedRuns([run, run])
 
 
 def test_device_and_path_may_differ() -> None:
     runs = synthetic_results(variants=("standard", "lif"), seeds=(1,))
     runs += synthetic_results(variants=("standard", "lif"), seeds=(2,), device="cuda", data="a.txt")
-    assert len(Grid(runs).pairs("transformer", "lif")) == 2
+    assert len(FinishedRuns(runs).pairs("transformer", "lif")) == 2
 
 
 def test_comparison_is_paired() -> None:
     """Seeds differ by far more than the effect, which pairs show all the same."""
     effects = {"standard": Effect(noise=2e-5), "lif": Effect(loss=-0.003, noise=2e-5)}
-    grid = Grid(synthetic_results(effects, seed_sd=0.05))
-    comparison = compare(grid, "transformer", "lif")
+    finished = FinishedRuns(synthetic_results(effects, seed_sd=0.05))
+    comparison = compare(finished, "transformer", "lif")
     assert comparison is not None
     assert comparison.difference == pytest.approx(-0.003, abs=1e-4)
     assert comparison.base.sd is not None
     assert comparison.base.sd > 0.005
     assert comparison.t_p is not None
     assert comparison.t_p < 1e-3
-    assert compare(grid, "cfc", "lif") is None
+    assert compare(finished, "cfc", "lif") is None
 
 
 def test_best_and_final_loss_are_told_apart() -> None:
@@ -163,19 +163,19 @@ def test_noise_floor_of_null_pairs() -> None:
         with_losses(synthetic_run(variant="null", seed=seed), curve)
         for seed, curve in zip((1, 2), others, strict=True)
     ]
-    grid = Grid(runs)
-    floor = measure_noise(grid, "transformer", final_full_loss)
+    finished = FinishedRuns(runs)
+    floor = measure_noise(finished, "transformer", final_full_loss)
     assert floor is not None
     assert floor.rms == pytest.approx(math.sqrt((0.03**2 + 0.04**2) / 2))
     assert floor.maximum == pytest.approx(0.04)
-    assert measure_noise(grid, "transformer", best_loss) == floor
-    curve = noise_curve(grid, "transformer")
+    assert measure_noise(finished, "transformer", best_loss) == floor
+    curve = noise_curve(finished, "transformer")
     assert curve is not None
     assert curve.steps == (0, 200, 400)
     assert curve.rms == pytest.approx((0, 0.1, floor.rms))
     assert curve.maximum == pytest.approx((0, 0.1, 0.04))
-    assert measure_noise(grid, "cfc") is None
-    assert noise_curve(grid, "cfc") is None
+    assert measure_noise(finished, "cfc") is None
+    assert noise_curve(finished, "cfc") is None
 
 
 def test_support_and_first_token_mass_of_uniform_attention() -> None:
@@ -254,15 +254,15 @@ def test_gates_by_layer_and_evaluation() -> None:
 
 def test_depth_profiles() -> None:
     runs = synthetic_results({"lif": Effect(entropy=(1.0, 2.0, 3.0, 3.5))}, n_layer=4)
-    grid = Grid(runs)
-    profiles = depth_profiles(grid, "transformer", ATTENTION_ENTROPY)
+    finished = FinishedRuns(runs)
+    profiles = depth_profiles(finished, "transformer", ATTENTION_ENTROPY)
     assert profiles["lif"].mean == pytest.approx((1.0, 2.0, 3.0, 3.5), rel=0.02)
     assert profiles["lif"].mean_spearman == pytest.approx(1)
     assert profiles["lif"].rises == pytest.approx([2.5] * 3, rel=0.05)
     assert profiles["lif"].sd is not None
     assert profiles["standard"].mean_spearman != pytest.approx(1)
-    assert depth_profiles(grid, "transformer", FIRE_RATE) == {}
-    assert set(depth_profiles(grid, "transformer", THRESHOLD)) == {
+    assert depth_profiles(finished, "transformer", FIRE_RATE) == {}
+    assert set(depth_profiles(finished, "transformer", THRESHOLD)) == {
         "lif",
         "lif-fixed",
         "lif-refractory",
@@ -331,8 +331,8 @@ def test_crossover(other: list[float], first: int | None, persistent: int | None
 
 def test_crossovers_over_seeds() -> None:
     effects = {"lif": Effect(loss=-0.02, early=0.02, since=1600, noise=1e-4)}
-    grid = Grid(synthetic_results(effects))
-    summary = find_crossovers(grid.pairs("transformer", "lif"))
+    finished = FinishedRuns(synthetic_results(effects))
+    summary = find_crossovers(finished.pairs("transformer", "lif"))
     assert summary.persistent is not None
     assert (summary.persistent.n, summary.persistent.mean, summary.persistent.sd) == (3, 1600, 0)
     assert find_crossovers([]).persistent is None
@@ -340,16 +340,16 @@ def test_crossovers_over_seeds() -> None:
 
 def test_null_pairs_cross_as_well() -> None:
     """The published rule finds a crossover between curves that differ by nothing but chance."""
-    grid = Grid(synthetic_results(seeds=range(12)))
-    summary = find_crossovers(grid.pairs("transformer", "null"))
+    finished = FinishedRuns(synthetic_results(seeds=range(12)))
+    summary = find_crossovers(finished.pairs("transformer", "null"))
     assert sum(c.first is not None for c in summary.crossovers) >= 3
 
 
 def test_extra_parameters() -> None:
-    grid = Grid(synthetic_results())
-    assert extra_parameters(grid, "transformer", "lif") == 24
-    assert extra_parameters(grid, "transformer", "qwen-gate") == 2 * 128**2
-    assert extra_parameters(grid, "cfc", "lif") is None
+    finished = FinishedRuns(synthetic_results())
+    assert extra_parameters(finished, "transformer", "lif") == 24
+    assert extra_parameters(finished, "transformer", "qwen-gate") == 2 * 128**2
+    assert extra_parameters(finished, "cfc", "lif") is None
 
 
 def real_run(variant: str) -> RunResult:
@@ -391,9 +391,9 @@ def test_measures_of_real_models_are_understood(tmp_path: Path) -> None:
         write_result(tmp_path / f"{run.name}.json", run)
     results = read_results(tmp_path)
     assert len(results) == 7
-    grid = Grid(results)
-    assert extra_parameters(grid, "transformer", "lif") == 2 * 2 * 3
-    assert extra_parameters(grid, "cfc", "lif") == 2 * 16 * 3
+    finished = FinishedRuns(results)
+    assert extra_parameters(finished, "transformer", "lif") == 2 * 2 * 3
+    assert extra_parameters(finished, "cfc", "lif") == 2 * 16 * 3
     assert [table.number for table in tables(results) if not table.rows] == ["S2"]
     assert {claim.verdict for claim in claims(results)} == {"not testable at this scale"}
 

@@ -12,7 +12,7 @@ from synthetic_results import SEEDS, Effect, synthetic_results
 
 from ember_ext.paper.claims.catalogue import Claim, claims
 from ember_ext.paper.claims.judging import Finding, NotTestableError, Rule, differs, every
-from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 
 SUPPORTED, REFUTED, UNTESTABLE = "supported", "not supported", "not testable at this scale"
@@ -144,7 +144,7 @@ def test_chance_is_seldom_taken_for_an_effect() -> None:
             steps=2,
             eval_interval=1,
         )
-        supported += rule(Grid(results)).holds
+        supported += rule(FinishedRuns(results)).holds
     assert supported <= 12
 
 
@@ -493,15 +493,15 @@ def test_the_start_of_training(backbone: str, variant: str) -> None:
 
 def test_every_rule_must_hold() -> None:
     def rule(outcome: bool | None) -> Rule:
-        def judge(_: Grid) -> Finding:
+        def judge(_: FinishedRuns) -> Finding:
             if outcome is None:
                 raise NotTestableError("cannot tell")
             return Finding(outcome, f"found {outcome}")
 
         return judge
 
-    grid = Grid([])
-    assert every(rule(True), rule(True))(grid) == Finding(True, "found True")
-    assert every(rule(True), rule(None), rule(False))(grid) == Finding(False, "found False")
+    finished = FinishedRuns([])
+    assert every(rule(True), rule(True))(finished) == Finding(True, "found True")
+    assert every(rule(True), rule(None), rule(False))(finished) == Finding(False, "found False")
     with pytest.raises(NotTestableError, match="cannot tell"):
-        every(rule(True), rule(None))(grid)
+        every(rule(True), rule(None))(finished)

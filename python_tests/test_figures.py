@@ -34,7 +34,7 @@ from ember_ext.paper.figures.style import (
     rendered,
     text_color,
 )
-from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.comparisons import MAIN_LOSS, best_loss, compare
 
@@ -70,12 +70,12 @@ SHAPES: dict[str, list[RunResult]] = {
 def drawings_of(shape: str) -> list[Drawing]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return draw_figures(Grid(SHAPES[shape]))
+        return draw_figures(FinishedRuns(SHAPES[shape]))
 
 
 @pytest.fixture(scope="module")
-def grid() -> Grid:
-    return Grid(SHAPES["three seeds"])
+def finished() -> FinishedRuns:
+    return FinishedRuns(SHAPES["three seeds"])
 
 
 def texts(figure: Figure) -> Iterator[Text]:
@@ -142,12 +142,12 @@ def test_captions_name_the_runs() -> None:
     assert "Transformer not run" in drawings_of("no Transformer")[2].caption
 
 
-def test_loss_curves_and_crossovers(grid: Grid) -> None:
-    figure = figure_2_loss_curves(grid)
+def test_loss_curves_and_crossovers(finished: FinishedRuns) -> None:
+    figure = figure_2_loss_curves(finished)
     for column, backbone in enumerate(("transformer", "cfc")):
         losses, differences = figure.axes[column], figure.axes[2 + column]
         for variant in ("standard", "lif"):
-            curves = [run.curve(MAIN_LOSS)[1] for run in grid.runs(backbone, variant)]
+            curves = [run.curve(MAIN_LOSS)[1] for run in finished.runs(backbone, variant)]
             color = LOOKS[variant].color
             drawn = [line.get_ydata() for line in losses.lines if line.get_color() == color]
             np.testing.assert_allclose(drawn, [*curves, np.mean(curves, axis=0)])
@@ -164,7 +164,7 @@ def test_loss_curves_and_crossovers(grid: Grid) -> None:
 
 def test_a_lost_lead_is_no_crossover() -> None:
     effects = {"lif": Effect(loss=0.01, since=1600, early=-0.01)}
-    figure = figure_2_loss_curves(Grid(synthetic_results(effects, seeds=[42])))
+    figure = figure_2_loss_curves(FinishedRuns(synthetic_results(effects, seeds=[42])))
     labels = [str(line.get_label()) for line in figure.axes[2].lines]
     assert "first lead, lost again" in labels
     assert "ahead from here on" not in labels
@@ -177,7 +177,7 @@ def test_every_triangle_is_whole() -> None:
     for before, after in zip(base.evaluations, lif.evaluations, strict=True):
         ahead = {200: 0.5, 3000: 0.001}.get(before["step"], -0.001)
         after[MAIN_LOSS] = before[MAIN_LOSS] - ahead
-    axes = figure_2_loss_curves(Grid([base, lif])).axes[2]
+    axes = figure_2_loss_curves(FinishedRuns([base, lif])).axes[2]
     triangles = {str(line.get_label()): line for line in axes.lines if line.get_marker() == "v"}
     for label, step, difference in (
         ("first lead, lost again", 200, -0.5),
@@ -189,8 +189,8 @@ def test_every_triangle_is_whole() -> None:
         assert not triangles[label].get_clip_on()
 
 
-def test_variants_are_told_apart_without_colours(grid: Grid) -> None:
-    for axes in figure_2_loss_curves(grid).axes[:2]:
+def test_variants_are_told_apart_without_colours(finished: FinishedRuns) -> None:
+    for axes in figure_2_loss_curves(finished).axes[:2]:
         styles = {
             LOOKS[variant].color: {
                 str(line.get_linestyle())
@@ -202,10 +202,10 @@ def test_variants_are_told_apart_without_colours(grid: Grid) -> None:
         standard, lif = styles.values()
         assert len(standard) == len(lif) == 1
         assert standard != lif
-    for axes in figure_4_roles(Grid(SHAPES["six layers"])).axes[2:4]:
+    for axes in figure_4_roles(FinishedRuns(SHAPES["six layers"])).axes[2:4]:
         hatches = {bar.get_facecolor(): bar.get_hatch() for bar in axes.patches}
         assert len(hatches) == len(set(hatches.values())) == 4
-    for axes in figure_6_thresholds(Grid(SHAPES["six layers"])).axes[:1]:
+    for axes in figure_6_thresholds(FinishedRuns(SHAPES["six layers"])).axes[:1]:
         legend = axes.get_legend()
         assert legend is not None
         markers = [line.get_marker() for line in legend.get_lines()]
@@ -214,7 +214,7 @@ def test_variants_are_told_apart_without_colours(grid: Grid) -> None:
 
 def test_captions_say_whether_a_noise_floor_is_known() -> None:
     def captions(results: list[RunResult]) -> list[str]:
-        drawings = draw_figures(Grid(results))
+        drawings = draw_figures(FinishedRuns(results))
         return [
             d.caption
             for d in drawings
@@ -231,9 +231,9 @@ def test_captions_say_whether_a_noise_floor_is_known() -> None:
 @pytest.mark.parametrize(("noise", "unseen"), [(0.0004, 0), (1e-8, 2)])
 def test_bands_that_are_too_thin_are_said_to_be(noise: float, unseen: int) -> None:
     effects = {v: Effect(noise=noise) for v in ("standard", "null")} | {"lif": Effect(loss=0.01)}
-    grid = Grid(synthetic_results(effects, variants=["standard", "lif", "null"]))
+    finished = FinishedRuns(synthetic_results(effects, variants=["standard", "lif", "null"]))
     for draw in (figure_2_loss_curves, figure_7_parameters):
-        assert words(draw(grid)).count("too thin to see") == unseen
+        assert words(draw(finished)).count("too thin to see") == unseen
 
 
 def test_text_contrasts_with_what_it_stands_on() -> None:
@@ -245,7 +245,7 @@ def test_text_contrasts_with_what_it_stands_on() -> None:
     ]
     # Teal in the middle of the colour map, of luminance .23: black has 5.6 : 1, white 3.7 : 1.
     assert text_color("#21918C") == "black"
-    figure = figure_3_entropy(Grid(synthetic_results(variants=["standard"], seeds=[1])))
+    figure = figure_3_entropy(FinishedRuns(synthetic_results(variants=["standard"], seeds=[1])))
     by_value = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
     colors = {float(value): color for value, color in by_value.items()}
     assert (colors[min(colors)], colors[max(colors)]) == ("white", "black")
@@ -253,7 +253,9 @@ def test_text_contrasts_with_what_it_stands_on() -> None:
 
 def test_numbers_of_the_heatmap_fit_their_cells() -> None:
     written = {
-        shape: {text.get_text() for text in figure_3_entropy(Grid(SHAPES[shape])).axes[1].texts}
+        shape: {
+            text.get_text() for text in figure_3_entropy(FinishedRuns(SHAPES[shape])).axes[1].texts
+        }
         for shape in ("three seeds", "six layers")
     }
     assert all(len(text) == 4 for text in written["three seeds"])
@@ -263,11 +265,13 @@ def test_numbers_of_the_heatmap_fit_their_cells() -> None:
     assert any(text[1] == "." for text in written["six layers"])
 
 
-def test_entropy_panels_hold_each_head_on_one_scale(grid: Grid) -> None:
-    figure = figure_3_entropy(grid)
+def test_entropy_panels_hold_each_head_on_one_scale(finished: FinishedRuns) -> None:
+    figure = figure_3_entropy(finished)
     runs = [
         run
-        for pair in zip(*(grid.runs("transformer", v) for v in ("standard", "lif")), strict=True)
+        for pair in zip(
+            *(finished.runs("transformer", v) for v in ("standard", "lif")), strict=True
+        )
         for run in pair
     ]
     images = [axes.images[0] for axes in figure.axes if axes.images]
@@ -277,8 +281,8 @@ def test_entropy_panels_hold_each_head_on_one_scale(grid: Grid) -> None:
         assert image.get_clim() == (0, pytest.approx(3.878, abs=1e-3))
 
 
-def test_role_bars_hold_every_head(grid: Grid) -> None:
-    figure = figure_4_roles(grid)
+def test_role_bars_hold_every_head(finished: FinishedRuns) -> None:
+    figure = figure_4_roles(finished)
     for bars in figure.axes[2:4]:
         for layer in range(2):
             widths = [bar.get_width() for bar in bars.patches if round(bar.get_y() + 0.36) == layer]
@@ -288,14 +292,17 @@ def test_role_bars_hold_every_head(grid: Grid) -> None:
         assert sum(len(np.atleast_1d(line.get_xdata())) for line in points) == 3 * 2 * 4
 
 
-def test_depth_compares_through_one_virtual_gate(grid: Grid) -> None:
-    transformer, cfc = figure_5_depth(grid).axes
+def test_depth_compares_through_one_virtual_gate(finished: FinishedRuns) -> None:
+    transformer, cfc = figure_5_depth(finished).axes
     labels = [text.get_text() for text in cfc.get_legend().get_texts()]
     assert labels == ["Standard, virtual gate", "LIF, own gate", "LIF, virtual gate"]
     lif = next(line for line in transformer.lines if line.get_label() == "LIF")
     expected = [
         np.mean(
-            [run.evaluations[-1]["attention_entropy"][i] for run in grid.runs("transformer", "lif")]
+            [
+                run.evaluations[-1]["attention_entropy"][i]
+                for run in finished.runs("transformer", "lif")
+            ]
         )
         for i in range(2)
     ]
@@ -303,8 +310,8 @@ def test_depth_compares_through_one_virtual_gate(grid: Grid) -> None:
     assert cfc.get_ylim()[0] == 0
 
 
-def test_thresholds_keep_presets_apart(grid: Grid) -> None:
-    figure = figure_6_thresholds(grid)
+def test_thresholds_keep_presets_apart(finished: FinishedRuns) -> None:
+    figure = figure_6_thresholds(finished)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert [title.split("  ")[1] for title in titles] == [
         "Transformer, released preset",
@@ -316,8 +323,8 @@ def test_thresholds_keep_presets_apart(grid: Grid) -> None:
     assert ends == {0.001, 0.02, 0.05}  # the start (dashed), and both layers
 
 
-def test_losses_stand_at_their_parameters(grid: Grid) -> None:
-    figure = figure_7_parameters(grid)
+def test_losses_stand_at_their_parameters(finished: FinishedRuns) -> None:
+    figure = figure_7_parameters(finished)
     losses, differences = figure.axes[0], figure.axes[2]
     places = {}
     for line in losses.lines:
@@ -326,9 +333,9 @@ def test_losses_stand_at_their_parameters(grid: Grid) -> None:
     assert places["LIF-refractory"][0] == pytest.approx(np.log10(40))
     assert places["Qwen-gate"][0] == pytest.approx(np.log10(2 * 128**2))
     assert places["Standard"][0] < places["LIF-fixed"][0] < 1 < places["LIF"][0]
-    mean = np.mean([best_loss(run) for run in grid.runs("transformer", "lif")])
+    mean = np.mean([best_loss(run) for run in finished.runs("transformer", "lif")])
     assert places["LIF"][1] == pytest.approx(mean)
-    comparison = compare(grid, "transformer", "lif")
+    comparison = compare(finished, "transformer", "lif")
     assert comparison is not None
     assert comparison.t_interval is not None
     intervals = [line.get_ydata() for line in differences.lines if len(line.get_xdata()) == 2]
@@ -338,7 +345,9 @@ def test_losses_stand_at_their_parameters(grid: Grid) -> None:
 
 def test_files_are_equal_for_equal_runs(tmp_path: Path) -> None:
     def write(folder: Path) -> list[Path]:
-        drawing = Drawing(5, "depth", "", "", figure_5_depth(Grid(SHAPES["no Transformer"])))
+        drawing = Drawing(
+            5, "depth", "", "", figure_5_depth(FinishedRuns(SHAPES["no Transformer"]))
+        )
         (folder / "depth.svg").write_bytes(rendered(drawing.figure, "svg"))
         return [*write_figures(folder, [drawing]), folder / "depth.svg"]
 

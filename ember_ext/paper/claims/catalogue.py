@@ -47,7 +47,7 @@ from ember_ext.paper.claims.structure_rules import (
     thresholds_wake,
 )
 from ember_ext.paper.labels import BACKBONE_LABELS
-from ember_ext.paper.runs.finished import BASELINE, LIF, Grid
+from ember_ext.paper.runs.finished import BASELINE, LIF, FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 
 Verdict = Literal["supported", "not supported", "not testable at this scale"]
@@ -90,16 +90,16 @@ def claims(results: Sequence[RunResult]) -> list[Claim]:
         results: of any runs, in any order; what they cannot answer is not testable.
 
     Raises:
-        ResultError: see `Grid`.
+        ResultError: see `FinishedRuns`.
     """
-    grid = Grid(results)
-    return [_judge(spec, grid) for spec in _SPECS]
+    finished = FinishedRuns(results)
+    return [_judge(spec, finished) for spec in _SPECS]
 
 
-def _judge(spec: _Spec, grid: Grid) -> Claim:
+def _judge(spec: _Spec, finished: FinishedRuns) -> Claim:
     verdict: Verdict
     try:
-        finding = spec.rule(grid)
+        finding = spec.rule(finished)
     except NotTestableError as reason:
         verdict, evidence = "not testable at this scale", str(reason)
     else:

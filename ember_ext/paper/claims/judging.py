@@ -15,7 +15,7 @@ import numpy as np
 
 from ember_ext.paper import published
 from ember_ext.paper.formatting import comparison_text, noise_text, p_value, signed
-from ember_ext.paper.runs.finished import BASELINE, Grid
+from ember_ext.paper.runs.finished import BASELINE, FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.comparisons import Measure, best_loss, compare, measure_noise
 from ember_ext.paper.statistics.paired import MIN_PAIRS, p_against_zero
@@ -49,17 +49,17 @@ class NotTestableError(Exception):
     """These runs cannot answer; the text says why, with what numbers there are."""
 
 
-Rule = Callable[[Grid], Finding]
+Rule = Callable[[FinishedRuns], Finding]
 
 
 def every(*rules: Rule) -> Rule:
     """The rule that all of some rules hold."""
 
-    def judge(grid: Grid) -> Finding:
+    def judge(finished: FinishedRuns) -> Finding:
         findings, reasons = [], []
         for rule in rules:
             try:
-                findings.append(rule(grid))
+                findings.append(rule(finished))
             except NotTestableError as reason:
                 reasons.append(str(reason))
         failed = [finding.evidence for finding in findings if not finding.holds]
@@ -72,7 +72,9 @@ def every(*rules: Rule) -> Rule:
     return judge
 
 
-def need_runs(grid: Grid, backbone: str, *variants: str, seeds: int = MIN_PAIRS) -> None:
+def need_runs(
+    finished: FinishedRuns, backbone: str, *variants: str, seeds: int = MIN_PAIRS
+) -> None:
     """Require runs of all variants over enough common seeds.
 
     Raises:
@@ -80,7 +82,7 @@ def need_runs(grid: Grid, backbone: str, *variants: str, seeds: int = MIN_PAIRS)
     """
     found: list[set[int]] = []
     for variant in variants:
-        found.append({run.seed for run in grid.runs(backbone, variant)})
+        found.append({run.seed for run in finished.runs(backbone, variant)})
         if not found[-1]:
             raise NotTestableError(f"no run of {backbone} {variant}")
     common = len(set.intersection(*found))
@@ -94,36 +96,36 @@ def seeds_missing(got: int, needed: int = MIN_PAIRS) -> str:
     return f"{got} of at least {needed} common seeds"
 
 
-def need_config(grid: Grid, backbone: str) -> dict[str, Any]:
+def need_config(finished: FinishedRuns, backbone: str) -> dict[str, Any]:
     """The configuration of a backbone's runs.
 
     Raises:
         NotTestableError: it has none.
     """
-    config = grid.config(backbone)
+    config = finished.config(backbone)
     if config is None:
         raise NotTestableError(f"no run of {backbone}")
     return config
 
 
-def need_layers(grid: Grid, backbone: str, layers: int = MIN_LAYERS) -> None:
+def need_layers(finished: FinishedRuns, backbone: str, layers: int = MIN_LAYERS) -> None:
     """Require models of some depth.
 
     Raises:
         NotTestableError: they have fewer layers, or there are none.
     """
-    got = need_config(grid, backbone)["n_layer"]
+    got = need_config(finished, backbone)["n_layer"]
     if got < layers:
         raise NotTestableError(f"{backbone}: {got} layers, at least {layers} needed")
 
 
-def need_resolution(grid: Grid, backbone: str) -> None:
+def need_resolution(finished: FinishedRuns, backbone: str) -> None:
     """Require evaluations close enough around step 1600, and training well past it.
 
     Raises:
         NotTestableError: they are further apart, it ends sooner, or there are no runs.
     """
-    config = need_config(grid, backbone)
+    config = need_config(finished, backbone)
     past = published.CRITICAL_STEP + CRITICAL_WINDOW
     if config["steps"] < past:
         raise NotTestableError(
@@ -169,11 +171,11 @@ def differs(
     def by_variant(run: RunResult) -> float:
         return measure(run) if run.variant == variant else of_base(run)
 
-    def judge(grid: Grid) -> Finding:
-        need_runs(grid, backbone, base, variant, seeds=1)
-        comparison = compare(grid, backbone, variant, by_variant, base)
+    def judge(finished: FinishedRuns) -> Finding:
+        need_runs(finished, backbone, base, variant, seeds=1)
+        comparison = compare(finished, backbone, variant, by_variant, base)
         assert comparison is not None
-        floor = measure_noise(grid, backbone, of_base)
+        floor = measure_noise(finished, backbone, of_base)
         evidence = (
             f"{backbone}, {name}: {comparison_text(comparison, variant, base, digits)}; "
             f"{noise_text(floor, digits)}"

@@ -18,7 +18,7 @@ from ember_ext.paper.claims.judging import (
     seeds_missing,
 )
 from ember_ext.paper.formatting import noise_text, number, p_value, signed
-from ember_ext.paper.runs.finished import BASELINE, LIF, NULL, Grid
+from ember_ext.paper.runs.finished import BASELINE, LIF, NULL, FinishedRuns
 from ember_ext.paper.statistics.comparisons import (
     compare,
     extra_parameters,
@@ -47,11 +47,11 @@ PARAMETER_RATIO = 8000
 def wins_every_seed(backbone: str, variant: str) -> Rule:
     """The rule that a variant's best loss is below the baseline's in every seed, beyond noise."""
 
-    def judge(grid: Grid) -> Finding:
-        need_runs(grid, backbone, BASELINE, variant)
-        comparison = compare(grid, backbone, variant)
+    def judge(finished: FinishedRuns) -> Finding:
+        need_runs(finished, backbone, BASELINE, variant)
+        comparison = compare(finished, backbone, variant)
         assert comparison is not None
-        floor = measure_noise(grid, backbone)
+        floor = measure_noise(finished, backbone)
         listed = ", ".join(signed(difference, 5) for difference in comparison.differences)
         evidence = (
             f"{backbone}: lower in {comparison.wins} of {comparison.n} seeds, differences "
@@ -75,12 +75,12 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
     seventh of the spread gives p > .05, and half of the spread is not the smallest half the time.
     """
 
-    def judge(grid: Grid) -> Finding:
-        need_runs(grid, backbone, BASELINE, variant)
+    def judge(finished: FinishedRuns) -> Finding:
+        need_runs(finished, backbone, BASELINE, variant)
         # What tells of a smaller spread elsewhere: seeds and p of that comparison.
         smaller, listed, missing = [], [], []
         for other in (BASELINE, *others):
-            against = compare(grid, backbone, variant, base=other)
+            against = compare(finished, backbone, variant, base=other)
             if against is None or against.n < MIN_PAIRS:
                 missing.append(other)
                 continue
@@ -116,7 +116,7 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
             if seeds < MIN_SPREAD_SEEDS:
                 raise NotTestableError(f"{seeds_missing(seeds, MIN_SPREAD_SEEDS)}; {evidence}")
             return Finding(False, evidence)
-        null = compare(grid, backbone, NULL)
+        null = compare(finished, backbone, NULL)
         if null is None or null.n < MIN_PAIRS or null.other.sd is None or null.base.sd is None:
             raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
         noise = abs(null.other.sd - null.base.sd)
@@ -126,10 +126,10 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
     return judge
 
 
-def refractory_lowers(grid: Grid) -> Finding:
+def refractory_lowers(finished: FinishedRuns) -> Finding:
     """Whether refractory thresholds lower the Transformer's loss, and which way they look."""
-    finding = differs("transformer", "lif-refractory", -1)(grid)
-    mode = need_config(grid, "transformer").get("refractory_mode")
+    finding = differs("transformer", "lif-refractory", -1)(finished)
+    mode = need_config(finished, "transformer").get("refractory_mode")
     look = (
         "look ahead, so that this is not the loss of a language model"
         if mode == "look_ahead"
@@ -144,17 +144,17 @@ def critical_period(backbone: str) -> Rule:
     On average the final difference has to exceed the noise floor besides.
     """
 
-    def judge(grid: Grid) -> Finding:
-        need_resolution(grid, backbone)
-        need_runs(grid, backbone, BASELINE, LIF)
-        crossovers = find_crossovers(grid.pairs(backbone, LIF)).crossovers
-        null = find_crossovers(grid.pairs(backbone, NULL)).crossovers
+    def judge(finished: FinishedRuns) -> Finding:
+        need_resolution(finished, backbone)
+        need_runs(finished, backbone, BASELINE, LIF)
+        crossovers = find_crossovers(finished.pairs(backbone, LIF)).crossovers
+        null = find_crossovers(finished.pairs(backbone, NULL)).crossovers
         steps = [c.persistent for c in crossovers]
         target = published.CRITICAL_STEP
         inside = [s is not None and abs(s - target) <= CRITICAL_WINDOW for s in steps]
-        comparison = compare(grid, backbone, LIF, final_loss)
+        comparison = compare(finished, backbone, LIF, final_loss)
         assert comparison is not None
-        floor = measure_noise(grid, backbone, final_loss)
+        floor = measure_noise(finished, backbone, final_loss)
         evidence = (
             f"{backbone}, persistent crossover by seed: {_steps(steps)}; first below: "
             f"{_steps([c.first for c in crossovers])}; null pairs, persistent: "
@@ -180,10 +180,10 @@ def starts_open(backbone: str, variant: str) -> Rule:
     The loss alone says little: an untrained model's hardly depends on what its layers do.
     """
 
-    def judge(grid: Grid) -> Finding:
-        need_runs(grid, backbone, BASELINE, variant)
+    def judge(finished: FinishedRuns) -> Finding:
+        need_runs(finished, backbone, BASELINE, variant)
         changes = []
-        pairs = grid.pairs(backbone, variant)
+        pairs = finished.pairs(backbone, variant)
         for pair in pairs:
             before, after = (run.evaluations[0] for run in pair)
             if before["step"] or after["step"]:
@@ -208,16 +208,16 @@ def starts_open(backbone: str, variant: str) -> Rule:
     return judge
 
 
-def _at_paper_scale(grid: Grid, backbone: str) -> None:
-    config = need_config(grid, backbone)
+def _at_paper_scale(finished: FinishedRuns, backbone: str) -> None:
+    config = need_config(finished, backbone)
     if published.scale_of(config) != "paper":
         raise NotTestableError(
             f"{backbone}: {config['n_layer']} layers of {config['n_embd']}, not the paper's sizes"
         )
 
 
-def _extra(grid: Grid, backbone: str, variant: str) -> int:
-    extra = extra_parameters(grid, backbone, variant)
+def _extra(finished: FinishedRuns, backbone: str, variant: str) -> int:
+    extra = extra_parameters(finished, backbone, variant)
     if extra is None:
         raise NotTestableError(f"no run of {backbone} {BASELINE} or {variant}")
     return extra
@@ -226,18 +226,18 @@ def _extra(grid: Grid, backbone: str, variant: str) -> int:
 def has_parameters(backbone: str, variant: str, expected: int) -> Rule:
     """The rule that a variant of the paper's sizes adds some number of parameters."""
 
-    def judge(grid: Grid) -> Finding:
-        _at_paper_scale(grid, backbone)
-        extra = _extra(grid, backbone, variant)
+    def judge(finished: FinishedRuns) -> Finding:
+        _at_paper_scale(finished, backbone)
+        extra = _extra(finished, backbone, variant)
         return Finding(extra == expected, f"{backbone} {variant}: {extra:,} extra parameters")
 
     return judge
 
 
-def parameter_ratio(grid: Grid) -> Finding:
+def parameter_ratio(finished: FinishedRuns) -> Finding:
     """Whether Qwen's gate adds 8,000 times the parameters of LIF at the paper's sizes."""
-    gate, lif = _extra(grid, "transformer", "qwen-gate"), _extra(grid, "transformer", LIF)
+    gate, lif = _extra(finished, "transformer", "qwen-gate"), _extra(finished, "transformer", LIF)
     evidence = f"{gate:,} parameters against {lif:,}: {gate / lif:,.0f} times"
-    if published.scale_of(need_config(grid, "transformer")) != "paper":
+    if published.scale_of(need_config(finished, "transformer")) != "paper":
         raise NotTestableError(f"not the paper's sizes, which set the ratio; {evidence}")
     return Finding(gate / lif >= PARAMETER_RATIO, evidence)

@@ -21,7 +21,7 @@ from ember_ext.paper.claims.judging import (
     rises_on_average,
 )
 from ember_ext.paper.formatting import signed
-from ember_ext.paper.runs.finished import BASELINE, LIF, Grid
+from ember_ext.paper.runs.finished import BASELINE, LIF, FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.comparisons import Measure
 from ember_ext.paper.statistics.depth import (
@@ -81,10 +81,10 @@ def _rise(measure: str) -> Measure:
 
 
 def _profile_rises(backbone: str, measure: str, name: str, digits: int) -> Rule:
-    def judge(grid: Grid) -> Finding:
-        need_layers(grid, backbone)
-        need_runs(grid, backbone, LIF)
-        profile = depth_profile(grid.runs(backbone, LIF), measure)
+    def judge(finished: FinishedRuns) -> Finding:
+        need_layers(finished, backbone)
+        need_runs(finished, backbone, LIF)
+        profile = depth_profile(finished.runs(backbone, LIF), measure)
         if profile is None:
             raise NotTestableError(f"{backbone} {LIF} has no {measure}")
         what = f"{backbone} {LIF}, {name}"
@@ -105,18 +105,18 @@ def absent_in_baseline(backbone: str) -> Rule:
     """
     measure = _fair_entropy(backbone)
 
-    def is_flat(grid: Grid) -> Finding:
-        need_layers(grid, backbone)
-        need_runs(grid, backbone, BASELINE)
-        profile = depth_profile(grid.runs(backbone, BASELINE), measure)
+    def is_flat(finished: FinishedRuns) -> Finding:
+        need_layers(finished, backbone)
+        need_runs(finished, backbone, BASELINE)
+        profile = depth_profile(finished.runs(backbone, BASELINE), measure)
         assert profile is not None
         correlation = profile.mean_spearman
         assert correlation is not None
         evidence = f"{backbone} {BASELINE}, entropy: Spearman {signed(correlation, 2)} with depth"
         return Finding(correlation < MIN_SPEARMAN, evidence)
 
-    def is_deep(grid: Grid) -> Finding:
-        need_layers(grid, backbone)
+    def is_deep(finished: FinishedRuns) -> Finding:
+        need_layers(finished, backbone)
         return differs(
             backbone,
             LIF,
@@ -125,7 +125,7 @@ def absent_in_baseline(backbone: str) -> Rule:
             base_measure=_rise(measure),
             name="rise of entropy, last minus first layer",
             digits=3,
-        )(grid)
+        )(finished)
 
     return every(is_flat, is_deep)
 
@@ -152,10 +152,10 @@ def narrow_then_broad(backbone: str) -> Rule:
 def thresholds_rise(backbone: str) -> Rule:
     """The rule that deeper layers learn higher thresholds: in every seed, and layer by layer."""
 
-    def in_every_seed(grid: Grid) -> Finding:
-        need_layers(grid, backbone)
-        need_runs(grid, backbone, LIF)
-        profile = depth_profile(grid.runs(backbone, LIF), THRESHOLD)
+    def in_every_seed(finished: FinishedRuns) -> Finding:
+        need_layers(finished, backbone)
+        need_runs(finished, backbone, LIF)
+        profile = depth_profile(finished.runs(backbone, LIF), THRESHOLD)
         if profile is None:
             raise NotTestableError(f"{backbone} {LIF} has no gates")
         count = sum(rise > 0 for rise in profile.rises)
@@ -169,13 +169,13 @@ def thresholds_rise(backbone: str) -> Rule:
     return every(in_every_seed, _profile_rises(backbone, THRESHOLD, "mean |θ|", 4))
 
 
-def threshold_ratio(grid: Grid) -> Finding:
+def threshold_ratio(finished: FinishedRuns) -> Finding:
     """Whether the thresholds of the CfC's fourth layer are about 3 times those of its first."""
-    need_runs(grid, "cfc", LIF)
-    layers = need_config(grid, "cfc")["n_layer"]
+    need_runs(finished, "cfc", LIF)
+    layers = need_config(finished, "cfc")["n_layer"]
     if layers != 4:
         raise NotTestableError(f"cfc: {layers} layers, the claim is about 4")
-    profile = depth_profile(grid.runs("cfc", LIF), THRESHOLD)
+    profile = depth_profile(finished.runs("cfc", LIF), THRESHOLD)
     if profile is None or min(row[0] for row in profile.values) <= 0:
         raise NotTestableError("cfc lif: the first layer's mean |θ| is not above 0")
     ratios = [row[-1] / row[0] for row in profile.values]
@@ -194,11 +194,11 @@ def thresholds_wake(backbone: str) -> Rule:
             raise NotTestableError(f"{run.name} has no gates")
         return sum(unit.deviates for unit in units) / len(units)
 
-    def judge(grid: Grid) -> Finding:
-        need_resolution(grid, backbone)
-        need_runs(grid, backbone, LIF)
+    def judge(finished: FinishedRuns) -> Finding:
+        need_resolution(finished, backbone)
+        need_runs(finished, backbone, LIF)
         before, after = [], []
-        for run in grid.runs(backbone, LIF):
+        for run in finished.runs(backbone, LIF):
             steps, _ = run.curve()
             early = [i for i, step in enumerate(steps) if step < published.CRITICAL_STEP]
             before.append(max(share(run, i) for i in early))
@@ -216,10 +216,10 @@ def _shares(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.1%}" for value in values)
 
 
-def base_is_undifferentiated(grid: Grid) -> Finding:
+def base_is_undifferentiated(finished: FinishedRuns) -> Finding:
     """Whether all neurons of the CfC without gates fire always and alike."""
-    need_runs(grid, "cfc", BASELINE)
-    runs = grid.runs("cfc", BASELINE)
+    need_runs(finished, "cfc", BASELINE)
+    runs = finished.runs("cfc", BASELINE)
     fire = depth_profile(runs, VIRTUAL_FIRE_RATE)
     entropy = depth_profile(runs, VIRTUAL_NEURON_ENTROPY)
     assert fire is not None
@@ -245,10 +245,10 @@ def selective_heads(run: RunResult) -> float:
     return float(roles.count("pointer") + roles.count("focuser"))
 
 
-def standard_is_uniform(grid: Grid) -> Finding:
+def standard_is_uniform(finished: FinishedRuns) -> Finding:
     """Whether every head of the trained baseline attends to everything alike."""
-    need_runs(grid, "transformer", BASELINE)
-    runs = grid.runs("transformer", BASELINE)
+    need_runs(finished, "transformer", BASELINE)
+    runs = finished.runs("transformer", BASELINE)
     uniform = uniform_entropy(int(runs[0].config["block_size"]))
     entropies = [h for run in runs for layer in head_entropies(run) for h in layer]
     evidence = (
@@ -266,10 +266,10 @@ def _other_size(heads: int) -> str:
     return f"transformer: {heads} heads, the claim is about {PUBLISHED_HEADS}"
 
 
-def all_roles_appear(grid: Grid) -> Finding:
+def all_roles_appear(finished: FinishedRuns) -> Finding:
     """Whether every LIF run has a pointer, a gatherer and a focuser; fewer than 36 may lack one."""
-    need_runs(grid, "transformer", LIF)
-    runs = grid.runs("transformer", LIF)
+    need_runs(finished, "transformer", LIF)
+    runs = finished.runs("transformer", LIF)
     heads = _heads(runs[0])
     wanted: set[Role] = {"pointer", "gatherer", "focuser"}
     complete = [wanted <= {role for layer in head_roles(run) for role in layer} for run in runs]
@@ -282,11 +282,11 @@ def all_roles_appear(grid: Grid) -> Finding:
     return Finding(all(complete), evidence)
 
 
-def roles_by_layer(grid: Grid) -> Finding:
+def roles_by_layer(finished: FinishedRuns) -> Finding:
     """Whether every LIF run has each role in the layer where the paper saw it."""
-    need_layers(grid, "transformer", 6)
-    need_runs(grid, "transformer", LIF)
-    runs = grid.runs("transformer", LIF)
+    need_layers(finished, "transformer", 6)
+    need_runs(finished, "transformer", LIF)
+    runs = finished.runs("transformer", LIF)
     places: dict[Role, slice] = {
         "pointer": slice(0, 1),
         "gatherer": slice(1, 2),
@@ -303,10 +303,10 @@ def roles_by_layer(grid: Grid) -> Finding:
     return Finding(all(count == len(runs) for count in counts.values()), evidence)
 
 
-def few_heads_deviate(grid: Grid) -> Finding:
+def few_heads_deviate(finished: FinishedRuns) -> Finding:
     """Whether 3 to 5 of 36 heads of every LIF run have learned a threshold."""
-    need_runs(grid, "transformer", LIF)
-    runs = grid.runs("transformer", LIF)
+    need_runs(finished, "transformer", LIF)
+    runs = finished.runs("transformer", LIF)
     heads = _heads(runs[0])
     if heads != PUBLISHED_HEADS:
         raise NotTestableError(_other_size(heads))
@@ -315,13 +315,13 @@ def few_heads_deviate(grid: Grid) -> Finding:
     return Finding(all(3 <= count <= 5 for count in counts), evidence)
 
 
-def strongest_is_late(grid: Grid) -> Finding:
+def strongest_is_late(finished: FinishedRuns) -> Finding:
     """Whether the head of the largest contrast lies in the last third of the layers."""
-    need_layers(grid, "transformer")
-    need_runs(grid, "transformer", LIF)
-    layers = need_config(grid, "transformer")["n_layer"]
+    need_layers(finished, "transformer")
+    need_runs(finished, "transformer", LIF)
+    layers = need_config(finished, "transformer")["n_layer"]
     found = []
-    for run in grid.runs("transformer", LIF):
+    for run in finished.runs("transformer", LIF):
         units = gate_units(run)
         if not units:
             raise NotTestableError(f"{run.name} has no gates")

@@ -23,7 +23,7 @@ from ember_ext.paper.figures.style import LOOKS, Format, rendered
 from ember_ext.paper.figures.thresholds import figure_6_thresholds
 from ember_ext.paper.files import write_atomically
 from ember_ext.paper.labels import BACKBONE_LABELS
-from ember_ext.paper.runs.finished import NULL, Grid
+from ember_ext.paper.runs.finished import NULL, FinishedRuns
 from ember_ext.paper.statistics.heads import FOCUSER_BELOW, GATHERER_ABOVE, POINTER_BELOW
 
 __all__ = [
@@ -65,7 +65,7 @@ class Drawing:
 class _Plan:
     stem: str
     title: str
-    draw: Callable[[Grid], Figure]
+    draw: Callable[[FinishedRuns], Figure]
     caption: str
     runs: dict[str, tuple[str, ...]]
     """Which variants are seen, for each backbone."""
@@ -79,7 +79,7 @@ _PLANS = (
     _Plan(
         "figure-1-architecture",
         "Where the gates sit",
-        lambda grid: figure_1_architecture(),
+        lambda _: figure_1_architecture(),
         "Each condition has at most one of the gates. (a) The LIF gate works on the attention "
         "weights p, after the softmax and before the values, and every row is scaled back to sum "
         "to 1; Qwen's gate works on the attention's output y. (b) In the CfC the LIF gate works on "
@@ -154,10 +154,10 @@ _PLANS = (
 )
 
 
-def draw_figures(grid: Grid) -> list[Drawing]:
+def draw_figures(finished: FinishedRuns) -> list[Drawing]:
     """All seven figures, whatever was run."""
     return [
-        Drawing(number, plan.stem, plan.title, _caption(plan, grid), plan.draw(grid))
+        Drawing(number, plan.stem, plan.title, _caption(plan, finished), plan.draw(finished))
         for number, plan in enumerate(_PLANS, start=1)
     ]
 
@@ -177,24 +177,24 @@ def write_figures(folder: str | os.PathLike[str], drawings: Sequence[Drawing]) -
     return paths
 
 
-def _caption(plan: _Plan, grid: Grid) -> str:
+def _caption(plan: _Plan, finished: FinishedRuns) -> str:
     if not plan.runs:
         return plan.caption
     parts = []
     for backbone, variants in plan.runs.items():
         counts = [
-            f"{LOOKS[variant].label} × {len(grid.runs(backbone, variant))}"
+            f"{LOOKS[variant].label} × {len(finished.runs(backbone, variant))}"
             for variant in variants
-            if grid.runs(backbone, variant)
+            if finished.runs(backbone, variant)
         ]
         parts.append(f"{BACKBONE_LABELS[backbone]} {', '.join(counts) if counts else 'not run'}")
-    return f"{plan.caption}{_noise_sentence(plan, grid)} Runs: {'; '.join(parts)}."
+    return f"{plan.caption}{_noise_sentence(plan, finished)} Runs: {'; '.join(parts)}."
 
 
-def _noise_sentence(plan: _Plan, grid: Grid) -> str:
+def _noise_sentence(plan: _Plan, finished: FinishedRuns) -> str:
     if not plan.noise:
         return ""
-    if not any(grid.pairs(backbone, NULL) for backbone in plan.runs):
+    if not any(finished.pairs(backbone, NULL) for backbone in plan.runs):
         return " No runs tell how far Standard differs from itself by rounding."
     return (
         f" Grey: {plan.noise} between Standard runs that are equal up to rounding, unseen where "

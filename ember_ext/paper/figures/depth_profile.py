@@ -17,7 +17,7 @@ from ember_ext.paper.figures.style import (
     styled,
 )
 from ember_ext.paper.labels import BACKBONE_LABELS
-from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.statistics.depth import (
     ATTENTION_ENTROPY,
     NEURON_ENTROPY,
@@ -36,7 +36,7 @@ VIRTUAL: dict[str, Any] = {"linestyle": (0, (3, 1.5)), "markerfacecolor": "white
 
 
 @styled
-def figure_5_depth(grid: Grid) -> Figure:
+def figure_5_depth(finished: FinishedRuns) -> Figure:
     """Draw entropy against depth, side by side for the two backbones.
 
     Lines are means over seeds, dots the seeds, bars their range. Attention entropy of the
@@ -49,7 +49,7 @@ def figure_5_depth(grid: Grid) -> Figure:
     panel_title(cfc, "b", f"{BACKBONE_LABELS['cfc']}, neurons")
     drawn = False
     for variant in VARIANTS:
-        profile = depth_profile(grid.runs("transformer", variant), ATTENTION_ENTROPY)
+        profile = depth_profile(finished.runs("transformer", variant), ATTENTION_ENTROPY)
         if profile is not None:
             shift = APART * (VARIANTS.index(variant) - 0.5)
             _profile(transformer, profile, variant, LOOKS[variant].label, shift)
@@ -67,7 +67,7 @@ def figure_5_depth(grid: Grid) -> Figure:
                 VIRTUAL,
             ),
         ):
-            profile = depth_profile(grid.runs("cfc", variant), measure)
+            profile = depth_profile(finished.runs("cfc", variant), measure)
             if profile is not None:
                 _profile(cfc, profile, variant, f"{label}, {gate}", shift, **style)
                 drawn = True

@@ -20,7 +20,7 @@ from ember_ext.paper.figures.style import (
     styled,
     text_color,
 )
-from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.statistics.heads import head_entropies, uniform_entropy
 
 VARIANTS = ("standard", "lif")
@@ -31,13 +31,13 @@ FITTING = 16
 
 
 @styled
-def figure_3_entropy(grid: Grid) -> Figure:
+def figure_3_entropy(finished: FinishedRuns) -> Figure:
     """Draw the final entropy by layer and head, Standard and LIF of one seed side by side.
 
     The one colour scale of all panels goes from 0 to the entropy of uniform attention. Seeds are
     not averaged: a head has no counterpart in a model that started from other weights.
     """
-    by_variant = {v: {run.seed: run for run in grid.runs("transformer", v)} for v in VARIANTS}
+    by_variant = {v: {run.seed: run for run in finished.runs("transformer", v)} for v in VARIANTS}
     seeds = sorted(set().union(*by_variant.values()))
     if not seeds:
         return _nothing()

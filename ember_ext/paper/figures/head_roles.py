@@ -27,7 +27,7 @@ from ember_ext.paper.figures.style import (
     styled,
     text_color,
 )
-from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.heads import (
     FOCUSER_BELOW,
@@ -63,13 +63,13 @@ ROLE_LOOKS = {
 
 
 @styled
-def figure_4_roles(grid: Grid) -> Figure:
+def figure_4_roles(finished: FinishedRuns) -> Figure:
     """Draw every head by entropy and support above, and the roles in each layer below.
 
     Dotted lines are the cut-offs that make a head pointer, focuser or gatherer. Bars are mean
     numbers of heads over seeds.
     """
-    chosen = {variant: grid.runs("transformer", variant) for variant in VARIANTS}
+    chosen = {variant: finished.runs("transformer", variant) for variant in VARIANTS}
     some = next((runs[0] for runs in chosen.values() if runs), None)
     layers = int(some.config["n_layer"]) if some else 2
     block_size = int(some.config["block_size"]) if some else 0

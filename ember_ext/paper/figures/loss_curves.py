@@ -19,7 +19,7 @@ from ember_ext.paper.figures.style import (
     styled,
 )
 from ember_ext.paper.labels import BACKBONE_LABELS
-from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.statistics.comparisons import MAIN_LOSS, noise_curve
 from ember_ext.paper.statistics.crossover import find_crossovers
 
@@ -35,7 +35,7 @@ VARIANTS = {"standard": "-", "lif": (0, (3, 1))}
 
 
 @styled
-def figure_2_loss_curves(grid: Grid) -> Figure:
+def figure_2_loss_curves(finished: FinishedRuns) -> Figure:
     """Draw the losses of Standard and LIF above, and their paired difference below.
 
     Thin lines are seeds, thick ones means over seeds. Bands around 0 are the differences between
@@ -49,18 +49,18 @@ def figure_2_loss_curves(grid: Grid) -> Figure:
         panels.T, ("ac", "bd"), BACKBONE_LABELS.items(), strict=True
     ):
         panel_title(loss, letters[0], label)
-        _losses(loss, grid, backbone)
-        ahead = _differences(difference, grid, backbone)
+        _losses(loss, finished, backbone)
+        ahead = _differences(difference, finished, backbone)
         panel_title(difference, letters[1], f"LIF minus Standard{ahead}")
     figure.align_ylabels()
     legend_below(figure, panels[1], ncols=3)
     return figure
 
 
-def _losses(axes: Axes, grid: Grid, backbone: str) -> None:
+def _losses(axes: Axes, finished: FinishedRuns, backbone: str) -> None:
     shown = []
     for variant, style in VARIANTS.items():
-        runs = grid.runs(backbone, variant)
+        runs = finished.runs(backbone, variant)
         if not runs:
             continue
         look = LOOKS[variant]
@@ -79,9 +79,9 @@ def _losses(axes: Axes, grid: Grid, backbone: str) -> None:
     axes.legend(loc="upper right", handlelength=2.6)
 
 
-def _differences(axes: Axes, grid: Grid, backbone: str) -> str:
+def _differences(axes: Axes, finished: FinishedRuns, backbone: str) -> str:
     """Draw one panel; returns how many seeds end with LIF ahead, for its title."""
-    pairs = grid.pairs(backbone, "lif")
+    pairs = finished.pairs(backbone, "lif")
     if not pairs:
         say_not_run(axes, "LIF beside Standard")
         return ""
@@ -90,7 +90,7 @@ def _differences(axes: Axes, grid: Grid, backbone: str) -> str:
     losses = np.array([[run.curve(MAIN_LOSS)[1] for run in pair] for pair in pairs])
     differences = losses[:, 1] - losses[:, 0]
     shown = [differences[:, steps >= SHOWN_FROM * steps[-1]].ravel()]
-    noise = noise_curve(grid, backbone)
+    noise = noise_curve(finished, backbone)
     if noise is not None:
         noise_band(axes, steps, noise.rms, noise.maximum)
         band = np.array(noise.maximum)
@@ -102,21 +102,21 @@ def _differences(axes: Axes, grid: Grid, backbone: str) -> str:
     if backbone == "cfc" and steps[-1] >= PUBLISHED_CROSSOVER:
         axes.axvline(PUBLISHED_CROSSOVER, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)),
                      label=f"published crossover, step {PUBLISHED_CROSSOVER}")  # fmt: skip
-    lasting, lost = _crossovers(axes, grid, backbone, steps, differences)
+    lasting, lost = _crossovers(axes, finished, backbone, steps, differences)
     _limit(axes, np.concatenate([*shown, lasting, lost], axis=None))
     axes.set(xlim=(0, steps[-1]), xlabel="step", ylabel="difference (nats)")
     return f"; ends ahead: {len(lasting)} of {len(pairs)}"
 
 
 def _crossovers(
-    axes: Axes, grid: Grid, backbone: str, steps: np.ndarray, differences: np.ndarray
+    axes: Axes, finished: FinishedRuns, backbone: str, steps: np.ndarray, differences: np.ndarray
 ) -> tuple[list[float], list[float]]:
     """Mark the crossovers of each seed on its own curve.
 
     Returns:
         The differences at those that last to the end, and at those that do not.
     """
-    found = find_crossovers(grid.pairs(backbone, "lif")).crossovers
+    found = find_crossovers(finished.pairs(backbone, "lif")).crossovers
     at = {int(step): i for i, step in enumerate(steps)}
     lasting, lost = [], []
     for curve, crossover in zip(differences, found, strict=True):

@@ -20,7 +20,7 @@ from ember_ext.paper.figures.style import (
     styled,
 )
 from ember_ext.paper.labels import BACKBONE_LABELS
-from ember_ext.paper.runs.finished import BASELINE, NULL, Grid
+from ember_ext.paper.runs.finished import BASELINE, NULL, FinishedRuns
 from ember_ext.paper.statistics.comparisons import (
     best_loss,
     compare,
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 
 @styled
-def figure_7_parameters(grid: Grid) -> Figure:
+def figure_7_parameters(finished: FinishedRuns) -> Figure:
     """Draw the best validation loss, and its paired difference from Standard, against parameters.
 
     Above, small markers are seeds, joined across variants by thin lines, and large ones means.
@@ -53,13 +53,13 @@ def figure_7_parameters(grid: Grid) -> Figure:
     ):
         panel_title(loss, letters[0], label)
         panel_title(difference, letters[1], f"{label}, against Standard")
-        places = _places(grid, backbone)
+        places = _places(finished, backbone)
         if not places:
             say_not_run(loss, f"{label}, Standard")
             say_not_run(difference, f"{label}, Standard")
             continue
-        _losses(loss, grid, backbone, places)
-        _differences(difference, grid, backbone, places)
+        _losses(loss, finished, backbone, places)
+        _differences(difference, finished, backbone, places)
         for axes in (loss, difference):
             _axis(axes, places)
     figure.align_ylabels()
@@ -67,9 +67,9 @@ def figure_7_parameters(grid: Grid) -> Figure:
     return figure
 
 
-def _places(grid: Grid, backbone: str) -> dict[str, Place]:
+def _places(finished: FinishedRuns, backbone: str) -> dict[str, Place]:
     """Where each variant stands: at log10 of its parameters, those without any on the left."""
-    found = {v: extra_parameters(grid, backbone, v) for v in LOOKS if v != NULL}
+    found = {v: extra_parameters(finished, backbone, v) for v in LOOKS if v != NULL}
     extras = {variant: extra for variant, extra in found.items() if extra is not None}
     positive = [extra for extra in extras.values() if extra > 0]
     zero = math.floor(math.log10(min(positive))) - 1 if positive else 0
@@ -81,11 +81,11 @@ def _places(grid: Grid, backbone: str) -> dict[str, Place]:
     return places
 
 
-def _losses(axes: Axes, grid: Grid, backbone: str, places: dict[str, Place]) -> None:
+def _losses(axes: Axes, finished: FinishedRuns, backbone: str, places: dict[str, Place]) -> None:
     by_seed: dict[int, list[tuple[float, float]]] = {}
     for variant, place in places.items():
         look = LOOKS[variant]
-        losses = {run.seed: best_loss(run) for run in grid.runs(backbone, variant)}
+        losses = {run.seed: best_loss(run) for run in finished.runs(backbone, variant)}
         for seed, value in losses.items():
             by_seed.setdefault(seed, []).append((place.x, value))
         axes.plot([place.x] * len(losses), list(losses.values()), look.marker, color=look.color,
@@ -98,16 +98,18 @@ def _losses(axes: Axes, grid: Grid, backbone: str, places: dict[str, Place]) -> 
     axes.set_ylabel("best validation loss (nats)")
 
 
-def _differences(axes: Axes, grid: Grid, backbone: str, places: dict[str, Place]) -> None:
-    base = np.mean([best_loss(run) for run in grid.runs(backbone, BASELINE)])
-    noise = measure_noise(grid, backbone)
+def _differences(
+    axes: Axes, finished: FinishedRuns, backbone: str, places: dict[str, Place]
+) -> None:
+    base = np.mean([best_loss(run) for run in finished.runs(backbone, BASELINE)])
+    noise = measure_noise(finished, backbone)
     if noise is not None:
         rms, maximum = 100 * noise.rms / base, 100 * noise.maximum / base
         everywhere = axes.get_yaxis_transform()
         noise_band(axes, [0, 1], [rms] * 2, [maximum] * 2, transform=everywhere)
     axes.axhline(0, color="0.4", linewidth=0.7, zorder=1)
     for variant, place in places.items():
-        comparison = compare(grid, backbone, variant)
+        comparison = compare(finished, backbone, variant)
         if comparison is None or comparison.percent is None:
             continue
         look = LOOKS[variant]

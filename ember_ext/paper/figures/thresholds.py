@@ -19,7 +19,7 @@ from ember_ext.paper.figures.style import (
     styled,
 )
 from ember_ext.paper.labels import BACKBONE_LABELS
-from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.depth import threshold_trajectories
 
@@ -34,14 +34,14 @@ _MEAN: dict[str, Any] = {
 
 
 @styled
-def figure_6_thresholds(grid: Grid) -> Figure:
+def figure_6_thresholds(finished: FinishedRuns) -> Figure:
     """Draw |θ| at every evaluation: a row for each preset of the gate, a column for each backbone.
 
     Thick lines are layer means over seeds, marked at evaluations. Thin ones, marked at their ends,
     are every head of every seed (Transformer), or the mean over a layer's neurons for every seed
     (CfC).
     """
-    runs = {(v, b): grid.runs(b, v) for v in VARIANTS for b in BACKBONE_LABELS}
+    runs = {(v, b): finished.runs(b, v) for v in VARIANTS for b in BACKBONE_LABELS}
     rows = [v for v in VARIANTS if v == "lif" or any(runs[v, b] for b in BACKBONE_LABELS)]
     figure = new_figure(DOUBLE_COLUMN, 0.25 + 2.15 * len(rows))
     panels = figure.subplots(len(rows), 2, squeeze=False)

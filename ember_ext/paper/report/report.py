@@ -36,7 +36,7 @@ from ember_ext.paper.figures import Drawing, draw_figures, write_figures
 from ember_ext.paper.figures.style import MADE_FOR, rendered
 from ember_ext.paper.files import write_atomically
 from ember_ext.paper.labels import BACKBONE_LABELS, VARIANT_LABELS, variant_label
-from ember_ext.paper.runs.finished import BASELINE, Grid
+from ember_ext.paper.runs.finished import BASELINE, FinishedRuns
 from ember_ext.paper.runs.results import ResultError, RunResult
 from ember_ext.paper.statistics.comparisons import (
     LOSS_MEASURES,
@@ -58,7 +58,7 @@ class ReportContext:
 
     Attributes:
         suite: name of the suite.
-        planned: names of all runs of the grid, as `RunResult.name`.
+        planned: names of all runs that were asked for, as `RunResult.name`.
         failed: names of runs that failed, and why.
         command: the command line that gives this report.
     """
@@ -83,11 +83,11 @@ def write_report(
         The path of report.html.
 
     Raises:
-        ResultError: see `Grid`.
+        ResultError: see `FinishedRuns`.
         OSError: a file cannot be written.
     """
     findings = _Findings.of(results)
-    drawings = draw_figures(findings.grid)
+    drawings = draw_figures(findings.finished)
     content = _content(findings, context)
     folder = Path(folder)
     write_figures(folder / "figures", drawings)
@@ -104,18 +104,18 @@ def write_report(
 class _Findings:
     """What is computed from the results, once for all files."""
 
-    grid: Grid
+    finished: FinishedRuns
     claims: list[Claim]
     tables: list[Table]
 
     @classmethod
     def of(cls, results: Sequence[RunResult]) -> _Findings:
-        return cls(Grid(results), claims(results), tables(results))
+        return cls(FinishedRuns(results), claims(results), tables(results))
 
 
 def _numbers(findings: _Findings, context: ReportContext) -> dict[str, Any]:
     """Everything that the report says in numbers, as plain data, without times."""
-    grid = findings.grid
+    finished = findings.finished
     runs = [
         {
             "name": run.name,
@@ -126,7 +126,7 @@ def _numbers(findings: _Findings, context: ReportContext) -> dict[str, Any]:
             "lif_parameters": run.summary["lif_parameters"],
             "loss": {name: measure(run) for name, measure in LOSS_MEASURES.items()},
         }
-        for run in _ordered(grid)
+        for run in _ordered(finished)
     ]
     return {
         "suite": context.suite,
@@ -134,33 +134,35 @@ def _numbers(findings: _Findings, context: ReportContext) -> dict[str, Any]:
         "runs": runs,
         "claims": [dataclasses.asdict(claim) for claim in findings.claims],
         "tables": [dataclasses.asdict(table) for table in findings.tables],
-        "statistics": {backbone: _statistics(grid, backbone) for backbone in grid.backbones},
+        "statistics": {
+            backbone: _statistics(finished, backbone) for backbone in finished.backbones
+        },
     }
 
 
-def _statistics(grid: Grid, backbone: str) -> dict[str, Any]:
+def _statistics(finished: FinishedRuns, backbone: str) -> dict[str, Any]:
     def data(value: Any) -> Any:
         return None if value is None else dataclasses.asdict(value)
 
-    others = [variant for variant in grid.variants(backbone) if variant != BASELINE]
+    others = [variant for variant in finished.variants(backbone) if variant != BASELINE]
     return {
         "comparisons": {
             variant: {
-                name: data(compare(grid, backbone, variant, measure))
+                name: data(compare(finished, backbone, variant, measure))
                 for name, measure in LOSS_MEASURES.items()
             }
             for variant in others
         },
         "noise_floor": {
-            name: data(measure_noise(grid, backbone, measure))
+            name: data(measure_noise(finished, backbone, measure))
             for name, measure in LOSS_MEASURES.items()
         },
-        "noise_curve": data(noise_curve(grid, backbone)),
+        "noise_curve": data(noise_curve(finished, backbone)),
         "crossovers": {
-            variant: data(find_crossovers(grid.pairs(backbone, variant))) for variant in others
+            variant: data(find_crossovers(finished.pairs(backbone, variant))) for variant in others
         },
         "depth": {
-            measure: {v: data(p) for v, p in depth_profiles(grid, backbone, measure).items()}
+            measure: {v: data(p) for v, p in depth_profiles(finished, backbone, measure).items()}
             for measure in PROFILE_MEASURES[backbone]
         },
     }
@@ -179,10 +181,10 @@ class _GridRow:
 
 def _content(findings: _Findings, context: ReportContext) -> dict[str, Any]:
     """What both templates are filled with."""
-    grid = findings.grid
+    finished = findings.finished
     counts = Counter(claim.verdict for claim in findings.claims)
-    done = {run.name for run in grid.results}
-    unplanned = _unplanned(grid, context)
+    done = {run.name for run in finished.results}
+    unplanned = _unplanned(finished, context)
     names = [*context.planned, *unplanned]
     seeds = sorted({_parts(name)[2] for name in names})
     return {
@@ -195,9 +197,9 @@ def _content(findings: _Findings, context: ReportContext) -> dict[str, Any]:
         "figures_made_for": MADE_FOR,
         "claims": findings.claims,
         "verdicts": [(verdict, counts[verdict]) for verdict in get_args(Verdict)],
-        "facts": _facts(grid, context),
+        "facts": _facts(finished, context),
         "seeds": seeds,
-        "grid": _grid_rows(grid, names, seeds, done, context.failed),
+        "grid": _grid_rows(finished, names, seeds, done, context.failed),
         # Those that the paper has, and those that it lacks.
         "tables": [table for table in findings.tables if not table.number.startswith("S")],
         "statistics": [table for table in findings.tables if table.number.startswith("S")],
@@ -217,7 +219,7 @@ def _parts(name: str) -> tuple[str, str, int]:
 
 
 def _grid_rows(
-    grid: Grid,
+    finished: FinishedRuns,
     names: Sequence[str],
     seeds: Sequence[int],
     done: set[str],
@@ -243,7 +245,7 @@ def _grid_rows(
             _GridRow(
                 BACKBONE_LABELS[backbone],
                 variant_label(backbone, variant),
-                gate_label(grid, backbone, variant),
+                gate_label(finished, backbone, variant),
                 states.count("done"),
                 states,
             )
@@ -251,43 +253,43 @@ def _grid_rows(
     return rows
 
 
-def _facts(grid: Grid, context: ReportContext) -> list[tuple[str, list[str]]]:
+def _facts(finished: FinishedRuns, context: ReportContext) -> list[tuple[str, list[str]]]:
     """What was run, on which text, for how long and where: a name and lines to each."""
-    runs = _ordered(grid)
+    runs = _ordered(finished)
     facts: list[tuple[str, list[str]]] = [
         ("Suite", [context.suite]),
-        ("Runs", [_finished(grid, context)]),
+        ("Runs", [_finished(finished, context)]),
     ]
     if not runs:
         return facts
     facts += [
         ("Corpus", _distinct(runs, _corpus)),
-        ("Models", [_model(grid, backbone) for backbone in grid.backbones]),
+        ("Models", [_model(finished, backbone) for backbone in finished.backbones]),
         ("Training", _distinct(runs, _training)),
-        ("Gates", _gate_facts(grid) or ["none"]),
+        ("Gates", _gate_facts(finished) or ["none"]),
         ("Time", _times(runs)),
         ("Machine", _distinct(runs, _machine)),
     ]
     return facts
 
 
-def _unplanned(grid: Grid, context: ReportContext) -> list[str]:
+def _unplanned(finished: FinishedRuns, context: ReportContext) -> list[str]:
     """Names of the finished runs that nobody asked for."""
-    return sorted({run.name for run in grid.results} - set(context.planned))
+    return sorted({run.name for run in finished.results} - set(context.planned))
 
 
-def _finished(grid: Grid, context: ReportContext) -> str:
-    others = len(_unplanned(grid, context))
+def _finished(finished: FinishedRuns, context: ReportContext) -> str:
+    others = len(_unplanned(finished, context))
     more = f", and {others} more" if others else ""
-    return f"{len(grid.results) - others} finished of {len(context.planned)} planned{more}"
+    return f"{len(finished.results) - others} finished of {len(context.planned)} planned{more}"
 
 
-def _ordered(grid: Grid) -> list[RunResult]:
+def _ordered(finished: FinishedRuns) -> list[RunResult]:
     return [
         run
-        for backbone in grid.backbones
-        for variant in variants_in_order(grid, backbone)
-        for run in grid.runs(backbone, variant)
+        for backbone in finished.backbones
+        for variant in variants_in_order(finished, backbone)
+        for run in finished.runs(backbone, variant)
     ]
 
 
@@ -301,9 +303,9 @@ def _corpus(run: RunResult) -> str:
     return f"{c.get('name')}, {c.get('vocabulary')} characters, SHA-256 {c.get('sha256')}"
 
 
-def _model(grid: Grid, backbone: str) -> str:
+def _model(finished: FinishedRuns, backbone: str) -> str:
     """Sizes of a backbone, which all of its runs share, and the parameters, which they do not."""
-    runs = [run for run in grid.results if run.backbone == backbone]
+    runs = [run for run in finished.results if run.backbone == backbone]
     c = runs[0].config
     units = f"{c['n_head']} heads" if backbone == "transformer" else f"{c['cfc_units']} neurons"
     # A CfC counts the frozen masks of its wiring, as the paper does.
@@ -336,10 +338,10 @@ def _training(run: RunResult) -> str:
     )
 
 
-def _gate_facts(grid: Grid) -> list[str]:
+def _gate_facts(finished: FinishedRuns) -> list[str]:
     """Which variants have which preset of the gate."""
     by_preset: dict[str, list[str]] = {}
-    for run in _ordered(grid):
+    for run in _ordered(finished):
         if run.evaluations[-1]["gates"]:
             backbone = BACKBONE_LABELS[run.backbone]
             label = variant_label(run.backbone, run.variant)

@@ -72,7 +72,7 @@ class Pair(NamedTuple):
     other: RunResult
 
 
-class Grid:
+class FinishedRuns:
     """Finished runs by backbone, variant and seed.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ember_ext.paper.runs.finished import BASELINE, NULL, Grid
+from ember_ext.paper.runs.finished import BASELINE, NULL, FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.paired import (
     NoiseFloor,
@@ -52,23 +52,29 @@ LOSS_MEASURES: dict[str, Measure] = {
 
 
 def compare(
-    grid: Grid, backbone: str, variant: str, measure: Measure = best_loss, base: str = BASELINE
+    finished: FinishedRuns,
+    backbone: str,
+    variant: str,
+    measure: Measure = best_loss,
+    base: str = BASELINE,
 ) -> PairedComparison | None:
     """Compare a variant with a base by one measure; None without a common seed."""
-    pairs = grid.pairs(backbone, variant, base)
+    pairs = finished.pairs(backbone, variant, base)
     if not pairs:
         return None
     return compare_paired([measure(p.base) for p in pairs], [measure(p.other) for p in pairs])
 
 
-def measure_noise(grid: Grid, backbone: str, measure: Measure = best_loss) -> NoiseFloor | None:
+def measure_noise(
+    finished: FinishedRuns, backbone: str, measure: Measure = best_loss
+) -> NoiseFloor | None:
     """The noise floor of a measure, from all null pairs of a backbone; None without any."""
-    return noise_floor([measure(p.other) - measure(p.base) for p in grid.pairs(backbone, NULL)])
+    return noise_floor([measure(p.other) - measure(p.base) for p in finished.pairs(backbone, NULL)])
 
 
-def extra_parameters(grid: Grid, backbone: str, variant: str) -> int | None:
+def extra_parameters(finished: FinishedRuns, backbone: str, variant: str) -> int | None:
     """Parameters of a variant beyond the baseline's; None if either was not run."""
-    runs, bases = grid.runs(backbone, variant), grid.runs(backbone, BASELINE)
+    runs, bases = finished.runs(backbone, variant), finished.runs(backbone, BASELINE)
     if not runs or not bases:
         return None
     return int(runs[0].summary["parameters"] - bases[0].summary["parameters"])
@@ -89,9 +95,9 @@ class NoiseCurve:
     maximum: tuple[float, ...]
 
 
-def noise_curve(grid: Grid, backbone: str, key: str = MAIN_LOSS) -> NoiseCurve | None:
+def noise_curve(finished: FinishedRuns, backbone: str, key: str = MAIN_LOSS) -> NoiseCurve | None:
     """The noise floor of a loss at every evaluation; None without null pairs."""
-    pairs = grid.pairs(backbone, NULL)
+    pairs = finished.pairs(backbone, NULL)
     if not pairs:
         return None
     differences = np.array(

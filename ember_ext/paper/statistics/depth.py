@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.paired import spearman
 
@@ -115,9 +115,11 @@ def depth_profile(runs: Sequence[RunResult], measure: str) -> DepthProfile | Non
     return DepthProfile(measure, tuple(run.seed for run in runs), values)
 
 
-def depth_profiles(grid: Grid, backbone: str, measure: str) -> dict[str, DepthProfile]:
+def depth_profiles(finished: FinishedRuns, backbone: str, measure: str) -> dict[str, DepthProfile]:
     """The profile of every variant that has the measure."""
-    profiles = {v: depth_profile(grid.runs(backbone, v), measure) for v in grid.variants(backbone)}
+    profiles = {
+        v: depth_profile(finished.runs(backbone, v), measure) for v in finished.variants(backbone)
+    }
     return {variant: profile for variant, profile in profiles.items() if profile is not None}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.tables.loss_tables import (
     crossover_table,
@@ -37,19 +37,19 @@ def tables(results: Sequence[RunResult]) -> list[Table]:
         results: of any runs, in any order.
 
     Raises:
-        ResultError: see `Grid`.
+        ResultError: see `FinishedRuns`.
     """
-    grid = Grid(results)
+    finished = FinishedRuns(results)
     return [
-        performance_table(grid, "transformer", "3.1"),
-        performance_table(grid, "cfc", "3.2"),
-        head_table(grid),
-        neuron_table(grid),
-        depth_table(grid),
-        crossover_table(grid),
-        parameter_table(grid),
-        threshold_table(grid),
-        statistics_table(grid),
-        noise_table(grid),
-        gate_table(grid),
+        performance_table(finished, "transformer", "3.1"),
+        performance_table(finished, "cfc", "3.2"),
+        head_table(finished),
+        neuron_table(finished),
+        depth_table(finished),
+        crossover_table(finished),
+        parameter_table(finished),
+        threshold_table(finished),
+        statistics_table(finished),
+        noise_table(finished),
+        gate_table(finished),
     ]

@@ -14,7 +14,7 @@ from ember_ext.paper.formatting import (
     signed,
 )
 from ember_ext.paper.labels import BACKBONE_LABELS, variant_label
-from ember_ext.paper.runs.finished import BASELINE, NULL, Grid
+from ember_ext.paper.runs.finished import BASELINE, NULL, FinishedRuns
 from ember_ext.paper.statistics.comparisons import (
     LOSS_MEASURES,
     best_full_loss,
@@ -37,9 +37,9 @@ from ember_ext.paper.tables.table import (
 )
 
 
-def performance_table(grid: Grid, backbone: str, section: str) -> Table:
+def performance_table(finished: FinishedRuns, backbone: str, section: str) -> Table:
     """Tables 3.1 and 3.2: the validation loss of every condition of a backbone."""
-    config = grid.config(backbone)
+    config = finished.config(backbone)
     small_scale = config is not None and published.scale_of(config) == "xs"
     base = variant_label(backbone, BASELINE)
     columns = [
@@ -56,12 +56,12 @@ def performance_table(grid: Grid, backbone: str, section: str) -> Table:
         columns += ["Authors' xs", f"Authors' xs vs {base}", "Ours vs authors' xs"]
     columns += ["Best, whole text", "Final, whole text"]
     rows, notes = [], []
-    for variant in variants_in_order(grid, backbone, without=[NULL]):
-        runs = grid.runs(backbone, variant)
-        head = row_head(grid, backbone, variant)
+    for variant in variants_in_order(finished, backbone, without=[NULL]):
+        runs = finished.runs(backbone, variant)
+        head = row_head(finished, backbone, variant)
         sample = sample_of(map(best_loss, runs))
-        comparison = compare(grid, backbone, variant)
-        if comparison and comparison.n < max(len(runs), len(grid.runs(backbone, BASELINE))):
+        comparison = compare(finished, backbone, variant)
+        if comparison and comparison.n < max(len(runs), len(finished.runs(backbone, BASELINE))):
             notes.append(
                 f"{head[0]} ({head[1]}) and {base} are compared over the seeds of both "
                 f"(n = {comparison.n}): {mean_sd(comparison.other)} and {mean_sd(comparison.base)}."
@@ -75,7 +75,7 @@ def performance_table(grid: Grid, backbone: str, section: str) -> Table:
             *_published_cells(backbone, variant),
         ]
         if small_scale:
-            ours = sample.mean if sample and _is_tiny(grid, backbone) else None
+            ours = sample.mean if sample and _is_tiny(finished, backbone) else None
             row += _small_scale_cells(backbone, variant, ours)
         for measure in (best_full_loss, final_full_loss):
             row.append(mean_sd(sample_of(map(measure, runs))))
@@ -87,9 +87,9 @@ def performance_table(grid: Grid, backbone: str, section: str) -> Table:
         "ddof 0. The last two columns are on the whole validation text, which has no sampling "
         "error."
     )
-    if config and grid.runs(backbone, "lif-refractory"):
+    if config and finished.runs(backbone, "lif-refractory"):
         notes.append(_refractory_note(str(config.get("refractory_mode"))))
-    notes += [*_scale_notes(grid, backbone), *published.LOSS_NOTES[backbone]]
+    notes += [*_scale_notes(finished, backbone), *published.LOSS_NOTES[backbone]]
     if small_scale:
         notes.append(
             f"{published.XS_NOTE[backbone]} Ours vs authors' xs: our mean over our seeds against "
@@ -132,20 +132,20 @@ def _refractory_note(mode: str) -> str:
     )
 
 
-def _is_tiny(grid: Grid, backbone: str) -> bool:
+def _is_tiny(finished: FinishedRuns, backbone: str) -> bool:
     """Whether a backbone's runs are of the published corpus; they are all of one."""
-    runs = [run for run in grid.results if run.backbone == backbone]
+    runs = [run for run in finished.results if run.backbone == backbone]
     return bool(runs) and runs[0].corpus.get("sha256") == TINY_SHA256
 
 
-def _scale_notes(grid: Grid, backbone: str) -> list[str]:
+def _scale_notes(finished: FinishedRuns, backbone: str) -> list[str]:
     """What keeps our losses from being compared with the published ones."""
-    runs = [run for run in grid.results if run.backbone == backbone]
+    runs = [run for run in finished.results if run.backbone == backbone]
     if not runs:
         return ["Nothing was run."]
     notes = []
     scale = published.scale_of(runs[0].config)
-    if scale == "xs" and _is_tiny(grid, backbone):
+    if scale == "xs" and _is_tiny(finished, backbone):
         notes.append(
             "Our runs have the authors' xs sizes; the paper's table is of a larger model, so "
             "compare our losses with the column of the authors' xs runs."
@@ -155,7 +155,7 @@ def _scale_notes(grid: Grid, backbone: str) -> list[str]:
             "Our runs have neither the paper's nor the authors' xs sizes and length: their losses "
             "do not compare with published ones."
         )
-    if not _is_tiny(grid, backbone):
+    if not _is_tiny(finished, backbone):
         notes.append(
             f"Our corpus is {runs[0].corpus.get('name')!r}, not Tiny Shakespeare: losses do not "
             "compare with published ones."
@@ -163,7 +163,7 @@ def _scale_notes(grid: Grid, backbone: str) -> list[str]:
     return notes
 
 
-def crossover_table(grid: Grid) -> Table:
+def crossover_table(finished: FinishedRuns) -> Table:
     """Table 3.5: when LIF passes below the baseline, and when the null runs do."""
     columns = (
         "Backbone",
@@ -178,7 +178,7 @@ def crossover_table(grid: Grid) -> Table:
     rows = []
     for backbone, label in BACKBONE_LABELS.items():
         for variant in ("lif", "lif-text", NULL):
-            pairs = grid.pairs(backbone, variant)
+            pairs = finished.pairs(backbone, variant)
             summary = find_crossovers(pairs)
             first = ["always" if c.always else c.first for c in summary.crossovers]
             persistent = [c.persistent for c in summary.crossovers]
@@ -195,7 +195,7 @@ def crossover_table(grid: Grid) -> Table:
                 rows.append(
                     (
                         label,
-                        *row_head(grid, backbone, variant, seeds=len(pairs)),
+                        *row_head(finished, backbone, variant, seeds=len(pairs)),
                         rule,
                         str(len(found)) if pairs else DASH,
                         listed or DASH,
@@ -211,12 +211,12 @@ def crossover_table(grid: Grid) -> Table:
         "Persistent: the first from which it stays below to the end. "
         "The null pair shows what either rule finds where there is nothing to find.",
         published.CROSSOVER_NOTE,
-        *other_sizes_note(grid, ("cfc",)),
+        *other_sizes_note(finished, ("cfc",)),
     )
     return Table("3.5", "Crossover with the baseline", columns, tuple(rows), notes)
 
 
-def parameter_table(grid: Grid) -> Table:
+def parameter_table(finished: FinishedRuns) -> Table:
     """Table 3.6: parameters of each mechanism, and its effect on the loss."""
     columns = (
         "Backbone",
@@ -229,15 +229,15 @@ def parameter_table(grid: Grid) -> Table:
     )
     rows = []
     for backbone, label in BACKBONE_LABELS.items():
-        for variant in variants_in_order(grid, backbone, without=[BASELINE, NULL, "lif-fixed"]):
-            comparison = compare(grid, backbone, variant)
-            extra = extra_parameters(grid, backbone, variant)
+        for variant in variants_in_order(finished, backbone, without=[BASELINE, NULL, "lif-fixed"]):
+            comparison = compare(finished, backbone, variant)
+            extra = extra_parameters(finished, backbone, variant)
             printed = published.LOSSES[backbone].get(variant)
             count = published.EXTRA_PARAMETERS[backbone].get(variant)
             rows.append(
                 (
                     label,
-                    *row_head(grid, backbone, variant, seeds=comparison.n if comparison else 0),
+                    *row_head(finished, backbone, variant, seeds=comparison.n if comparison else 0),
                     DASH if extra is None else f"{extra:,}",
                     percent(comparison.percent if comparison else None),
                     p_value(comparison.t_p if comparison else None),
@@ -253,7 +253,7 @@ def parameter_table(grid: Grid) -> Table:
     return Table("3.6", "Parameters and what they buy", columns, tuple(rows), notes)
 
 
-def statistics_table(grid: Grid) -> Table:
+def statistics_table(finished: FinishedRuns) -> Table:
     """Table S1: every variant against the baseline, with tests, intervals and the noise floor."""
     columns = (
         "Backbone",
@@ -276,18 +276,18 @@ def statistics_table(grid: Grid) -> Table:
         "Beyond noise",
     )
     rows: list[tuple[str, ...]] = []
-    for backbone in grid.backbones:
-        for variant in variants_in_order(grid, backbone, without=[BASELINE]):
+    for backbone in finished.backbones:
+        for variant in variants_in_order(finished, backbone, without=[BASELINE]):
             for name in ("best, estimate", "final, whole text"):
-                c = compare(grid, backbone, variant, LOSS_MEASURES[name])
+                c = compare(finished, backbone, variant, LOSS_MEASURES[name])
                 if c is None:
                     continue
-                floor = measure_noise(grid, backbone, LOSS_MEASURES[name])
+                floor = measure_noise(finished, backbone, LOSS_MEASURES[name])
                 variance = c.variance
                 rows.append(
                     (
                         BACKBONE_LABELS[backbone],
-                        *row_head(grid, backbone, variant, seeds=c.n),
+                        *row_head(finished, backbone, variant, seeds=c.n),
                         name,
                         mean_sd(c.base),
                         mean_sd(c.other),
@@ -325,7 +325,7 @@ def _beyond(comparison: PairedComparison, floor: NoiseFloor | None) -> str:
     return "yes" if abs(comparison.difference) > floor.rms else "no"
 
 
-def noise_table(grid: Grid) -> Table:
+def noise_table(finished: FinishedRuns) -> Table:
     """Table S2: how far apart runs are that differ by rounding."""
     columns = ("Backbone", "Loss", "Null pairs", "RMS", "Largest")
     rows: list[tuple[str, ...]] = []
@@ -334,14 +334,14 @@ def noise_table(grid: Grid) -> Table:
         label = BACKBONE_LABELS[backbone]
         rows.append((label, name, str(count), number(rms, 5), number(largest, 5)))
 
-    for backbone in grid.backbones:
+    for backbone in finished.backbones:
         for name, measure in LOSS_MEASURES.items():
-            floor = measure_noise(grid, backbone, measure)
+            floor = measure_noise(finished, backbone, measure)
             if floor is not None:
                 add(backbone, name, floor.n, floor.rms, floor.maximum)
-        curve = noise_curve(grid, backbone)
+        curve = noise_curve(finished, backbone)
         if curve is not None:
-            count = len(grid.pairs(backbone, NULL))
+            count = len(finished.pairs(backbone, NULL))
             for step, rms, largest in zip(curve.steps, curve.rms, curve.maximum, strict=True):
                 add(backbone, f"estimate at {step}", count, rms, largest)
     notes = (

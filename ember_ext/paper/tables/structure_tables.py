@@ -10,7 +10,7 @@ import numpy as np
 from ember_ext.paper import published
 from ember_ext.paper.formatting import DASH, mean_sd, number, signed
 from ember_ext.paper.labels import BACKBONE_LABELS, VARIANT_LABELS
-from ember_ext.paper.runs.finished import BASELINE, NULL, Grid
+from ember_ext.paper.runs.finished import BASELINE, NULL, FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.depth import (
     ALWAYS_ON,
@@ -72,7 +72,7 @@ _WINDOWS_NOTE = f"Measured on {METRIC_WINDOWS} random windows of the validation 
 _GATE_LABELS: tuple[GateLabel, ...] = ("selective", "mild", "moderate", "pass-through")
 
 
-def head_table(grid: Grid) -> Table:
+def head_table(finished: FinishedRuns) -> Table:
     """Table 3.3a: what the heads of each layer of the Transformer do."""
     columns = (
         *ROW_HEAD,
@@ -84,16 +84,16 @@ def head_table(grid: Grid) -> Table:
         "/".join(_GATE_LABELS).capitalize(),
     )
     rows: list[tuple[str, ...]] = []
-    for variant in variants_in_order(grid, "transformer", without=[NULL]):
-        runs = grid.runs("transformer", variant)
-        head = row_head(grid, "transformer", variant)
+    for variant in variants_in_order(finished, "transformer", without=[NULL]):
+        runs = finished.runs("transformer", variant)
+        head = row_head(finished, "transformer", variant)
         if not runs:
             rows.append(not_run(head, columns))
             continue
         layers = range(int(runs[0].config["n_layer"]))
         rows += [(*head, f"L{layer}", *_head_cells(runs, [layer])) for layer in layers]
         rows.append((*head, "all", *_head_cells(runs, layers)))
-    config = grid.config("transformer")
+    config = finished.config("transformer")
     block_size = 256 if config is None else int(config["block_size"])
     notes = (
         "Counts are means over seeds at the last evaluation. Roles by mean attention entropy H in "
@@ -147,7 +147,7 @@ def _gate_cells(units: Sequence[Sequence[GateUnit]]) -> list[str]:
     ]
 
 
-def neuron_table(grid: Grid) -> Table:
+def neuron_table(finished: FinishedRuns) -> Table:
     """Table 3.3b: how often, and how variedly, the neurons of each layer of the CfC fire."""
     measures = {
         FIRE_RATE: "Fire rate",
@@ -166,13 +166,13 @@ def neuron_table(grid: Grid) -> Table:
         "Published fire rate",
         "Published entropy",
     )
-    config = grid.config("cfc")
+    config = finished.config("cfc")
     comparable = config is None or published.scale_of(config) == "paper"
     rows: list[tuple[str, ...]] = []
-    for variant in variants_in_order(grid, "cfc", without=[NULL]):
-        runs = grid.runs("cfc", variant)
+    for variant in variants_in_order(finished, "cfc", without=[NULL]):
+        runs = finished.runs("cfc", variant)
         printed = published.NEURONS.get(variant, {}) if comparable else {}
-        head = row_head(grid, "cfc", variant)
+        head = row_head(finished, "cfc", variant)
         if not runs and not printed:
             rows.append(not_run(head, columns))
             continue
@@ -182,7 +182,7 @@ def neuron_table(grid: Grid) -> Table:
             cells = [_layer_cell(profile, layer) for profile in profiles]
             rows.append((*head, f"L{layer}", *cells, number(fire, 3), number(entropy, 3)))
     notes = (
-        f"Means over neurons and seeds at the last evaluation. {_virtual_gate_note(grid)}",
+        f"Means over neurons and seeds at the last evaluation. {_virtual_gate_note(finished)}",
         "The fire rate, a mean over neurons, is also the mean share of a layer's neurons that fire "
         "at a time (population sparsity). Always on, selective: shares of neurons that fire at "
         f"more than {ALWAYS_ON_ABOVE:.0%} and at fewer than {SELECTIVE_BELOW:.0%} of the "
@@ -194,8 +194,8 @@ def neuron_table(grid: Grid) -> Table:
     return Table("3.3b", "Firing of neurons, CfC", columns, tuple(rows), notes)
 
 
-def _virtual_gate_note(grid: Grid) -> str:
-    bases = grid.runs("cfc", BASELINE)
+def _virtual_gate_note(finished: FinishedRuns) -> str:
+    bases = finished.runs("cfc", BASELINE)
     preset = bases[0].config["gate_preset"] if bases else "released"
     return (
         "The virtual gate is one at its initial values, so that models with and without gates are "
@@ -209,7 +209,7 @@ def _layer_cell(profile: DepthProfile | None, layer: int, digits: int = 3) -> st
     return mean_sd(describe([row[layer] for row in profile.values]), digits)
 
 
-def depth_table(grid: Grid) -> Table:
+def depth_table(finished: FinishedRuns) -> Table:
     """Table 3.4: entropy of the first and of the last layer."""
     columns = (
         "Backbone",
@@ -224,8 +224,8 @@ def depth_table(grid: Grid) -> Table:
     )
     rows: list[tuple[str, ...]] = []
     for backbone, label in BACKBONE_LABELS.items():
-        for variant in variants_in_order(grid, backbone, without=[NULL]):
-            runs = grid.runs(backbone, variant)
+        for variant in variants_in_order(finished, backbone, without=[NULL]):
+            runs = finished.runs(backbone, variant)
             if backbone == "transformer":
                 measures = {"attention": ATTENTION_ENTROPY}
             elif variant == BASELINE:
@@ -241,7 +241,7 @@ def depth_table(grid: Grid) -> Table:
                 rows.append(
                     (
                         label,
-                        *row_head(grid, backbone, variant),
+                        *row_head(finished, backbone, variant),
                         through,
                         _layer_cell(profile, 0),
                         _layer_cell(profile, -1),
@@ -255,15 +255,15 @@ def depth_table(grid: Grid) -> Table:
         "Entropy of attention (Transformer) and of neurons (CfC), in nats, means over heads or "
         "neurons, at the last evaluation. Rise: last layer minus first. Spearman: rank correlation "
         "of layer and entropy, mean over seeds, with 3 layers or more.",
-        _virtual_gate_note(grid),
+        _virtual_gate_note(finished),
         _WINDOWS_NOTE,
-        *other_sizes_note(grid, BACKBONE_LABELS),
+        *other_sizes_note(finished, BACKBONE_LABELS),
         *published.DEPTH_NOTES,
     )
     return Table("3.4", "Entropy by depth", columns, tuple(rows), notes)
 
 
-def threshold_table(grid: Grid) -> Table:
+def threshold_table(finished: FinishedRuns) -> Table:
     """Table 4.2: the learned thresholds of each layer."""
     columns = (
         "Backbone",
@@ -277,8 +277,8 @@ def threshold_table(grid: Grid) -> Table:
     rows: list[tuple[str, ...]] = []
     for backbone, label in BACKBONE_LABELS.items():
         for variant in _learned_gates(backbone):
-            runs = grid.runs(backbone, variant)
-            head = (label, *row_head(grid, backbone, variant))
+            runs = finished.runs(backbone, variant)
+            head = (label, *row_head(finished, backbone, variant))
             profile = depth_profile(runs, THRESHOLD)
             starts = layer_values(runs[0], THRESHOLD, 0) if runs else None
             if profile is None or starts is None:
@@ -299,13 +299,13 @@ def threshold_table(grid: Grid) -> Table:
                 )
     notes = (
         f"Effective |θ|, means over heads or neurons and seeds. {SEEDS_NOTE}",
-        *other_sizes_note(grid, ("cfc",)),
+        *other_sizes_note(finished, ("cfc",)),
         published.THRESHOLDS_NOTE,
     )
     return Table("4.2", "Thresholds by depth", columns, tuple(rows), notes)
 
 
-def gate_table(grid: Grid) -> Table:
+def gate_table(finished: FinishedRuns) -> Table:
     """Table S3: how far the learned gates are spread, and along which of their parameters."""
     columns = (
         "Backbone",
@@ -321,8 +321,8 @@ def gate_table(grid: Grid) -> Table:
     rows: list[tuple[str, ...]] = []
     for backbone, label in BACKBONE_LABELS.items():
         for variant in _learned_gates(backbone):
-            units = [unit for run in grid.runs(backbone, variant) for unit in gate_units(run)]
-            head = (label, *row_head(grid, backbone, variant))
+            units = [unit for run in finished.runs(backbone, variant) for unit in gate_units(run)]
+            head = (label, *row_head(finished, backbone, variant))
             if not units:
                 rows.append(not_run(head, columns))
                 continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ember_ext.paper import published
 from ember_ext.paper.formatting import DASH
 from ember_ext.paper.labels import VARIANT_LABELS, variant_label
-from ember_ext.paper.runs.finished import Grid
+from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.statistics.paired import Sample, describe
 
 ROW_HEAD = ("Condition", "Gate", "Seeds")
@@ -43,30 +43,32 @@ class Table:
     notes: tuple[str, ...]
 
 
-def gate_label(grid: Grid, backbone: str, variant: str) -> str:
+def gate_label(finished: FinishedRuns, backbone: str, variant: str) -> str:
     """The gate preset of a variant; a dash if it has no gate."""
-    runs = grid.runs(backbone, variant)
+    runs = finished.runs(backbone, variant)
     if not runs:
         return _PLANNED_GATES.get(variant, DASH)
     return str(runs[0].config["gate_preset"]) if runs[0].evaluations[-1]["gates"] else DASH
 
 
 def row_head(
-    grid: Grid, backbone: str, variant: str, seeds: int | None = None
+    finished: FinishedRuns, backbone: str, variant: str, seeds: int | None = None
 ) -> tuple[str, str, str]:
     """Condition, gate preset and number of seeds, by default that of all the variant's runs."""
-    count = len(grid.runs(backbone, variant)) if seeds is None else seeds
+    count = len(finished.runs(backbone, variant)) if seeds is None else seeds
     return (
         variant_label(backbone, variant),
-        gate_label(grid, backbone, variant),
+        gate_label(finished, backbone, variant),
         str(count) if count else DASH,
     )
 
 
-def variants_in_order(grid: Grid, backbone: str, without: Sequence[str] = ()) -> list[str]:
+def variants_in_order(
+    finished: FinishedRuns, backbone: str, without: Sequence[str] = ()
+) -> list[str]:
     """The variants of a table in order: the known ones, then others that were run."""
     known = list(VARIANT_LABELS[backbone])
-    others = [v for v in grid.variants(backbone) if v not in known]
+    others = [v for v in finished.variants(backbone) if v not in known]
     return [variant for variant in known + others if variant not in without]
 
 
@@ -75,9 +77,9 @@ def not_run(head: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
     return (*head, *[DASH] * (len(columns) - len(head)))
 
 
-def other_sizes_note(grid: Grid, backbones: Iterable[str]) -> list[str]:
+def other_sizes_note(finished: FinishedRuns, backbones: Iterable[str]) -> list[str]:
     """A note if runs of some backbones are not of the sizes that the published numbers are of."""
-    configs = [config for config in map(grid.config, backbones) if config is not None]
+    configs = [config for config in map(finished.config, backbones) if config is not None]
     if all(published.scale_of(config) == "paper" for config in configs):
         return []
     return ["Published numbers are of the paper's sizes, which ours are not."]
