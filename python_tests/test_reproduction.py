@@ -43,7 +43,7 @@ WHOLE_RESULT: dict[str, Any] = {
     "variant": "lif", "config": {"backbone": "cfc", "seed": 1}, "corpus": {"name": "plays"},
     "summary": {}, "evaluations": [{"step": 1, "val_loss": 2}],
 }  # fmt: skip
-TEXT = ROOT / "ember_ext" / "data" / "lighthouse.txt"
+TEXT = ROOT / "ember_ext" / "paper" / "data" / "lighthouse.txt"
 
 
 def tiny(*variants: str, **changes: Any) -> list[RunSpec]:

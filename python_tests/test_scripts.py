@@ -31,7 +31,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A text file, in a folder that is the working folder."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "text.txt"
-    path.write_bytes((ROOT / "ember_ext" / "data" / "lighthouse.txt").read_bytes())
+    path.write_bytes((ROOT / "ember_ext" / "paper" / "data" / "lighthouse.txt").read_bytes())
     return path
 
 
