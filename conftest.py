@@ -18,6 +18,10 @@ from typing import Any
 # Spinning threads of a test and of the processes that it starts would fight for the cores. torch
 # reads this when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Processes of pytest-xdist share the cores, with two threads each at least: what threads do to each
+# other is tested, too.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 1) // workers)))
 
 import pytest
 from _pytest._code.code import Traceback

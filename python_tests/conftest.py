@@ -1,4 +1,8 @@
-"""What all tests share: fixtures, and GPU tests are skipped where there is no GPU."""
+"""What all tests share: fixtures, how many processes run them, and when GPU tests are skipped.
+
+The whole suite runs in a process for each core, each file in one of them. A run that names files or
+tests runs in one process, and so does `python -m pytest -n 0`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,28 @@ from torch import Tensor
 from ember_ext import _native
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Distribute the whole suite; this runs before pytest-xdist reads its options."""
+    option = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    selected = option.keyword or option.markexpr or option.lf or option.usepdb
+    if not whole or selected or hasattr(config, "workerinput"):
+        return
+    if config.pluginmanager.hasplugin("xdist") and option.numprocesses is None:
+        option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 8
+        # Tests of one file share what is costly to build. The order is that of the collection.
+        option.dist, option.loadscopereorder = "loadfile", False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: an address, which each process has its own of")
+    if hasattr(config, "workerinput"):
+        # The longest files come first, lest one process be left with one of them at the end.
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     for item in items:

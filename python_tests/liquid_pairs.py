@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import ncps.torch
@@ -12,6 +13,11 @@ from ncps.wirings import NCP, AutoNCP, FullyConnected, Random, Wiring
 from torch import Tensor
 
 from ember_ext import nn
+
+
+def same_everywhere(value: object) -> str:
+    """Name a parameter without the address of its wiring, which differs between processes."""
+    return re.sub(r" object at 0x\w+", "", str(value))
 
 
 def pair_of(kind: str, input_size: int, units: Any, **options: Any) -> tuple[Any, Any]:

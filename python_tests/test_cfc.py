@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from liquid_pairs import RowByRow, compute, draw_wiring, pair_of
+from liquid_pairs import RowByRow, compute, draw_wiring, pair_of, same_everywhere
 from ncps.wirings import AutoNCP, Random
 from torch import Tensor
 from torch.nn.utils import prune
@@ -143,7 +143,7 @@ SIZE = {"input_size": 4, "units": 6}
         ({"chunk_size": -4}, ValueError, "chunk_size must be >= 0, got -4"),
         ({"units": Random(9, 3), "proj_size": 2}, ValueError, "proj_size must be None as the wir"),
     ],
-    ids=str,
+    ids=same_everywhere,
 )
 def test_bad_constructor_arguments(
     options: dict[str, Any], error: type[Exception], message: str

@@ -9,7 +9,7 @@ import ncps.torch
 import numpy as np
 import pytest
 import torch
-from liquid_pairs import pair_of
+from liquid_pairs import pair_of, same_everywhere
 from ncps.wirings import AutoNCP
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def parameter_of(network: Any) -> tuple[Any, str]:
         ("LTC", {}),
         ("LTC", {"implicit_param_constraints": False, "ode_unfolds": 3}),
     ],
-    ids=str,
+    ids=same_everywhere,
 )
 def test_time_spans_of_each_row_and_step(kind: str, units: Any, options: dict[str, Any]) -> None:
     theirs, ours = pair_of(kind, 4, units, **options)
@@ -88,7 +88,7 @@ def test_time_spans_of_each_row_and_step(kind: str, units: Any, options: dict[st
             )
         ),
     ],
-    ids=str,
+    ids=same_everywhere,
 )
 def test_steps_equal_the_sequence(kind: str, options: dict[str, Any]) -> None:
     network = LAYERS[kind](5, **options)
@@ -118,7 +118,7 @@ def test_steps_equal_the_sequence(kind: str, options: dict[str, Any]) -> None:
         ("LTC", {}),
         ("LTC", {"implicit_param_constraints": False, "output_mapping": "linear"}),
     ],
-    ids=str,
+    ids=same_everywhere,
 )
 def test_inference_equals_training(kind: str, options: dict[str, Any], spans: str) -> None:
     x, lengths = torch.randn(3, 6, 5), torch.tensor([6, 0, 2])
@@ -231,7 +231,7 @@ def hook(network: Any) -> None:
         ("LTC", {"units": AutoNCP(13, 3)}),
         ("LTC", {"units": 5, "mixed_memory": True}),
     ],
-    ids=str,
+    ids=same_everywhere,
 )
 def test_padding_does_not_matter(
     kind: str, options: dict[str, Any], alter: Any, value: float
@@ -341,7 +341,7 @@ def test_compiles_whole(kind: str) -> None:
         ({"lengths": [1.0, 2, 3]}, TypeError, "lengths must be of an integer dtype, got"),
         ({"input": X[0], "lengths": torch.tensor([1])}, ValueError, "lengths must be None for an"),
     ],
-    ids=str,
+    ids=same_everywhere,
 )
 @pytest.mark.parametrize("grad", [True, False])
 def test_bad_call_arguments(
@@ -383,7 +383,7 @@ def test_bad_arguments_with_mixed_memory(kind: str, grad: bool, steps: int) -> N
         ((X[:, 0], torch.zeros(3, 6), -1.0), "timespans must be finite and >=? 0.*, got -1.0"),
         ((X[:, 0], torch.zeros(3, 6), torch.tensor([1.0, 2.0, -3.0])), "timespans must be finite"),
     ],
-    ids=str,
+    ids=same_everywhere,
 )
 def test_bad_step_arguments(kind: str, arguments: tuple[Any, ...], message: str) -> None:
     network = LAYERS[kind](4, 6)

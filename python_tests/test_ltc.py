@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from liquid_pairs import RowByRow, compute, draw_wiring, pair_of
+from liquid_pairs import RowByRow, compute, draw_wiring, pair_of, same_everywhere
 from ncps.wirings import AutoNCP, FullyConnected, Random, Wiring
 from torch import Tensor
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -429,7 +429,7 @@ SIZE = {"input_size": 4, "units": 6}
         ({"epsilon": "1"}, TypeError, "epsilon must be a real number, got str"),
         ({"chunk_size": -4}, ValueError, "chunk_size must be >= 0, got -4"),
     ],
-    ids=str,
+    ids=same_everywhere,
 )
 def test_bad_constructor_arguments(
     options: dict[str, Any], error: type[Exception], message: str
@@ -446,7 +446,9 @@ def test_a_wiring_for_other_inputs() -> None:
     assert nn.LTC(None, wiring)(torch.zeros(2, 5, 3))[0].shape == (2, 5, 2)
 
 
-@pytest.mark.parametrize("units", [AutoNCP(14, 3), FullyConnected(5, 2), Random(7, 3), 6], ids=str)
+@pytest.mark.parametrize(
+    "units", [AutoNCP(14, 3), FullyConnected(5, 2), Random(7, 3), 6], ids=same_everywhere
+)
 def test_properties(units: Any) -> None:
     theirs, ours = pair(4, units)
     for name in (

@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from kernel_costs import cuda_report
@@ -80,6 +81,15 @@ def build(sources: Sequence[Path], architecture: int) -> Path:
     library = folder / f"{digest.hexdigest()[:16]}.so"
     if library.exists():
         return library
+    # One process builds, and those that want the same library wait for it.
+    with FileLock(library.with_suffix(".lock")):
+        if not library.exists():
+            _build(library, inputs, architecture)
+    return library
+
+
+def _build(library: Path, inputs: Sequence[Path], architecture: int) -> None:
+    folder = library.parent
     with tempfile.TemporaryDirectory(dir=folder) as objects, ThreadPoolExecutor(2) as pool:
         built = [
             str(o) for o in pool.map(lambda s: _compile(s, Path(objects), architecture), inputs)
@@ -88,7 +98,6 @@ def build(sources: Sequence[Path], architecture: int) -> Path:
         link = [str(compiler()), "-shared", "-Wl,--no-undefined", "-o", unfinished, *built, "-ldl"]
         subprocess.run(link, check=True)
         os.replace(unfinished, library)
-    return library
 
 
 @dataclass
