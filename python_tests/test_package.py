@@ -334,6 +334,27 @@ def test_build_backend_looks_where_the_interpreter_does(
     assert (site.getusersitepackages() in build_backend._site_folders()) == shared
 
 
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_build_backend_looks_in_the_active_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    """`python -m build` has an environment of its own, which knows of no other."""
+    pytest.importorskip("scikit_build_core")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import build_backend
+
+    torch_folder = tmp_path / "lib/python3.14/site-packages/torch"
+    torch_folder.mkdir(parents=True)
+    (torch_folder / "version.py").touch()
+    monkeypatch.setattr(build_backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build_backend, "_site_folders", list)
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    monkeypatch.delenv("CONDA_PREFIX", raising=False)
+    assert build_backend._installed_torch() is None
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert build_backend._installed_torch() == torch_folder
+
+
 def test_an_operator_without_cuda_kernels_takes_its_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,12 +3,14 @@
 An isolated build has an environment of its own. Asking for torch there would download a second
 one, of several GB and perhaps of another version than the user's. So the torch in the environment
 that pip installs into is used where there is one, and a build-time torch is asked for only where
-there is none. The interpreter's `sysconfig` names that environment even in pip's isolated build.
+there is none. The interpreter's `sysconfig` names that environment even in pip's isolated build. In
+that of `python -m build` it does not, but the environment that is active has its variable still.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import site
 import sys
@@ -43,7 +45,7 @@ def _installed_torch() -> Path | None:
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0])
-    for folder in _site_folders():
+    for folder in [*_site_folders(), *_active_site_folders()]:
         candidate = Path(folder) / "torch"
         if (candidate / "version.py").is_file():
             return candidate
@@ -58,6 +60,17 @@ def _site_folders() -> list[str]:
         if not re.search(r"^include-system-site-packages\s*=\s*true", settings, re.MULTILINE):
             return own
     return [*own, site.getusersitepackages(), *site.getsitepackages([sys.base_prefix])]
+
+
+def _active_site_folders() -> list[Path]:
+    """The folders of the activated environment; of which Python does not matter for the build."""
+    prefixes = [os.environ.get(name) for name in ("VIRTUAL_ENV", "CONDA_PREFIX")]
+    return [
+        folder
+        for prefix in prefixes
+        if prefix
+        for folder in sorted(Path(prefix).glob("lib/python3*/site-packages"))
+    ]
 
 
 def _with_torch(config_settings: Settings) -> Settings:
