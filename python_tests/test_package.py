@@ -202,6 +202,7 @@ def test_importing_the_library_loads_what_it_needs_and_no_more() -> None:
     """That is torch, ncps, NumPy and what they require; the study of the paper stays out."""
     code = f"""
 import sys
+import {", ".join(NEEDED)}  # which load what they find, tqdm for one
 before = set(sys.modules)
 import {", ".join(LIBRARY)}
 print(*sorted(set(sys.modules) - before))
