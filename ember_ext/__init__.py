@@ -18,7 +18,7 @@ from ember_ext import _native
 
 _native.load(__version__)
 
-# Argument checks look at shapes, which a trace may forget: what it records takes other ones, too.
+# Argument checks look at shapes. A trace may forget them, because its result takes other shapes.
 warnings.filterwarnings("ignore", category=_native.TracerWarning, module="ember_ext")
 
 from ember_ext import models, nn, ops, reference  # noqa: E402

@@ -34,7 +34,7 @@ if missing."""
 _ISAS = ("baseline", "avx2", "avx512")
 
 isa = ""
-"""What the CPU kernels use: "baseline", "avx2" or "avx512"; empty if there are none."""
+"""The instruction set of the CPU kernels: "baseline", "avx2" or "avx512"; empty without."""
 
 unavailable: dict[str, str] = {}
 """Why there are no compiled kernels, for each device type ("cpu", "cuda") without them."""
@@ -121,7 +121,7 @@ def wants_definition() -> bool:
                 "that its result runs without ember_ext"
             )
         return True
-    # The other ONNX exporter compiles; to ask at every call would take a microsecond.
+    # The other ONNX exporter compiles. A question at every call would take a microsecond.
     return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
@@ -164,7 +164,7 @@ def _open(name: str) -> ctypes.PyDLL:
     """Open a library of the package, which registers nothing yet; OSError says what went wrong."""
     import ember_ext
 
-    # Where Python files come from a clone, the library lies in the folder of the installed package.
+    # If Python files come from a clone, the library lies in the folder of the installed package.
     file = f"lib{name}{_SUFFIX}"
     for folder in ember_ext.__path__:
         path = Path(folder, file)
@@ -180,7 +180,7 @@ def _register(opened: ctypes.PyDLL) -> None:
 
 
 def _text(opened: ctypes.PyDLL, function: str) -> str:
-    """What a function of a library returns that takes nothing and returns a string."""
+    """Call a function of a library that takes nothing and returns a string."""
     if not hasattr(opened, function):
         raise OSError(f"{opened._name} is of another version: it has no {function}")
     call = opened[function]
@@ -199,7 +199,7 @@ def load(version: str) -> None:
             raise OSError(
                 f"compiled for version {build_info['version']}, but the Python code is {version}"
             )
-        # Where this file is part of a clone, the installed library may be older.
+        # If this file is part of a clone, the installed library may be older.
         schemas = Path(__file__).parent.parent / "csrc" / "registration.cpp"
         if (
             schemas.is_file()

@@ -25,8 +25,8 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
     "optional-dependencies"
 ]
-PUBLIC_MODULES = ["ember_ext", "ember_ext.nn", "ember_ext.ops", "ember_ext.reference"]
-PUBLIC_MODULES += ["ember_ext.models", "ember_ext.testing"]
+LIBRARY = ["ember_ext", "ember_ext.nn", "ember_ext.ops", "ember_ext.reference", "ember_ext.models"]
+PUBLIC_MODULES = [*LIBRARY, "ember_ext.testing"]
 PUBLIC_MODULES += ["ember_ext.paper.data", "ember_ext.paper.training"]
 COMMAND_PREFIXES = ("torchrun", "python", "pip", "uv")
 
@@ -146,6 +146,18 @@ def test_reference_has_every_public_name(module: str) -> None:
         and id(getattr(imported, name)) not in described
     ]
     assert not missing, f"{module} has {missing}, which docs/api does not"
+
+
+def test_every_public_name_of_the_library_has_an_example() -> None:
+    """The examples are tests themselves, see `conftest.py` in the root."""
+    missing = []
+    for module in LIBRARY:
+        imported = importlib.import_module(module)
+        for name in imported.__all__:
+            thing = getattr(imported, name)
+            if callable(thing) and not re.search(r"Examples::\n\n *>>> ", thing.__doc__ or ""):
+                missing.append(f"{module}.{name}")
+    assert not missing
 
 
 def test_every_page_is_in_a_table_of_contents() -> None:

@@ -1,4 +1,4 @@
-"""What both language models share: checks, the loss, generation, optimiser groups and counts."""
+"""The common parts of both language models: checks, loss, generation, optimiser groups, counts."""
 
 from __future__ import annotations
 

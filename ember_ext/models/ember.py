@@ -190,7 +190,7 @@ class Ember(LanguageModel[EmberState]):
         return x
 
     def _no_load(self) -> Tensor:
-        """What precedes the first layer: zeros, so that its coupling has a gradient (of 0)."""
+        """The load before the first layer: zeros, so that its coupling has a gradient (of 0)."""
         return self.wte.weight.new_zeros(1, 1, 1)
 
     def _add_qwen_gates(self) -> None:

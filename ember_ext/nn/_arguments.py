@@ -164,14 +164,14 @@ def batch_major_timespans(
     if not isinstance(timespans, Tensor) or timespans.dim() == 0:
         return timespans
     batch, steps = x.shape[:2]
-    # The spans of one row are those of all, as in ncps.
+    # The spans of a single row serve all rows, as in ncps.
     leads: list[tuple[int, ...]] = [(batch, steps), (1, steps)]
     symbols = f"[B, T] = {[batch, steps]} or [1, T]"
     if not batched:
         leads, symbols = [(steps,)], f"[T] = {[steps]}"
     elif not batch_first:
         leads, symbols = [(steps, batch), (steps, 1)], f"[T, B] = {[steps, batch]} or [T, 1]"
-    # No dict: the sizes of an export or a trace have no hash to look up.
+    # This is no dict, because the sizes of an export or a trace have no hash.
     shapes = [(lead, lead) for lead in leads]
     shapes += [((*lead, end), lead) for lead in leads for end in (1, units) if end is not None]
     if batched and not batch_first:

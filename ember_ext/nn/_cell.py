@@ -20,7 +20,7 @@ class LiquidCell(Packing):
     """
 
     def _why_cells_differ(self) -> str | None:
-        """What keeps the cell's weights from saying what it computes; None if nothing."""
+        """The reason why the cell's weights do not tell what it computes; None if they do."""
         raise NotImplementedError
 
     def _takes(self, x: Tensor, h: Tensor) -> bool:
@@ -47,7 +47,7 @@ class LiquidCell(Packing):
         if isinstance(timespan, Tensor) and timespan.shape not in ((), (x.shape[0], 1)):
             return None
         if not torch.is_grad_enabled():
-            # Arguments that are not good are left to the operator, which complains.
+            # The operator reports arguments that do not fit.
             result = self._run_packed(x, h, timespan)
             if result is not None:
                 return result

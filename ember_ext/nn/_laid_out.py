@@ -50,7 +50,7 @@ class LaidOut:
     """
 
     positive_timespans: ClassVar[bool] = False
-    """Whether a time span of 0 is not a good one."""
+    """Whether a time span of 0 is refused."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class LaidOut:
         self.dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
         tensors = {id(value): value for _, _, value in self._sources}
         self.watch: Watch | None = None
-        """Of all that the network has; None if the weights cannot be laid out."""
+        """A watch of all tensors of the network; None if the weights cannot be laid out."""
         if all(map(can_watch, tensors.values())) and _follow_from_parameters(modules, weights):
             self.watch = Watch(list(tensors.values()))
 
@@ -93,7 +93,7 @@ class LaidOut:
         raise NotImplementedError
 
     def is_current(self) -> bool:
-        """Whether the network has the same parts and tensors still, and no hooks.
+        """Whether the network still has the same parts and tensors, and no hooks.
 
         What the tensors hold is for the runs to see.
         """
@@ -116,7 +116,7 @@ class LaidOut:
         return True
 
     def takes(self, x: Tensor, h: Tensor) -> bool:
-        """Whether x, [B, T, I] or [B, I], and the state h, [B, S], are fit for the kernel."""
+        """Whether x, [B, T, I] or [B, I], and the state h, [B, S], suit the kernel."""
         if self.watch is None:
             return False
         if self.dropouts and any(dropout.training for dropout in self.dropouts):
@@ -136,7 +136,7 @@ class LaidOut:
         *,
         checked: bool = True,
     ) -> tuple[Tensor, Tensor] | None:
-        """As `Runner.run`, or None if a time span is not a good one."""
+        """Run as `Runner.run`, or return None if a time span is not a good one."""
         if isinstance(timespans, Tensor):
             shape = x.shape[:-1]
             good = timespans > 0 if self.positive_timespans else timespans >= 0
@@ -150,7 +150,8 @@ class LaidOut:
             timespans = timespans.detach().reshape(() if timespans.numel() == 1 else shape)
             timespans = timespans.expand(shape)
         else:
-            # Weights for a single time span are a quarter less work, and a copy: one is kept.
+            # Weights for a single time span save a quarter of the work. They are a
+            # copy, so only one is kept.
             if self._fixed is not None and self._fixed[0] == timespans:
                 return self._fixed[1].run(x, h, None, lengths, checked=checked)
             if not 0 <= timespans < math.inf or (self.positive_timespans and timespans == 0):

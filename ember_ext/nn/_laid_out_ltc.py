@@ -37,14 +37,14 @@ class LaidOutLTC(LaidOut):
         self._settings = _settings(cell)
 
     def is_current(self) -> bool:
-        """As `LaidOut.is_current`."""
+        """See `LaidOut.is_current`."""
         cell = self._cell
         if _settings(cell) != self._settings or ltc_cell.has_own_methods(cell):
             return False
         return super().is_current()
 
     def lay_out(self, timespan: float | None) -> PackedLTC:
-        """As `LaidOut.lay_out`."""
+        """See `LaidOut.lay_out`."""
         cell = self._cell
         with torch.no_grad():
             weights, synapses = ltc_cell.Ready.of(cell)
@@ -72,5 +72,5 @@ def _affine(mapping: Sequence[Tensor]) -> Tensor | None:
 
 
 def _settings(cell: Any) -> tuple[Any, ...]:
-    """What of a cell counts, and is neither a tensor nor a module."""
+    """The settings of a cell that decide what it computes, and are neither tensors nor modules."""
     return cell._ode_unfolds, cell._epsilon, cell._input_mapping, cell._output_mapping

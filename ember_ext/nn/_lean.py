@@ -73,10 +73,10 @@ class _GELULinear(torch.autograd.Function):
             grad_bias = grad_rows.sum(0)
         if needs_u:
             weight = weight.to(grad.dtype)
-            if torch.is_grad_enabled():  # Someone wants the derivative of this, too.
+            if torch.is_grad_enabled():  # someone differentiates this gradient
                 buffer = torch.ops.aten.gelu_backward(grad_rows @ weight, rows)
             else:
-                # GELU's values are done with, and their memory takes both gradients in turn.
+                # The memory of the values of GELU, which are done with, takes both gradients.
                 torch.mm(grad_rows, weight, out=buffer)
                 torch.ops.aten.gelu_backward.grad_input(buffer, rows, grad_input=buffer)
             grad_u = buffer.view(u.shape)

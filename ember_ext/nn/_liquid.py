@@ -90,7 +90,7 @@ class LiquidLayer(Packing):
         return y
 
     def _why_cells_differ(self) -> str | None:
-        """What keeps the cells' weights from saying what they compute; None if nothing."""
+        """The reason why the cells' weights do not tell what they compute; None if they do."""
         raise NotImplementedError
 
     def _last_output(self, h: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class LiquidLayer(Packing):
             y, h, _ = self._step_through(x, h, None, timespans, lengths)
             return y, h
         if not torch.is_grad_enabled():
-            # Arguments that are not good are left to the operator, which complains.
+            # The operator reports arguments that do not fit.
             result = self._run_packed(x, h, timespans, lengths)
             if result is not None:
                 return result
@@ -280,7 +280,7 @@ class LiquidLayer(Packing):
         timespans: Tensor | float,
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `_run`, step by step; with c, the LSTM comes before the cells and ties them."""
+        """Run as `_run`, step by step; with c, the LSTM comes before the cells and ties them."""
         layer = f"nn.{self.layer_name}"
         check_timespans(
             layer,
@@ -296,7 +296,7 @@ class LiquidLayer(Packing):
             _arguments.fail(self.layer_name, "input", expected, x.dtype, TypeError)
         h, c = h.to(x.dtype), None if c is None else c.to(x.dtype)
         if lengths is not None:
-            # What lies beyond a row's end must not come back as NaN in a gradient.
+            # Values beyond the end of a row must not come back as NaN in a gradient.
             beyond = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
             x = x.masked_fill(beyond[..., None], 0)
             if isinstance(timespans, Tensor) and timespans.dim() > 0:
@@ -308,7 +308,7 @@ class LiquidLayer(Packing):
             if lengths is not None:
                 y = y.masked_fill(beyond[..., None], 0)
             return y, h, last_c
-        # Taken apart at once: the gradient of one step's slice is as large as the whole.
+        # One unbind, because the gradient of each step's slice would be as large as the whole.
         inputs = x.unbind(1)
         if isinstance(timespans, Tensor):
             timespans = timespans.to(dtype)
@@ -320,7 +320,7 @@ class LiquidLayer(Packing):
         for t in range(len(inputs)):
             running = None if lengths is None else (t < lengths)[:, None]
             seen, seen_c = h, c
-            if running is not None:  # A row without steps may have any state.
+            if running is not None:  # a row without steps may have any state
                 seen = torch.where(running, h, 0)
                 seen_c = None if c is None else torch.where(running, c, 0)
             mixed, new_c = (seen, seen_c) if remember is None else remember(t, seen, seen_c)  # type: ignore[arg-type]
@@ -360,7 +360,7 @@ class LiquidLayer(Packing):
         if not torch.is_grad_enabled() and inputs and not _spans_of_units(spans[0]):
             zeros = x.new_zeros(x.shape[0], int(self.state_size))
             if self._run_packed(inputs[0], zeros, spans[0]) is not None:
-                # What was checked at the first step holds for all of them.
+                # The check at the first step holds for all of them.
                 packed = self._packed_for(inputs[0], zeros)
                 if packed is not None:
                     run = functools.partial(packed.run, checked=False)

@@ -15,7 +15,7 @@ from ember_ext.nn._plain import why_lstm_differs
 def memory_step(
     layer: str, lstm: Any, x: Tensor, inputs: Sequence[Tensor]
 ) -> Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What takes step t of ncps' LSTM cell from h and c to the next ones, [B, S] each.
+    """Make a function that takes step t of ncps' LSTM cell from h and c, [B, S] each, to the next.
 
     Args:
         layer: for the warning that the cell has to be called.

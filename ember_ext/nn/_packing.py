@@ -30,7 +30,7 @@ class Packing(nn.Module):
         self.__dict__.pop("_packed", None)
 
     def _why_not_ncps(self) -> str | None:
-        """What keeps ncps' class from computing the same; None if nothing."""
+        """The reason why ncps' class would compute something else; None if it would not."""
         return None
 
     def _lay_out(self) -> LaidOut:
@@ -38,7 +38,7 @@ class Packing(nn.Module):
         raise NotImplementedError
 
     def _calls_cells(self) -> bool:
-        """Whether weights do not say what is computed, so that they cannot be laid out."""
+        """Whether weights do not tell what is computed, so that they cannot be laid out."""
         raise NotImplementedError
 
     def _run_packed(
@@ -60,7 +60,7 @@ class Packing(nn.Module):
                 return packed.run(x, h, timespans, lengths)
             except WeightsChangedError:
                 self._packed = None
-        return None  # they change all the time
+        return None  # the weights change all the time
 
     def _packed_for(self, x: Tensor, h: Tensor) -> LaidOut | None:
         """The packed weights, if they can take x and h: another thread may pack anew meanwhile."""

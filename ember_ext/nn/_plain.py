@@ -40,7 +40,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def why_cells_differ(cell: Any) -> str | None:
-    """What in a `CfC.rnn_cell` keeps its weights from saying what it computes; None if nothing."""
+    """The reason why the weights of a `CfC.rnn_cell` do not tell what it computes, or None."""
     reason = None
     if isinstance(cell, ncps.torch.WiredCfCCell):
         reason = why_differs(cell, ncps.torch.WiredCfCCell)
@@ -54,7 +54,7 @@ def why_cells_differ(cell: Any) -> str | None:
 
 
 def why_lstm_differs(lstm: Any) -> str | None:
-    """As `why_cells_differ` for `CfC.lstm`, the cell of mixed memory."""
+    """See `why_cells_differ`; this is for `CfC.lstm`, the cell of mixed memory."""
     reason = (
         why_differs(lstm, ncps.torch.lstm.LSTMCell)
         or _why_linear_differs(lstm, "input_map")
@@ -66,10 +66,10 @@ def why_lstm_differs(lstm: Any) -> str | None:
 
 
 def why_differs(part: nn.Module | None, kind: type[nn.Module]) -> str | None:
-    """What keeps `part` from computing what a plain `kind` does; None if nothing."""
+    """The reason why `part` does not compute what a plain `kind` does; None if it does."""
     if type(part) is not kind and type(part) is not OURS.get(kind):
         if not isinstance(part, kind):
-            # With its module: a quantised Linear is a Linear by name.
+            # The name of the module tells a quantised Linear from another.
             return f" is a {type(part).__module__}.{type(part).__name__} and no {kind.__name__}"
         if type(part).forward not in (kind.forward, OURS.get(kind, kind).forward):
             return f" is a {type(part).__name__} with a forward of its own"
@@ -79,7 +79,7 @@ def why_differs(part: nn.Module | None, kind: type[nn.Module]) -> str | None:
 
 
 def why_part_differs(owner: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
-    # Past `nn.Module.__getattr__`, which would take most of the time.
+    # `nn.Module.__getattr__` would take most of the time.
     reason = why_differs(owner._modules.get(name), kind)
     return reason and f".{name}{reason}"
 
@@ -88,7 +88,7 @@ def _why_linear_differs(owner: nn.Module, name: str, *, bias: bool = True) -> st
     if reason := why_part_differs(owner, name, nn.Linear):
         return reason
     linear: Any = owner._modules[name]
-    # A parametrised bias is no longer among the parameters, and is one nevertheless.
+    # A parametrised bias is a bias, although it is no longer among the parameters.
     if (linear._parameters.get("bias", 0) is not None) != bias:
         return f".{name} has {'no' if bias else 'a'} bias"
     return None

@@ -57,7 +57,7 @@ def record(
         if span is None:
             span = timespans if fixed is None else fixed
         seen, seen_c = h, c
-        if running is not None:  # A row without steps may have any state.
+        if running is not None:  # a row without steps may have any state
             seen, seen_c = torch.where(running, h, 0), torch.where(running, c, 0)
         mixed, new_c = remember(torch.addmm(gates, seen, recurrent), seen_c)
         y, new_h = cells.step(cell_constants, value, mixed, span)

@@ -38,7 +38,7 @@ _EVERY_KIND: dict[type[nn.Module], Any] = {**ACCELERATED, **ACCELERATED_CELLS}
 
 @dataclass(frozen=True)
 class _Exchange:
-    """What was done to a model's layers; prints as one line for each.
+    """A report of what was done to a model's layers; prints as one line for each.
 
     Modules go by their name in the model, as `named_modules` has it; the model itself is "".
     """
@@ -64,7 +64,7 @@ class _Exchange:
 
 @dataclass(frozen=True)
 class Acceleration(_Exchange):
-    """What :func:`~ember_ext.accelerate` did; prints as one line for each layer.
+    """A report of :func:`~ember_ext.accelerate`; prints as one line for each layer.
 
     Attributes:
         replaced: the names in the model of the modules that are of `ember_ext.nn` now, as
@@ -90,7 +90,7 @@ class Acceleration(_Exchange):
 
 @dataclass(frozen=True)
 class Deceleration(_Exchange):
-    """What :func:`~ember_ext.decelerate` did; prints as one line for each layer.
+    """A report of :func:`~ember_ext.decelerate`; prints as one line for each layer.
 
     Attributes:
         replaced: the names in the model of the modules that are of ncps again, as `named_modules`

@@ -21,7 +21,7 @@ from ember_ext.reference.ltc_scan import LTCWeights
 
 
 class _CfCSteps(LiquidCell):
-    """What the two CfC cells share."""
+    """The common part of the two CfC cells."""
 
     def _why_cells_differ(self) -> str | None:
         reason = why_cells_differ(self)
@@ -262,7 +262,7 @@ class LTCCell(LiquidCell, ncps.torch.LTCCell):  # type: ignore[misc]
             *ltc_cell.mapping_names("input", self._input_mapping),
         ]
         names += ltc_cell.mapping_names("output", self._output_mapping)
-        # The constructor asks before there are any.
+        # The constructor asks before it has made them.
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     @_params.setter

@@ -179,7 +179,7 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
         self.chunk_size = chunk_size
         for cell in self._cells:
             if cell.sparsity_mask is not None:
-                # ncps' is a transposed view, and FSDP takes contiguous parameters only.
+                # The mask of ncps is a transposed view, and FSDP takes contiguous parameters only.
                 cell.sparsity_mask.data = cell.sparsity_mask.data.contiguous()
         settle(self, device, dtype)
 
@@ -193,7 +193,7 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
 
     @property
     def _span_units(self) -> int | None:
-        # ncps hands the same spans to every cell, which must be as wide.
+        # ncps hands the same spans to every cell, so all cells must have the same width.
         sizes = set(self._layer_sizes)
         return sizes.pop() if len(sizes) == 1 else None
 
@@ -208,7 +208,7 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
     def _scan_cells(
         self, x: Tensor, h0: Tensor, timespans: Tensor | float, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """As `LiquidLayer._scan_cells`, one scan for each cell of the stack."""
+        """Scan the cells, one scan for each cell of the stack; see `LiquidLayer._scan_cells`."""
         finals = []
         for cell, h in zip(self._cells, h0.split(self._layer_sizes, 1), strict=True):
             weights, activation = _weights(cell)
@@ -240,13 +240,13 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
         return [("mode", cell.mode, "default") for cell in cells[:1]] + super()._settings()
 
     def _read_out(self, y: Tensor) -> Tensor:
-        # To call a module takes as long as a good part of a small network's step.
+        # A call of the module would take as long as a good part of a small network's step.
         if why_differs(self._modules.get("fc"), nn.Identity) is None:
             return y
         return self.fc(y)  # type: ignore[no-any-return, operator]
 
     def _recorded_cells(self, x: Tensor) -> RecordedCells:
-        """As `LiquidLayer._recorded_cells`."""
+        """See `LiquidLayer._recorded_cells`."""
         cells, sizes = self._cells, self._layer_sizes
         options = [(cell.mode, _weights(cell)[1]) for cell in cells]
 
@@ -327,7 +327,7 @@ class LaidOutCells(LaidOut):
             state=sum(int(cell.hidden_size) for cell in self._cells),
             dtype=self._cells[0].ff1.weight.dtype,
         )
-        # What of a cell counts, and is neither a tensor nor a module.
+        # Settings of a cell that decide what it computes, and are neither tensors nor modules.
         self._settings = [
             (cell.__dict__, cell.mode, cell.backbone_layers, cell.__dict__.get("sparsity_mask"))
             for cell in self._cells
@@ -335,7 +335,7 @@ class LaidOutCells(LaidOut):
         self._layers = network.__dict__.get("_layers", self._cells)
 
     def is_current(self) -> bool:
-        """As `LaidOut.is_current`."""
+        """See `LaidOut.is_current`."""
         if self._layers != self._cells:
             return False
         for own, mode, layers, mask in self._settings:
@@ -346,7 +346,7 @@ class LaidOutCells(LaidOut):
         return super().is_current()
 
     def lay_out(self, timespan: float | None) -> PackedCells:
-        """As `LaidOut.lay_out`."""
+        """See `LaidOut.lay_out`."""
         with torch.no_grad():
             cells, activations = zip(*map(_weights, self._cells), strict=True)
             return PackedCells(

@@ -101,7 +101,7 @@ class RefractoryParameters(LIFParameters):
 
 
 class AttentionCache(NamedTuple):
-    """What one attention layer keeps of the S tokens that it has seen.
+    """The keys and values of the S tokens that one attention layer has seen.
 
     A layer returns it as a field of :class:`~ember_ext.nn.AttentionOutput`. An empty one begins a
     sequence.
@@ -127,7 +127,7 @@ class AttentionCache(NamedTuple):
 
 
 class AttentionOutput(NamedTuple):
-    """What an attention layer returns where more than its output was asked for.
+    """The results of an attention layer, where more than its output was asked for.
 
     Examples::
 
@@ -156,7 +156,7 @@ def causal_probabilities(query: Tensor, key: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """What surrounds any causal self-attention: projections, heads, dropout and the cache.
+    """The surroundings of any causal self-attention: projections, heads, dropout and the cache.
 
     Args:
         n_embd: width of the input and the output.

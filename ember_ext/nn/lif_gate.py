@@ -61,7 +61,7 @@ FIXED_RAW_THRESHOLD = 1.0
 
 _RAW_PREFIX = "raw_"
 _FORMERLY_PLAIN = ("threshold", "leak", "steepness", "within", "across")
-"""What names of tensors in earlier checkpoints lacked the prefix."""
+"""The names of tensors that lacked the prefix in earlier checkpoints."""
 
 
 def current_name(name: str) -> str:

@@ -148,7 +148,7 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
     def _run(
         self, x: Tensor, h: Tensor, timespans: Tensor | float, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """As `LiquidLayer._run`, in the wider dtype of input and weights, as ncps computes."""
+        """Run in the wider dtype of input and weights, as ncps does; see `LiquidLayer._run`."""
         return super()._run(x.to(self._dtype_for(x)), h, timespans, lengths)
 
     def _dtype_for(self, x: Tensor) -> torch.dtype:
@@ -161,7 +161,7 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         running = None
         if lengths is not None:
             running = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
-            # What lies beyond a row's end must not come back as NaN in the mapping's gradient.
+            # Values beyond the end of a row must not come back as NaN in the mapping's gradient.
             x = torch.where(running, x, 0)
         u = ltc_cell.map_inputs(cell, x)
         y, h = ltc_cell.scan(cell, Ready.of(cell), u, h0, timespans, lengths, self.chunk_size)
@@ -196,7 +196,7 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         return super()._step_through(*arguments)
 
     def _recorded_cells(self, x: Tensor) -> RecordedCells:
-        """As `LiquidLayer._recorded_cells`; the output is yet to be mapped."""
+        """See `LiquidLayer._recorded_cells`; the output is yet to be mapped."""
         cell, ready = self.rnn_cell, Ready.of(self.rnn_cell)
         unfolds, eps, width = int(cell._ode_unfolds), float(cell._epsilon), self._output_width
 
@@ -218,7 +218,7 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         spans: Sequence[Any],
     ) -> Advance:
         if spans and isinstance(spans[0], Tensor) and spans[0].dim() and spans[0].shape[-1] != 1:
-            # Units with time spans of their own are for ncps' code.
+            # The code of ncps handles units with time spans of their own.
             return lambda t, h: self.rnn_cell.forward(inputs[t], h, spans[t])
         cell, ready = self.rnn_cell, Ready.of(self.rnn_cell)
         mapped = ltc_cell.map_inputs(cell, x).split(1, 1)

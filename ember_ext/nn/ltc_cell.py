@@ -25,7 +25,7 @@ _METHODS = {
     name: getattr(ncps.torch.LTCCell, name)
     for name in ("_sigmoid", "_ode_solver", "_map_inputs", "_map_outputs")
 }
-"""What ncps' cell computes with, as imported: someone may put another function there."""
+"""The functions that ncps' cell computes with, as imported. Someone may replace them later."""
 
 POSITIVE = ("w", "sensory_w", "cm", "gleak")
 """The weights that an LTC cell keeps positive."""
@@ -46,7 +46,7 @@ def mapping_names(side: str, mapping: Any) -> list[str]:
 
 
 def why_ltc_cell_differs(cell: Any) -> str | None:
-    """What in an LTC cell keeps its weights from saying what it computes; None if nothing."""
+    """The reason why an LTC cell's weights do not tell what it computes; None if they do."""
     if reason := why_differs(cell, ncps.torch.LTCCell):
         return reason
     if not isinstance(cell, LiquidCell):
@@ -78,7 +78,7 @@ def release(cell: Any) -> None:
 
 
 def why_not_ncps(cell: Any) -> str | None:
-    """What keeps ncps' cell from computing what one of ours does; None if nothing."""
+    """The reason why ncps' cell would not compute what one of ours does; None if it would."""
     if not isinstance(cell, LiquidCell):
         return None
     if type(cell) is not OURS[ncps.torch.LTCCell]:
@@ -126,7 +126,7 @@ class Ready(NamedTuple):
         values = {}
         for name in LTCWeights._fields:
             value = getattr(cell, name)
-            # Rounding what is derived from a weight would add to the error of half dtypes.
+            # A rounded transform of a weight would add to the error of half dtypes.
             value = value.to(_checks.compute_dtype(value.dtype))
             values[name] = cell.make_positive_fn(value) if name in POSITIVE else value
         if listed is None or not listed.binary:
@@ -172,7 +172,7 @@ def _list(cell: Any, masks: tuple[Tensor, Tensor]) -> _Listed | None:
         return known
     with torch.no_grad():
         exist = tuple(mask != 0 for mask in masks)
-        # Synapses that a mask weighs are multiplied by it; to multiply by 1 is to do nothing.
+        # A mask of zeros and ones needs no multiplication; any other mask weighs its synapses.
         binary = all(bool((mask == e).all()) for mask, e in zip(masks, exist, strict=True))
         copies = masks[0].detach().clone(), masks[1].detach().clone()
         listed = _Listed(copies, ltc_synapses(*exist), binary)

@@ -1,4 +1,4 @@
-"""What the attention operators share: argument checks, autocast, seeds and layouts."""
+"""The common parts of the attention operators: argument checks, autocast, seeds and layouts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def call_kernel(
     try:
         return operator(*arguments)
     except RuntimeError:
-        # The kernel looks at the gates' values for free, but only Python words errors well.
+        # The kernel checks the gates' values at no cost, and Python finds the words for an error.
         if not torch.compiler.is_compiling():
             _checks.check_gate_parameters(op, *gates)
         raise
@@ -70,7 +70,7 @@ def check_attention(
     seed: Tensor | None,
 ) -> None:
     """Check what all attention operators take, naming the operator `op` and the argument."""
-    # What `autocast` will convert.
+    # `autocast` will convert them.
     any_dtype = (
         isinstance(query, Tensor)
         and query.dtype != torch.float64
@@ -92,7 +92,7 @@ def check_attention(
     _checks.check_shape(op, "value", value, "[B, G, Tk, D]", shape)
     if not 0 <= dropout_p < 1:
         _checks.fail(op, "dropout_p", "within [0, 1)", dropout_p)
-    # `math.isfinite` takes no symbolic number, as which `torch.compile` may see a float.
+    # `torch.compile` may make a symbolic number of a float, and `math.isfinite` takes none.
     if scale is not None and not (-math.inf < scale < 0 or 0 < scale < math.inf):
         _checks.fail(op, "scale", "finite and not 0", scale)
     if not 0 <= eps < math.inf:

@@ -8,7 +8,7 @@ import torch
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast rounds to on a device type; None where it is off."""
+    """The dtype that autocast rounds to on a device type; None where it is off."""
     if _is_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
@@ -22,7 +22,7 @@ def _is_available(device_type: str) -> bool:
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """A context in which autocast is off."""
-    # Where there is nothing to switch off, the graph of an export stays in one piece.
+    # Nothing is switched off where nothing is on, so the graph of an export stays in one piece.
     if autocast_dtype(device_type) is None:
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

@@ -73,7 +73,7 @@ def check_gate_parameters(op: str, threshold: Tensor, leak: Tensor, steepness: T
     λ may reach 0 and 1 because a sigmoid does so in floating point. Reads the values, so a CUDA
     tensor costs a synchronisation: call it where that is acceptable, or to explain a failure.
     """
-    # What autograd would save here, a hook on saved tensors would get to see.
+    # A hook on saved tensors would see what autograd saves here.
     threshold, leak, steepness = threshold.detach(), leak.detach(), steepness.detach()
     for argument, expected, value, good in (
         ("threshold", "finite", threshold, threshold.isfinite()),

@@ -1,4 +1,4 @@
-"""What `torch.utils.flop_counter.FlopCounterMode` counts for the operators.
+"""The formulas of the operators for `torch.utils.flop_counter.FlopCounterMode`.
 
 As in torch's own formulas, products of matrices count, 2 m n k each, and nothing else does; a mask
 saves nothing, and a backward pass counts what it computes again.
@@ -18,13 +18,13 @@ Shape = Sequence[int]
 
 
 def _attention_products(query: Shape, key: Shape, count: int) -> int:
-    """Of `count` products between all queries and all keys."""
+    """Count the operations of `count` products between all queries and all keys."""
     batch, heads, queries, size = query
     return 2 * batch * heads * queries * key[2] * size * count
 
 
 def _cfc_products(rows: int, weights: Iterable[Shape]) -> int:
-    """Of maps [out, 1 + in], bias first, applied to `rows` rows."""
+    """Count the operations of maps [out, 1 + in], bias first, applied to `rows` rows."""
     return 2 * rows * sum(out * (width - 1) for out, width in weights)
 
 

@@ -1,4 +1,4 @@
-"""What the operators' backward passes share: how they are differentiated and how batched.
+"""The common parts of the backward passes: how they are differentiated and how batched.
 
 The kernels compute gradients, and no derivatives of these. A backward pass that is to be
 differentiated runs the operator's definition instead, which autograd can follow any number of
@@ -63,7 +63,7 @@ def of_definition(
     create_graph = torch.is_grad_enabled()
     device = next(t for t in tensors if t is not None).device.type
     with torch.enable_grad(), without_autocast(device):
-        # Where one input is computed from another, its gradient is not to be counted to both.
+        # If one input is computed from another, its gradient must not count for both.
         inputs = [
             _alias(t) if t is not None and wants else t
             for t, wants in zip(tensors, wanted, strict=True)
@@ -132,7 +132,7 @@ def batch_in_a_loop(operator: str) -> None:
         leaves, structure = pytree.tree_flatten(arguments)
         dims = pytree.tree_leaves(in_dims)
         if info.batch_size == 0:
-            # One of nothing says what shapes the results have.
+            # A call on an empty batch tells the shapes of the results.
             leaves = [
                 leaf if dim is None else leaf.new_zeros(leaf.movedim(dim, 0).shape[1:])
                 for leaf, dim in zip(leaves, dims, strict=True)

@@ -1,4 +1,4 @@
-"""What the operators over sequences share: time spans, lengths and chunks.
+"""The common parts of the operators over sequences: time spans, lengths and chunks.
 
 `op` names the operator or module in error messages.
 """
@@ -67,7 +67,7 @@ def check_timespans(
     batch, steps, _ = x.shape
     expected = "finite and > 0, as the cell divides by it" if positive else "finite and >= 0"
     if not isinstance(timespans, Tensor):
-        # `math.isfinite` takes no symbolic number, as which `torch.compile` may see a float.
+        # `torch.compile` may make a symbolic number of a float, and `math.isfinite` takes none.
         if not (0 < timespans < math.inf if positive else 0 <= timespans < math.inf):
             _checks.fail(op, "timespans", expected, timespans)
         return

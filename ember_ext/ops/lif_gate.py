@@ -88,7 +88,7 @@ def lif_gate(
     except (AttributeError, KeyError, TypeError):
         _check(x, threshold, leak, steepness, norm, unit_dim, eps)
         raise
-    # What else can be wrong the kernel refuses at no cost.
+    # The kernel refuses everything else at no cost.
     if not (fit and has_kernels) or torch.compiler.is_compiling():
         _check(x, threshold, leak, steepness, norm, unit_dim, eps)
     if not has_kernels:
@@ -118,13 +118,13 @@ def _forward(
     unit_dim: int,
     eps: float,
 ) -> Tensor:
-    # Nothing but the kernel may run in here: what a hook or a mode raises is not for us to explain.
+    # Only the kernel may run in here, because we cannot explain the errors of a hook or a mode.
     try:
         return torch.ops.ember_ext.lif_gate_forward.default(  # type: ignore[no-any-return]
             x, threshold, leak, steepness, norm, unit_dim, eps
         )
     except RuntimeError:
-        # The kernel looks at the values for free, but only Python words errors well.
+        # The kernel checks the values at no cost, and Python finds the words for an error.
         if not torch.compiler.is_compiling():
             _check(x, threshold, leak, steepness, _NORMS[norm], unit_dim, eps)
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)
@@ -202,7 +202,7 @@ if _native.has("cpu"):
     @torch.library.register_fake("ember_ext::lif_gate")
     @torch.library.register_fake("ember_ext::lif_gate_forward")
     def _(x: Tensor, threshold: Tensor, leak: Tensor, steepness: Tensor, *_: Any) -> Tensor:
-        # One meta tensor among real ones lands here, too, not in the kernel's own check.
+        # A meta tensor among real ones comes here, and not to the kernel's own check.
         for name, value in (("threshold", threshold), ("leak", leak), ("steepness", steepness)):
             _checks.check_device(_OP, name, value, x, "x")
         return x.new_empty(x.shape)

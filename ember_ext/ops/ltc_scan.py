@@ -192,7 +192,7 @@ def raw_arguments(
     eps: float,
     outputs: int | None,
 ) -> tuple[Any, ...]:
-    """What the raw operators take, without `chunk`, for checked arguments of `ltc_scan`."""
+    """The arguments of the raw operators, without `chunk`, for checked ones of `ltc_scan`."""
     dtype = _checks.compute_dtype(x.dtype)
     batch, steps, inputs = x.shape
     units = weights.cm.shape[0]
@@ -201,7 +201,8 @@ def raw_arguments(
             all_synapses(units, units, x.device), all_synapses(inputs, units, x.device)
         )
     if not isinstance(timespans, Tensor):
-        # A product: to fill a tensor with it, torch.compile would make a constant of a float.
+        # A product keeps the float symbolic. To fill a tensor, torch.compile would make a constant
+        # of it.
         spans = (x.new_ones((), dtype=dtype) * timespans).expand(batch, steps)
     elif timespans.dim():
         spans = timespans.to(dtype).reshape(batch, steps)
@@ -290,7 +291,7 @@ class PackedLTC:
         )
         self._watch, self._watch_number = watch, 0 if watch is None else watch.number
         self._timespan, self._spans = timespan, torch.empty(0)
-        # Looking the overload up takes as long as the arithmetic of a small network.
+        # A look-up of the overload takes as long as the arithmetic of a small network.
         self._run: Callable[..., tuple[Tensor, Tensor]] = (
             torch.ops.ember_ext.ltc_scan_packed.default
         )

@@ -130,7 +130,7 @@ def refractory_lif_attention(
     seed = _attention.draw_seed(query, dropout_p, seed)
     scale = _attention.default_scale(query) if scale is None else scale
     device = query.device.type
-    # Without heads there are no pairs for a kernel, but still what `past` holds.
+    # Without heads a kernel has no pairs to work on, and `past` still has to be handed on.
     if query.shape[1] == 0 or not _native.runs(device, _OP):
         if _checks.is_readable(query):
             _checks.check_gate_parameters(_OP, threshold, leak, steepness)
@@ -274,7 +274,7 @@ def _register() -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[12:]
         ctx.save_for_backward(*inputs[:12], *output[4:])
-        # The last layer's load and the sums mostly go nowhere.
+        # Mostly nobody uses the last layer's load and the sums.
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, grad_out: Tensor | None, *grads: Any) -> tuple[Tensor | None, ...]:

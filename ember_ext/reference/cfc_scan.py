@@ -165,7 +165,7 @@ def cfc_scan(
         u, span, scale, running = now
         v = h
         if running is not None:
-            # What lies beyond a row's end must not come back as NaN in a gradient.
+            # Values beyond the end of a row must not come back as NaN in a gradient.
             u, v = torch.where(running, u, 0), torch.where(running, h, 0)
             span = None if span is None else torch.where(running, span, 1)
             scale = None if scale is None else torch.where(running[..., None], scale, 0)

@@ -47,7 +47,7 @@ def lif_gate(
 
 def _norm_ratio(x: Tensor, y: Tensor, order: int, eps: float) -> Tensor:
     """‖x‖ / (‖y‖ + eps) over the last dimension; 0, its limit, for a row of zeros."""
-    # Both norms are taken of the row divided by its largest entry, so that 1e30² cannot overflow.
+    # The row is divided by its largest entry before both norms, so that 1e30² cannot overflow.
     scale = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_ones(1)
     zero = scale == 0
     scale = torch.where(zero, 1, scale)

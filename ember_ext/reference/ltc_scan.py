@@ -77,7 +77,7 @@ def list_synapses(mask: Tensor) -> Tensor:
 
 
 def all_synapses(sources: int, units: int, device: torch.device) -> Tensor:
-    """What `list_synapses` makes of a mask [sources, units] of ones."""
+    """The list that `list_synapses` makes of a mask [sources, units] of ones."""
     index = torch.arange(sources * units, device=device)
     by_source = index.view(units, sources).t().reshape(-1)
     if not sources:
@@ -184,7 +184,7 @@ def ltc_scan(
         u, span, running = now
         v = h
         if running is not None:
-            # What a row's end hides must not come back as NaN times zero in a gradient.
+            # Values beyond the end of a row must not come back as NaN times zero in a gradient.
             u, v = torch.where(running, u, 0), torch.where(running, h, 0)
             span = None if span is None else torch.where(running, span, 1)
         if span is None:

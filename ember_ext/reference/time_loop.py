@@ -49,7 +49,7 @@ def over_time(
             return _scan(at_once, state, sequences, constants)
         return _script(at_once, state, sequences, constants, width)
     outputs = []
-    # Where a loop is recorded step by step, to unbind refuses another number of steps.
+    # In a loop that is recorded step by step, unbind refuses another number of steps.
     for now in zip(*(sequence.unbind(1) for sequence in sequences), strict=True):
         state, output = at_once(constants, state, now)
         outputs.append(output)
@@ -60,7 +60,7 @@ def over_time(
 
 
 def records_loops(x: Tensor) -> bool:
-    """Whether someone records what is done to x, [B, T, ...], so that a loop must be one there."""
+    """Whether someone records the operations on x, [B, T, ...], so that a loop has to be a loop."""
     if torch.compiler.is_exporting():
         return not statically_known_true(x.shape[1] <= 1)
     is_tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -73,7 +73,7 @@ def _scan(step: Step, state: Any, sequences: list[Tensor], constants: Any) -> tu
     states, structure = tree_flatten(state)
 
     def own(value: Tensor) -> Tensor:
-        # What a scan takes and returns must not share memory, or its results are wrong; and states
+        # The inputs and outputs of a scan must not share memory, or its results are wrong. States
         # must keep their strides.
         return value.clone(memory_format=torch.contiguous_format)
 
@@ -118,7 +118,7 @@ def _script(
             def loop(
                 given: list[Tensor], states: list[Tensor], sequences: list[Tensor], width: int
             ) -> tuple[list[Tensor], Tensor]:
-                # The first is cut off again: with it there is something to stack where T = 0.
+                # With the first there is something to stack where T = 0. It is cut off again.
                 outputs = [states[0].new_zeros([states[0].size(0), width])]
                 for t in range(sequences[0].size(1)):
                     now = [sequence.select(1, t) for sequence in sequences]
