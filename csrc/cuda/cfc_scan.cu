@@ -3,6 +3,7 @@
 #include <numeric>
 #include <type_traits>
 
+#include "cfc_product.cuh"
 #include "cfc_scan.cuh"
 
 namespace ember {

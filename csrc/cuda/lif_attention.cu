@@ -4,6 +4,7 @@
 
 #include "lif_attention.cuh"
 #include "lif_attention_half.cuh"
+#include "lif_attention_half_backward.cuh"
 
 namespace ember {
 namespace cuda {

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "refractory_lif_attention.cuh"
+#include "refractory_lif_attention_backward.cuh"
 
 namespace ember {
 namespace cuda {

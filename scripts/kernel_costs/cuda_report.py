@@ -336,7 +336,7 @@ def _half_workloads() -> Iterator[Workload]:
     batch, heads, tokens, _ = _ATTENTION
     pairs = batch * heads * tokens * (tokens + 1) / 2
     for columns, rows, in_registers in ((64, 64, True), (128, 16, False)):
-        # csrc/cuda/lif_attention_half.cuh, half_shared_bytes(): four tiles, and rows that are kept.
+        # csrc/cuda/half_scores.cuh, half_shared_bytes(): four tiles, and rows that are kept.
         tiles, kept = 4 * rows * 2 * columns, 0 if in_registers else 64 * 2 * columns
         array = batch * heads * tokens * columns * 2
         for name, products, work, arrays, shared in (

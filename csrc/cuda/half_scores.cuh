@@ -1,0 +1,257 @@
+// What the kernels of lif_attention_half.cuh share: gates and scores of 16-bit types, which of the
+// scores exist, which weights dropout keeps, and the shared memory of a block.
+#pragma once
+
+#include "attention_fragments.cuh"
+#include "lif_attention.cuh"
+
+namespace ember {
+namespace cuda {
+
+constexpr float kLog2e = 1.44269504f, kInfinity = __builtin_huge_valf();
+
+// What backward's second kernel needs of a query, 16 bytes that are copied at once. Where the query
+// does not exist they are 0.
+struct alignas(16) HalfQuery {
+  float exponent;            // p = 2^(score - exponent), scores being powers of two
+  float delta;               // sum_j w_j t_j / R
+  float inverse_weight_sum;  // 1 / R; 0 for a query that sees no key
+  float mean;                // E R
+};
+
+// What a launch's parameters come to in fp32. Kernels' arguments take no registers.
+struct HalfOptions {
+  AttentionDropout keep;
+  // Scores in powers of two are `exponents` times products, and scores `magnitude` times these,
+  // whose sign is changed if the operator's scale is negative.
+  float exponents, magnitude, scale;
+  float keep_factor, eps;
+  int shared_by;  // query heads that have one head of keys and values
+
+  explicit HalfOptions(const LifAttentionParams& p)
+      : keep(dropout_of(p)),
+        exponents(float(fabs(p.scale) * 1.4426950408889634)),
+        magnitude(float(fabs(p.scale))),
+        scale(float(p.scale)),
+        keep_factor(float(keep.factor)),
+        eps(float(p.eps)),
+        shared_by(p.groups > 0 ? int(p.heads / p.groups) : 1) {}
+};
+
+// What the gates of a head are made of.
+template <typename T>
+struct HalfGate {
+  float rate, start, rest;  // (1 - f) / f = rest 2^(rate p + start), rest being about 1
+  float leak, open;         // g = open f + leak
+  bool bounded;             // whether that power of two may be too large for fp32
+
+  __device__ __forceinline__ explicit HalfGate(const AttentionHead<T>& head)
+      : rate(-head.steepness * kLog2e), leak(head.leak), open(1 - head.leak) {
+    // Where gates are all but closed, what `start` is rounded by counts.
+    const double exact = double(head.steepness) * 1.4426950408889634 * double(head.threshold);
+    start = float(exact);
+    rest = fast_exp2(float(exact - double(start)));
+    bounded = !(start < 125);
+  }
+
+  // f where `rate` p is rate times the probability; to the last bits if it is `exact`.
+  template <bool whole, bool exact = true>
+  __device__ __forceinline__ float fire(float p, float rate) const {
+    float exponent = fmaf(p, rate, start);
+    // Only gates that are not `bounded` take the loop for whole tiles.
+    if (!whole) exponent = fminf(exponent, 125.0f);
+    const float odds = fast_exp2(exponent);
+    return fast_reciprocal(exact ? fmaf(odds, rest, 1.0f) : 1 + odds);
+  }
+  __device__ __forceinline__ float gate(float p) const {
+    return fmaf(fire<false>(p, rate), open, leak);
+  }
+};
+
+// Which of the lane's 8 scores of 16 queries x 16 keys exist, bit 4 * accumulator + its element:
+// of queries i and i + 8, keys j, j + 1, j + 8 and j + 9.
+template <typename T>
+__device__ __forceinline__ unsigned visible_scores(const AttentionHead<T>& head, int i, int j) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int query = i + 8 * half;
+    const int keys = query < int(head.p.queries) ? head.end_of_keys(query) - j : 0;
+    bits |= (unsigned(keys > 0) | unsigned(keys > 1) << 1 | unsigned(keys > 8) << 4 |
+             unsigned(keys > 9) << 5)
+            << 2 * half;
+  }
+  if (head.p.mask) {
+#pragma unroll 1
+    for (int n = 0; n < 8; ++n) {
+      if (bits >> n & 1 && !head.masked_in(i + (n >> 1 & 1) * 8, j + (n >> 2) * 8 + (n & 1))) {
+        bits &= ~(1u << n);
+      }
+    }
+  }
+  return bits;
+}
+// The same of 16 keys x 16 queries: keys j and j + 8, queries i, i + 1, i + 8 and i + 9.
+template <typename T>
+__device__ __forceinline__ unsigned visible_transposed(const AttentionHead<T>& head, int i, int j) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const int query = i + n / 2 * 8 + n % 2;
+    const int keys = query < int(head.p.queries) ? head.end_of_keys(query) - j : 0;
+    bits |= (unsigned(keys > 0) | unsigned(keys > 8) << 2) << (n / 2 * 4 + n % 2);
+  }
+  if (head.p.mask) {
+#pragma unroll 1
+    for (int n = 0; n < 8; ++n) {
+      if (bits >> n & 1 && !head.masked_in(i + (n >> 2) * 8 + (n & 1), j + (n >> 1 & 1) * 8)) {
+        bits &= ~(1u << n);
+      }
+    }
+  }
+  return bits;
+}
+
+// Which of four weights dropout keeps, those of query i and keys j ... j + 3; j is a multiple of 4.
+template <typename T>
+__device__ __forceinline__ unsigned kept_weights(const AttentionHead<T>& head, int i, int j) {
+  bool kept[kPatch];
+  head.dropout(i, j, kept);
+  unsigned bits = 0;
+#pragma unroll
+  for (int n = 0; n < kPatch; ++n) bits |= unsigned(kept[n]) << n;
+  return bits;
+}
+
+// Which of the lane's scores dropout keeps, in visible_scores()' order, for queries i and i + 8 and
+// keys from `column`, a multiple of 16, on. All lanes of the warp must call together.
+template <typename T>
+__device__ __forceinline__ unsigned kept_scores(const AttentionHead<T>& head, int i, int column) {
+  unsigned bits = 0;
+  const bool odd = threadIdx.x & 1;
+#pragma unroll 1
+  for (int n = 0; n < 2; ++n) {
+    // A pair of lanes needs four weights of two queries each, and draws one query's each.
+    const int key = column + 8 * n + int(threadIdx.x & 2) * 2;
+    const unsigned mine = kept_weights(head, odd ? i + 8 : i, key);
+    const unsigned other = __shfl_xor_sync(kAllLanes, mine, 1);
+    const unsigned words = odd ? (other >> 2) | (mine >> 2) << 2 : (mine & 3) | (other & 3) << 2;
+    bits |= words << 4 * n;
+  }
+  return bits;
+}
+// The same in visible_transposed()' order, for keys j and j + 8 and queries from `column` on.
+template <typename T>
+__device__ __forceinline__ unsigned kept_transposed(const AttentionHead<T>& head, int j,
+                                                    int column) {
+  unsigned bits = 0;
+  const int place = int(threadIdx.x) / 4 % 4;  // among four keys
+#pragma unroll 1
+  for (int n = 0; n < 2; ++n) {
+    // Four lanes need four weights of two queries in two places each, and draw one of these each.
+    const int query = column + 8 * n + fragment_column() + place % 2;
+    unsigned words = kept_weights(head, query, j - place + place / 2 * 8) << 4 * place;
+    words |= __shfl_xor_sync(kAllLanes, words, 4);
+    words |= __shfl_xor_sync(kAllLanes, words, 8);
+    words >>= place;
+    bits |= ((words & 1) | (words >> 4 & 1) << 1 | (words >> 8 & 1) << 2 | (words >> 12 & 1) << 3)
+            << 4 * n;
+  }
+  return bits;
+}
+
+// Leaves those of a pair of 16-bit values whose bits are set.
+__device__ __forceinline__ uint32_t kept_pair(uint32_t pair, unsigned bits) {
+  return pair & ((bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u));
+}
+
+// Scores that do not exist become -infinity, whose powers are 0.
+__device__ __forceinline__ void hide_scores(float (&scores)[2][4], unsigned visible) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    if (!(visible >> n & 1)) scores[n / 4][n % 4] = -kInfinity;
+  }
+}
+
+struct FastMaximum {
+  static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
+};
+
+// The rows of a warp: the largest product of each, and the sum of powers of two.
+struct HalfMaxima {
+  float largest[2] = {-kInfinity, -kInfinity};  // over this lane's keys
+  float sum[2] = {};
+
+  // `n` chunks of 16 keys.
+  template <bool whole, int n>
+  __device__ __forceinline__ void add(const float (&scores)[n][2][4], float scale) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = largest[half];
+#pragma unroll
+      for (int c = 0; c < n; ++c) {
+#pragma unroll
+        for (int a = 0; a < 4; ++a) most = fmaxf(most, scores[c][a / 2][2 * half + a % 2]);
+      }
+      float top = most * scale;
+      if (!whole && most == -kInfinity) top = 0;  // no key so far
+      float total = sum[half] * fast_exp2(fmaf(largest[half], scale, -top));
+#pragma unroll
+      for (int c = 0; c < n; ++c) {
+#pragma unroll
+        for (int a = 0; a < 4; ++a) {
+          total += fast_exp2(fmaf(scores[c][a / 2][2 * half + a % 2], scale, -top));
+        }
+      }
+      largest[half] = most;
+      sum[half] = total;
+    }
+  }
+};
+
+// The exponent of a row's sum of exponentials, of which `largest` is the row's largest score.
+__device__ __forceinline__ float largest_exponent(float largest) {
+  return largest * kLog2e;
+}
+
+// What a block works on: heads (or groups of heads) come first in its index, then the batch.
+struct HalfBlock {
+  int head, batch, tile;
+
+  __device__ __forceinline__ HalfBlock(const LifAttentionParams& p, int64_t heads)
+      : HalfBlock(p, heads, int(blockIdx.x)) {}
+  // The same, but worked out again: the registers are for scores.
+  static __device__ __forceinline__ HalfBlock again(const LifAttentionParams& p, int64_t heads) {
+    return {p, heads, in_place(int(blockIdx.x))};
+  }
+
+ private:
+  __device__ __forceinline__ HalfBlock(const LifAttentionParams& p, int64_t heads, int index) {
+    head = int(unsigned(index) % unsigned(heads));
+    index = int(unsigned(index) / unsigned(heads));
+    batch = int(unsigned(index) % unsigned(p.batch));
+    tile = int(unsigned(index) / unsigned(p.batch));
+  }
+};
+
+// Shared memory of the kernels: two tiles of keys and two of values, or of queries and gradients;
+// `kept` tiles of 64 rows that a block keeps there; and what `extra` says.
+template <int kSize>
+__host__ __device__ constexpr size_t half_shared_bytes(int kept, size_t extra) {
+  return 4 * TileLayout<kSize>::kBytes + size_t(kept * kTile * 2 * kSize) + extra;
+}
+// Up to 64 columns kept rows are in registers, and pass through the second tiles on their way.
+template <int kSize>
+constexpr bool kHalfInRegisters = kSize <= 64;
+template <int kSize>
+constexpr size_t kHalfForwardBytes = half_shared_bytes<kSize>(kHalfInRegisters<kSize> ? 0 : 1, 0);
+template <int kSize>
+constexpr size_t kHalfKept = half_shared_bytes<kSize>(kHalfInRegisters<kSize> ? 0 : 2, 0);
+template <int kSize>
+constexpr size_t kHalfQueriesBytes = kHalfKept<kSize> + kTile * sizeof(float);
+template <int kSize>
+constexpr size_t kHalfKeysBytes =
+    kHalfKept<kSize> + 2 * TileLayout<kSize>::kRows * sizeof(HalfQuery);
+
+}  // namespace cuda
+}  // namespace ember
