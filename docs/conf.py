@@ -103,7 +103,15 @@ def _keep_colons(
         lines[:0] = ["..", ""]  # an empty comment
 
 
+def _skip_bare_fields(
+    app: Sphinx, what: str, name: str, thing: object, skip: bool, options: object
+) -> bool | None:
+    """Leave out the fields of named tuples that have no text of their own."""
+    return True if str(thing.__doc__).startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-skip-member", _skip_bare_fields)
     app.connect("missing-reference", _resolve_where_documented)
     app.connect("autodoc-process-docstring", _keep_colons, priority=400)  # before napoleon

@@ -122,7 +122,7 @@ def documented() -> dict[int, set[str]]:
     module = ""
     for page in sorted((DOCS / "api").glob("*.md")):
         for directive, name in re.findall(
-            r"^\.\. (currentmodule|autofunction|autoclass|autodata|autoexception|py:data):: (\S+)",
+            r"^\.\. (currentmodule|autofunction|autoclass|autodata|autoexception|py:data):: ([\w.]+)",
             page.read_text(encoding="utf-8"),
             re.MULTILINE,
         ):
