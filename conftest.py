@@ -28,6 +28,7 @@ from _pytest._code.code import Traceback
 from sybil import Document, Example, Region, Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.evaluators.doctest import NUMBER, DocTestRunner
+from sybil.example import NotEvaluated
 from sybil.integration.pytest import SybilItem
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 
@@ -40,6 +41,7 @@ class Docstrings(PythonDocStringDocument):
     def import_document(self, example: Example) -> None:
         """Do not import the module: a reader who copies an example has no such names either."""
         self.pop_evaluator(self.import_document)
+        raise NotEvaluated
 
 
 def docstring_program(document: Document) -> Iterator[Region]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import re
 import runpy
@@ -10,9 +11,11 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from sybil.example import SybilFailure
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -122,7 +125,7 @@ def documented() -> dict[int, set[str]]:
     module = ""
     for page in sorted((DOCS / "api").glob("*.md")):
         for directive, name in re.findall(
-            r"^\.\. (currentmodule|autofunction|autoclass|autodata|autoexception|py:data):: ([\w.]+)",
+            r"^\.\. (currentmodule|auto(?:function|class|data|exception)|py:data):: ([\w.]+)",
             page.read_text(encoding="utf-8"),
             re.MULTILINE,
         ):
@@ -222,3 +225,44 @@ def test_messages_that_the_installation_page_explains_are_those_of_the_code() ->
             assert re.sub(r"for (cpu|cuda) tensors", "", words).strip() in code, message
             checked += 1
     assert checked > 8
+
+
+def load_conftest() -> ModuleType:
+    """The root's conftest.py, under a name of its own: there is another one in this folder."""
+    spec = importlib.util.spec_from_file_location("root_conftest", ROOT / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_wrong_examples_fail(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text(
+        'LEAK = 1\ndef f():\n    """F.\n\n    >>> 1 + 1\n    {}\n    """\n'
+        'def g():\n    """G.\n\n    >>> LEAK\n    1\n    """\n'
+    )
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 1\n```\n\n```python\nassert x == {}\n```\n")
+    conftest = load_conftest()
+
+    def outcomes(sybil: Any, file: Path, right: int) -> list[bool]:
+        file.write_text(file.read_text().replace("{}", str(right)))
+        good = []
+        for example in sybil.parse(file).examples():
+            try:
+                example.evaluate()
+                good.append(True)
+            except (SybilFailure, AssertionError):
+                good.append(False)
+        return good
+
+    templates = source.read_text(), page.read_text()
+    # A name of the module is no name of an example, which a reader copies without the module.
+    assert outcomes(conftest.DOCSTRINGS, source, 2) == [True, False]
+    assert outcomes(conftest.PAGES, page, 1) == [True, True]
+    source.write_text(templates[0])
+    page.write_text(templates[1])
+    assert outcomes(conftest.DOCSTRINGS, source, 3) == [False, False]
+    assert outcomes(conftest.PAGES, page, 2) == [True, False]

@@ -7,7 +7,7 @@ A run of a few steps from Python:
     >>> from ember_ext.paper.data import load_text
     >>> from ember_ext.paper.training import RunFolder, preset_config, train
     >>> config = preset_config("cfc", "quick", device="cpu")
-    >>> config = replace(config, max_iters=3, block_size=16, eval_iters=1, val_tokens=200)
+    >>> config = replace(config, steps=3, batch_size=4, eval_iters=1, val_tokens=200)
     >>> summary = train(config, load_text("lighthouse"), RunFolder(tempfile.mkdtemp()))
     >>> summary["val_loss"] < 5
     True
