@@ -53,6 +53,15 @@ class First(torch.nn.Module):
         return y[0] if isinstance(y, tuple) else y
 
 
+class WithLoad(nn.LIFSelfAttention):
+    """Attention that returns its load too, as the layers of a stack do."""
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        """Return the output, and the load if there is one."""
+        out: Any = super().forward(x, need_load=True)
+        return out.output, out.load
+
+
 def build(name: str, dropout: float = 0.0) -> First:
     """A module of `MODULES`, the same weights each time."""
     torch.manual_seed(0)

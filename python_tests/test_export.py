@@ -10,6 +10,7 @@ from typing import Any
 import ncps.torch
 import pytest
 import torch
+from modules import WithLoad
 from ncps.wirings import AutoNCP
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "gate": lambda: LIFGate(4),
     "attention": lambda: LIFSelfAttention(4, 2),
-    "causal refractory": lambda: LIFSelfAttention(4, 2, refractory="causal"),
-    "look-ahead refractory": lambda: LIFSelfAttention(4, 2, refractory="look_ahead"),
+    "causal refractory": lambda: WithLoad(4, 2, refractory="causal"),
+    "look-ahead refractory": lambda: WithLoad(4, 2, refractory="look_ahead"),
     "dense cfc": lambda: CfC(4, 6, backbone_units=8),
     "wired cfc": lambda: CfC(4, AutoNCP(9, 2)),
     "ltc": lambda: LTC(4, AutoNCP(9, 2)),

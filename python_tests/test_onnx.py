@@ -12,6 +12,7 @@ import ncps.torch
 import onnxruntime
 import pytest
 import torch
+from modules import WithLoad
 from ncps.wirings import AutoNCP
 from torch import Tensor, nn
 from torch.export import Dim
@@ -41,8 +42,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "gate": lambda: LIFGate(4),
     "l1 gate": lambda: LIFGate(4, norm="l1", preset="released"),
     "attention": lambda: LIFSelfAttention(4, 2),
-    "causal refractory": lambda: LIFSelfAttention(4, 2, refractory="causal"),
-    "look-ahead refractory": lambda: LIFSelfAttention(4, 2, refractory="look_ahead"),
+    "causal refractory": lambda: WithLoad(4, 2, refractory="causal"),
+    "look-ahead refractory": lambda: WithLoad(4, 2, refractory="look_ahead"),
     "dense cfc": lambda: accelerated_cfc(4, 6, backbone_units=8, backbone_layers=2),
     "pure cfc": lambda: CfC(4, 6, backbone_units=8, mode="pure", return_sequences=False),
     "wired cfc": lambda: accelerated_cfc(4, AutoNCP(9, 2)),

@@ -13,6 +13,7 @@ from typing import Any
 import ncps.torch
 import pytest
 import torch
+from modules import WithLoad
 from ncps.wirings import AutoNCP
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -31,8 +32,8 @@ pytestmark = pytest.mark.filterwarnings(
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "gate": lambda: LIFGate(4),
     "attention": lambda: LIFSelfAttention(4, 2),
-    "causal refractory": lambda: LIFSelfAttention(4, 2, refractory="causal"),
-    "look-ahead refractory": lambda: LIFSelfAttention(4, 2, refractory="look_ahead"),
+    "causal refractory": lambda: WithLoad(4, 2, refractory="causal"),
+    "look-ahead refractory": lambda: WithLoad(4, 2, refractory="look_ahead"),
     "dense cfc": lambda: CfC(4, 6, backbone_units=8, backbone_layers=2),
     "pure cfc": lambda: CfC(4, 6, backbone_units=8, mode="pure", return_sequences=False),
     "wired cfc": lambda: CfC(4, AutoNCP(9, 2), batch_first=False),

@@ -47,8 +47,8 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, 6] to [B, T, 2]."""
         y = self.gate(self.embed(x))
-        y = y + self.attention(y)[0]
-        y = y + self.refractory(y)[0]
+        y = y + self.attention(y)
+        y = y + self.refractory(y)
         for network in (self.wired, self.dense, self.ltc, self.mixed):
             y, _ = network(y)
         return self.head(y)  # type: ignore[no-any-return]

@@ -122,9 +122,9 @@ class GateParameters(nn.Module):
 class LIFParameters(GateParameters):
     """The parameters of `num_units` LIF gates.
 
-    What is learnt are raw values, which may be any number. The operators take effective ones, which
-    are the properties `threshold`, `leak` and `steepness`. These are differentiable and cannot be
-    set. State dicts of earlier versions, which lack the `raw_`, load as they are.
+    The learnable parameters are raw values, which may be any number. The operators take effective
+    ones, which are the properties `threshold`, `leak` and `steepness`. These are differentiable and
+    cannot be set. State dicts of earlier versions, which lack the `raw_`, load as they are.
 
     Args:
         num_units: how many gates; each has its own threshold, leak and steepness.
