@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -32,6 +33,16 @@ build_info: dict[str, str] = {}
 if missing."""
 
 _ISAS = ("baseline", "avx2", "avx512")
+
+_INT = ctypes.c_int64
+_INTS = ctypes.POINTER(_INT)
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ember_ext_unwatch": (None, [_INT]),
+    "ember_ext_unchanged": (ctypes.c_int, [_INT]),
+    "ember_ext_cfc_sizes": (None, [_INT, _INT, _INT, _INT, _INTS, _INTS]),
+    "ember_ext_ltc_packed_size": (_INT, [_INT, _INT, _INT, _INT]),
+}
+"""The functions of the CPU's library that are called directly: types of results and arguments."""
 
 isa = ""
 """The instruction set of the CPU kernels: "baseline", "avx2" or "avx512"; empty without."""
@@ -179,11 +190,16 @@ def _register(opened: ctypes.PyDLL) -> None:
         raise OSError(message.value.decode())
 
 
+def _function(opened: ctypes.PyDLL, name: str) -> Any:
+    """A function of a library; OSError if the library is too old for it."""
+    if not hasattr(opened, name):
+        raise OSError(f"{opened._name} is of another version: it has no {name}")
+    return getattr(opened, name)
+
+
 def _text(opened: ctypes.PyDLL, function: str) -> str:
     """Call a function of a library that takes nothing and returns a string."""
-    if not hasattr(opened, function):
-        raise OSError(f"{opened._name} is of another version: it has no {function}")
-    call = opened[function]
+    call = _function(opened, function)
     call.restype = ctypes.c_char_p
     return str(call().decode())
 
@@ -206,12 +222,13 @@ def load(version: str) -> None:
             and hashlib.sha256(schemas.read_bytes()).hexdigest() != build_info["schemas"]
         ):
             raise OSError("compiled from another version of csrc/registration.cpp")
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = _function(opened, name)
+            function.restype, function.argtypes = result, arguments
         if hasattr(torch.ops.ember_ext, "lif_gate"):
             raise OSError("another copy of the library is loaded in this process")
         _register(opened)
         isa = _text(opened, "ember_ext_isa")
-        opened.ember_ext_unwatch.argtypes = opened.ember_ext_unchanged.argtypes = [ctypes.c_int64]
-        opened.ember_ext_unwatch.restype = None
         library = opened
         _devices.add("cpu")
     except OSError as error:

@@ -18,7 +18,7 @@ from torch import Tensor
 import ember_ext
 from ember_ext import _native, reference
 from ember_ext.ops import Affine, CfCWeights
-from ember_ext.ops.cfc_scan import PackedCells
+from ember_ext.ops._cfc_packing import PackedCells
 from ember_ext.testing import DTYPES, Sample, check_sample
 from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, check_padding, flat
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ember_ext
 from ember_ext import reference
-from ember_ext.ops.cfc_scan import MAX_CUDA_LAYERS
+from ember_ext.ops._cfc_checks import MAX_CUDA_LAYERS
 from ember_ext.testing import DTYPES, Sample, check_sample
 from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, check_padding, flat
 from kernel_costs.cuda_report import LIMITS, WORKLOADS, short_name

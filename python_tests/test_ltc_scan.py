@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import ember_ext
 from ember_ext import _native, reference
 from ember_ext.ops import LTCSynapses, LTCWeights, ltc_synapses
+from ember_ext.ops._ltc_packing import PackedLTC, raw_arguments
 from ember_ext.ops._watch import Watch, WeightsChangedError
-from ember_ext.ops.ltc_scan import PackedLTC, raw_arguments
 from ember_ext.testing import DTYPES, check_sample, flat_ltc, ltc_samples, ltc_weights
 
 needs_kernels = pytest.mark.skipif(not _native.has("cpu"), reason="no compiled kernels")

@@ -186,6 +186,24 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> cfc_scan_backward(
 
 #ifndef EMBER_CUDA
 
+// The layers of a cell whose backbone has these widths; p has the other sizes.
+void describe_layers(CfcScanParams& p, std::vector<CfcLayer>& layers, const int64_t* widths) {
+  layers.assign(size_t(p.num_layers), CfcLayer{});
+  int64_t inputs = p.inputs + p.hidden;
+  for (CfcLayer& layer : layers) {
+    const bool is_heads = &layer == &layers.back();
+    layer.inputs = inputs;
+    layer.segments = is_heads ? p.heads : 1;
+    layer.units = inputs = is_heads ? p.hidden : *widths++;
+  }
+  cfc_lay_out(p, layers.data());
+}
+
+// Elements of a packed cell: its weights, and room for decay.
+int64_t packed_size(const CfcScanParams& p) {
+  return cfc_packed_size(p) + 2 * p.hidden;
+}
+
 // Cells stacked on each other, for inference. plan: activation, mode, then for each cell inputs,
 // hidden, heads, the number of layers and the backbone's widths. packed: for each cell its weights
 // and, in mode pure, decay.
@@ -207,15 +225,8 @@ class Stack {
     p.num_layers = plan_[at_ + 3];
     at_ += 4;
     arguments_.expect(p.num_layers > 0 && at_ + size_t(p.num_layers) - 1 <= plan_.size());
-    layers.assign(size_t(p.num_layers), CfcLayer{});
-    int64_t inputs = p.inputs + p.hidden;
-    for (CfcLayer& layer : layers) {
-      const bool is_heads = &layer == &layers.back();
-      layer.inputs = inputs;
-      layer.segments = is_heads ? p.heads : 1;
-      layer.units = inputs = is_heads ? p.hidden : plan_[at_++];
-    }
-    cfc_lay_out(p, layers.data());
+    describe_layers(p, layers, plan_.data() + at_);
+    at_ += size_t(p.num_layers) - 1;
     return true;
   }
 
@@ -235,7 +246,7 @@ Tensor cfc_scan_pack(Tensors weights, std::vector<int64_t> plan) {
   CfcScanParams p{};
   p.dtype = dtype_of(like);
   std::vector<CfcLayer> layers;
-  for (Stack stack(a, plan); stack.next(p, layers);) size += cfc_packed_size(p) + 2 * p.hidden;
+  for (Stack stack(a, plan); stack.next(p, layers);) size += packed_size(p);
   Tensor packed = torch::stable::new_empty(like, {size});
   char* to = static_cast<char*>(packed.mutable_data_ptr());
   size_t i = 0;
@@ -285,7 +296,8 @@ std::tuple<Tensor, Tensor> cfc_scan_packed(const Tensor& x_, const Tensor& h_,
   const int64_t element = compute == ScalarType::Double ? 8 : 4;
   char* weights = static_cast<char*>(packed.mutable_data_ptr());
   p.packed = weights;
-  int64_t scratch = 0, between = 0, states = 0, packed_size = 0, inputs = x.size(single ? 1 : 2);
+  int64_t scratch = 0, between = 0, states = 0, packed_elements = 0,
+          inputs = x.size(single ? 1 : 2);
   for (Stack stack(a, plan); stack.next(p, a.layers);) {
     a.expect(p.inputs == inputs);
     a.expect(p.heads == 3 || (timespans && p.heads == (p.mode == CfcMode::pure ? 1 : 4)));
@@ -293,11 +305,11 @@ std::tuple<Tensor, Tensor> cfc_scan_packed(const Tensor& x_, const Tensor& h_,
     scratch = own > scratch ? own : scratch;
     between = p.hidden > between ? p.hidden : between;
     states += p.hidden;
-    packed_size += cfc_packed_size(p) + 2 * p.hidden;
+    packed_elements += packed_size(p);
     inputs = p.hidden;
   }
   a.expect(states > 0 && states == h.size(1));
-  a.expect(packed, packed_size, compute);
+  a.expect(packed, packed_elements, compute);
   Tensor y = single ? torch::stable::new_empty(x, {p.batch, inputs})
                     : torch::stable::new_empty(x, {p.batch, p.steps, inputs});
   Tensor last = torch::stable::new_empty(h, {p.batch, states});
@@ -352,3 +364,23 @@ void register_cfc_scan(torch::stable::detail::StableLibrary& library) {
 
 }  // namespace binding
 }  // namespace ember
+
+#ifndef EMBER_CUDA
+// For ember_ext/ops/_sizes.py: elements of a cell's tape for each row and step, of the tape for
+// each row besides, and of the packed cell.
+extern "C" __attribute__((visibility("default"))) void ember_ext_cfc_sizes(
+    int64_t inputs, int64_t hidden, int64_t heads, int64_t backbone_layers,
+    const int64_t* backbone_widths, int64_t* sizes) {
+  ember::CfcScanParams p{};
+  p.batch = 1;
+  p.inputs = inputs;
+  p.hidden = hidden;
+  p.heads = heads;
+  p.num_layers = backbone_layers + 1;
+  std::vector<ember::CfcLayer> layers;
+  ember::binding::describe_layers(p, layers, backbone_widths);
+  sizes[1] = ember::cfc_tape_size(p, 0);
+  sizes[0] = ember::cfc_tape_size(p, 1) - sizes[1];
+  sizes[2] = ember::binding::packed_size(p);
+}
+#endif

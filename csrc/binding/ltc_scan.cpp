@@ -326,3 +326,18 @@ void register_ltc_scan(torch::stable::detail::StableLibrary& library) {
 
 }  // namespace binding
 }  // namespace ember
+
+#ifndef EMBER_CUDA
+// For ember_ext/ops/_sizes.py: elements of a packed network without its maps.
+extern "C" __attribute__((visibility("default"))) int64_t
+ember_ext_ltc_packed_size(int64_t inputs, int64_t units, int64_t sensory, int64_t recurrent) {
+  ember::LtcScanParams p{};
+  p.inputs = inputs;
+  p.units = units;
+  p.sensory.num_sources = inputs;
+  p.sensory.count = sensory;
+  p.recurrent.num_sources = units;
+  p.recurrent.count = recurrent;
+  return ember::ltc_packed_size(p);
+}
+#endif

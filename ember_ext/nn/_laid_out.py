@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from ember_ext.ops._packed import Packed
 from ember_ext.ops._watch import Watch, can_watch
-
-
-class Runner(Protocol):
-    """Cells with their weights laid out, such as `ember_ext.ops.cfc_scan.PackedCells`."""
-
-    def run(
-        self,
-        x: Tensor,
-        h: Tensor,
-        timespans: Tensor | None = None,
-        lengths: Tensor | None = None,
-        *,
-        checked: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """Output and final state; `timespans` exactly if none was fixed when laying out.
-
-        Raises:
-            WeightsChangedError: if `checked`, and the weights are no longer those laid out.
-        """
-        ...
 
 
 class LaidOut:
@@ -78,8 +59,8 @@ class LaidOut:
         self._children = [] if owner is None else [(owner._modules, dict(owner._modules))]
         self._children += [(m._modules, dict(m._modules)) for m in modules if m._modules]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._fixed: tuple[float, Runner] | None = None
-        self._varying: Runner | None = None
+        self._fixed: tuple[float, Packed] | None = None
+        self._varying: Packed | None = None
         self.inputs, self.state, self.dtype = inputs, state, dtype
         self.dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
         tensors = {id(value): value for _, _, value in self._sources}
@@ -88,7 +69,7 @@ class LaidOut:
         if all(map(can_watch, tensors.values())) and _follow_from_parameters(modules, weights):
             self.watch = Watch(list(tensors.values()))
 
-    def lay_out(self, timespan: float | None) -> Runner:
+    def lay_out(self, timespan: float | None) -> Packed:
         """The weights laid out for one time span, or for any with None; with `watch`."""
         raise NotImplementedError
 
@@ -136,7 +117,7 @@ class LaidOut:
         *,
         checked: bool = True,
     ) -> tuple[Tensor, Tensor] | None:
-        """Run as `Runner.run`, or return None if a time span is not a good one."""
+        """Run as `Packed.run`, or return None if a time span is not a good one."""
         if isinstance(timespans, Tensor):
             shape = x.shape[:-1]
             good = timespans > 0 if self.positive_timespans else timespans >= 0

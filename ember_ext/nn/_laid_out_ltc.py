@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ember_ext.nn import ltc_cell
 from ember_ext.nn._laid_out import LaidOut
-from ember_ext.ops.ltc_scan import PackedLTC
+from ember_ext.ops._ltc_packing import PackedLTC
 
 
 class LaidOutLTC(LaidOut):

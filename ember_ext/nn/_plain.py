@@ -12,7 +12,7 @@ from typing import Any
 import ncps.torch
 from torch import nn
 
-from ember_ext.ops.cfc_scan import Activation
+from ember_ext.ops._cfc_checks import Activation
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
     ncps.torch.cfc_cell.LeCun: "lecun_tanh",

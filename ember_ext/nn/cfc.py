@@ -21,15 +21,9 @@ from ember_ext.nn._liquid import Advance, LiquidLayer
 from ember_ext.nn._plain import ACTIVATIONS as ACTIVATION_LAYERS
 from ember_ext.nn._plain import why_cells_differ, why_differs
 from ember_ext.nn._recorded import RecordedCells
-from ember_ext.ops.cfc_scan import (
-    ACTIVATIONS,
-    MODES,
-    Activation,
-    PackedCells,
-    cfc_scan,
-    joined_maps,
-    tensors_of,
-)
+from ember_ext.ops._cfc_checks import ACTIVATIONS, MODES, Activation
+from ember_ext.ops._cfc_packing import PackedCells, joined_maps, tensors_of
+from ember_ext.ops.cfc_scan import cfc_scan
 from ember_ext.reference.cfc_scan import Affine, CfCWeights, activate, cfc_cell
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ember_ext.ops.cfc_scan import planned_cells
+from ember_ext.ops._cfc_packing import planned_cells
 
 Shape = Sequence[int]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cuda_shim
-from ember_ext.ops.cfc_scan import raw_arguments
+from ember_ext.ops._cfc_packing import raw_arguments
 from ember_ext.reference.cfc_scan import CfCWeights
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cuda_shim
-from ember_ext.ops.ltc_scan import raw_arguments
+from ember_ext.ops._ltc_packing import raw_arguments
 from ember_ext.reference.ltc_scan import LTCSynapses, LTCWeights
 
 
