@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 import ember_ext
 from ember_ext import _native, reference
@@ -148,6 +150,35 @@ def test_gradcheck(mode: str, spans: str) -> None:
 
     leaves = tuple(value.requires_grad_() for value in tensors.values())
     assert torch.autograd.gradcheck(call, leaves)
+
+
+@needs_kernels
+@pytest.mark.parametrize("backbone", [(), (16,), (1, 33)], ids=str)
+@pytest.mark.parametrize(("mode", "spans", "heads"), [(0, False, 3), (0, True, 4), (1, True, 1)])
+def test_fake_kernels_know_every_size(
+    mode: int, spans: bool, heads: int, backbone: tuple[int, ...]
+) -> None:
+    for batch, steps, inputs, hidden in ((1, 0, 1, 15), (2, 3, 0, 16), (3, 2, 31, 17)):
+        widths = (inputs + hidden, *backbone)
+        outs = (*backbone, heads * hidden)
+        maps = [torch.zeros(out, 1 + width) for out, width in zip(outs, widths, strict=True)]
+        decay = [torch.zeros(2, hidden)] if mode == 1 else []
+        dt = torch.ones(batch, steps) if spans else None
+        x, h0 = torch.zeros(batch, steps, inputs), torch.zeros(batch, hidden)
+        rest = (dt, None, None, *(decay or [None]), mode, 0)
+        plan = [0, mode, inputs, hidden, heads, len(maps), *backbone]
+        operators = torch.ops.ember_ext
+        for operator, arguments in (
+            (operators.cfc_scan_forward, (x, h0, maps, *rest, 0)),
+            (operators.cfc_scan_forward, (x, h0, maps, *rest, 2)),
+            (operators.cfc_scan_pack, (maps + decay, plan)),
+        ):
+            real = operator(*arguments)
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                fake = operator(*arguments)
+            for a, b in zip(tree_leaves(real), tree_leaves(fake), strict=True):
+                assert isinstance(b, FakeTensor)
+                assert a.shape == b.shape, (operator, plan)
 
 
 @needs_kernels
