@@ -87,6 +87,7 @@ extern "C" int ember_ext_register(char* error, unsigned long size) {
   return 1;
 }
 """
+FUNCTIONS = {name: f'extern "C" void {name}() {{}}\n' for name in _native._FUNCTIONS}
 
 
 @pytest.mark.parametrize(
@@ -95,9 +96,10 @@ extern "C" int ember_ext_register(char* error, unsigned long size) {
         (None, "libember_ext_ops.so: file too short"),
         ("int nothing;", "is of another version: it has no ember_ext_build_info"),
         ("int of_torch(); int call() { return of_torch(); }", "undefined symbol: .*of_torch"),
-        (BUILD_INFO + REGISTER, "the operators clash"),
+        (BUILD_INFO + REGISTER, "it has no ember_ext_unwatch"),
+        (BUILD_INFO + REGISTER + "".join(FUNCTIONS.values()), "the operators clash"),
     ],
-    ids=["no library", "older", "no such torch", "not registered"],
+    ids=["no library", "older", "no such torch", "without a function", "not registered"],
 )
 def test_a_library_that_does_not_load_gives_one_warning_and_the_reference(
     tmp_path: Path, source: str | None, reason: str
