@@ -11,6 +11,7 @@ import operator
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
+from ncps.wirings import Wiring
 from torch import Tensor, nn
 
 from ember_ext.ops._sequence import as_timespans
@@ -44,6 +45,12 @@ def check_dtype(layer: str, dtype: object) -> None:
         fail(layer, "dtype", "a torch.dtype", type(dtype).__name__, TypeError)
     if not dtype.is_floating_point:
         fail(layer, "dtype", "a floating dtype", dtype, TypeError)
+
+
+def check_is_wiring(layer: str, wiring: object) -> None:
+    """Raise unless `wiring` is one of ncps."""
+    if not isinstance(wiring, Wiring):
+        fail(layer, "wiring", "an ncps.wirings.Wiring", type(wiring).__name__, TypeError)
 
 
 def creating_on(device: torch.types.Device) -> contextlib.AbstractContextManager[Any]:

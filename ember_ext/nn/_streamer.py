@@ -35,6 +35,11 @@ class Streamer:
     """
 
     def __init__(self, layer: LiquidLayer) -> None:
+        if not callable(getattr(layer, "streamer", None)):
+            kinds = "an ember_ext.nn.CfC or LTC"
+            raise TypeError(
+                f"ember_ext.nn.Streamer: layer must be {kinds}, got {type(layer).__name__}"
+            )
         self._layer = copy.deepcopy(layer).requires_grad_(False)
         weight = next(self._layer.parameters())
         x = weight.new_zeros(1, self._layer._features)

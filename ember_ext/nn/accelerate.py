@@ -125,6 +125,9 @@ def accelerate(model: nn.Module) -> Acceleration:
         weights, such as by hooks, adapters or quantised layers. A cell that is changed afterwards
         is followed too: its layer then calls it step by step.
 
+    Raises:
+        TypeError: `model` is not a module.
+
     Examples::
 
         >>> import torch
@@ -140,6 +143,7 @@ def accelerate(model: nn.Module) -> Acceleration:
         >>> torch.allclose(before, after, atol=1e-5)
         True
     """
+    _check_model("accelerate", model)
     replaced: list[str] = []
     left: dict[str, str] = {}
     kinds: dict[str, str] = {}
@@ -173,6 +177,9 @@ def decelerate(model: nn.Module) -> Deceleration:
         why. Subclasses are left, and so are LTCs and LTC cells with parametrised or pruned weights,
         which those of ncps would not follow.
 
+    Raises:
+        TypeError: `model` is not a module.
+
     Examples::
 
         >>> from ember_ext import decelerate, nn
@@ -182,6 +189,7 @@ def decelerate(model: nn.Module) -> Deceleration:
         >>> type(model).__module__
         'ncps.torch.ltc'
     """
+    _check_model("decelerate", model)
     replaced: list[str] = []
     left: dict[str, str] = {}
     kinds: dict[str, str] = {}
@@ -201,6 +209,12 @@ def decelerate(model: nn.Module) -> Deceleration:
         module.__class__ = original  # type: ignore[assignment]
         replaced.append(name)
     return Deceleration(tuple(replaced), left, kinds)
+
+
+def _check_model(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"ember_ext.{function}: model must be a torch.nn.Module, got {got}")
 
 
 def _reason_to_leave(module: Any, kind: type[nn.Module]) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ember_ext.nn import ltc_cell
-from ember_ext.nn._arguments import check_dtype, creating_on, fail, settle
+from ember_ext.nn._arguments import check_dtype, check_is_wiring, creating_on, fail, settle
 from ember_ext.nn._cell import LiquidCell, row_timespan
 from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._laid_out_ltc import LaidOutLTC
@@ -132,7 +132,7 @@ class WiredCfCCell(_CfCSteps, ncps.torch.WiredCfCCell):  # type: ignore[misc]
             rounded. Default: torch's default dtype.
 
     Raises:
-        TypeError: `dtype` is not a floating one.
+        TypeError: `wiring` is none, or `dtype` is not a floating one.
         ValueError: an unknown mode, or `input_size` is not that of the wiring.
 
     Examples::
@@ -156,6 +156,7 @@ class WiredCfCCell(_CfCSteps, ncps.torch.WiredCfCCell):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
     ) -> None:
         check_dtype("WiredCfCCell", dtype)
+        check_is_wiring("WiredCfCCell", wiring)
         with creating_on(device):
             super().__init__(input_size, wiring, mode)
         settle(self, device, dtype)
@@ -213,7 +214,7 @@ class LTCCell(LiquidCell, ncps.torch.LTCCell):  # type: ignore[misc]
             rounded. Default: torch's default dtype.
 
     Raises:
-        TypeError: `dtype` is not a floating one.
+        TypeError: `wiring` is none, or `dtype` is not a floating one.
         ValueError: the number of inputs of the wiring is not known.
 
     Examples::
@@ -241,6 +242,7 @@ class LTCCell(LiquidCell, ncps.torch.LTCCell):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
     ) -> None:
         check_dtype("LTCCell", dtype)
+        check_is_wiring("LTCCell", wiring)
         with creating_on(device):
             super().__init__(
                 wiring,

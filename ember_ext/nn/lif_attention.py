@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ember_ext import ops
-from ember_ext.nn._arguments import check_dtype
+from ember_ext.nn._arguments import check_dtype, count
 from ember_ext.nn._lean import Dropout
 from ember_ext.nn.lif_gate import LIFParameters, PresetName
 from ember_ext.ops._checks import fail
@@ -185,12 +185,13 @@ class SelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        op = f"nn.{type(self).__name__}"
+        name = type(self).__name__
+        n_embd, n_head = count(name, "n_embd", n_embd), count(name, "n_head", n_head)
         if n_head < 1 or n_embd % n_head:
-            fail(op, "n_head", f"a divisor of n_embd = {n_embd}", n_head)
+            fail(f"nn.{name}", "n_head", f"a divisor of n_embd = {n_embd}", n_head)
         if not 0 <= dropout < 1:
-            fail(op, "dropout", "within [0, 1)", dropout)
-        check_dtype(type(self).__name__, dtype)
+            fail(f"nn.{name}", "dropout", "within [0, 1)", dropout)
+        check_dtype(name, dtype)
         self.n_head = n_head
         self.dropout = dropout
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias, device=device, dtype=dtype)
@@ -347,7 +348,7 @@ class LIFSelfAttention(SelfAttention):
         Input and output are [B, T, n_embd]; see :meth:`forward` for what else can be asked for.
 
     Raises:
-        TypeError: `dtype` is not a floating one.
+        TypeError: `n_embd` or `n_head` is not an integer, or `dtype` not a floating one.
         ValueError: `n_head` does not divide `n_embd`, `dropout` is outside [0, 1), or an unknown
             preset or refractory mode.
 

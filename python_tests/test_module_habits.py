@@ -1,4 +1,4 @@
-"""What every module has in common with those of PyTorch: `device=` and `dtype=`, and its repr."""
+"""What modules share with those of PyTorch: `device=`, `dtype=`, repr and clear errors."""
 
 from __future__ import annotations
 
@@ -166,3 +166,36 @@ def test_accelerate_keeps_device_and_dtype(device: str, dtype: torch.dtype) -> N
 def test_what_a_module_prints_tells_its_settings(module: Any, settings: list[str]) -> None:
     text = repr(module)
     assert all(setting in text for setting in settings), text
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: nn.accelerate(None), "accelerate: model must be a torch.nn.Module, got NoneType"),
+        (
+            lambda: nn.accelerate(ncps.torch.CfC),
+            "model must be a torch.nn.Module, got the class CfC",
+        ),
+        (lambda: nn.decelerate(3), "decelerate: model must be a torch.nn.Module, got int"),
+        (
+            lambda: nn.WiredCfCCell(wiring(), 3),
+            "nn.WiredCfCCell: wiring must be an ncps.wirings.Wi",
+        ),
+        (
+            lambda: nn.LTCCell(3, wiring()),
+            "nn.LTCCell: wiring must be an ncps.wirings.Wiring, got int",
+        ),
+        (
+            lambda: nn.LIFSelfAttention(6, 2.0),
+            "nn.LIFSelfAttention: n_head must be an integer, got",
+        ),
+        (
+            lambda: nn.LIFSelfAttention("6", 2),
+            "nn.LIFSelfAttention: n_embd must be an integer, got",
+        ),
+        (lambda: nn.Streamer(torch.nn.Linear(3, 4)), "nn.Streamer: layer must be .*, got Linear"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=rf"^ember_ext\..*{message}"):
+        call()
