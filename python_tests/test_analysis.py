@@ -14,7 +14,7 @@ import torch
 from synthetic_results import Effect, synthetic_results, synthetic_run
 
 from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
-from ember_ext.paper.claims.catalogue import claims
+from ember_ext.paper.claims.verdicts import claims
 from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import (
     ResultError,

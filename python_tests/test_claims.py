@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from synthetic_results import SEEDS, Effect, synthetic_results
 
-from ember_ext.paper.claims.catalogue import Claim, claims
 from ember_ext.paper.claims.judging import Finding, NotTestableError, Rule, differs, every
+from ember_ext.paper.claims.verdicts import Claim, claims
 from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 
@@ -399,9 +399,7 @@ def test_evidence_says_which_way_refractory_thresholds_look() -> None:
     for run in results:
         run.config["refractory_mode"] = "look_ahead"
     evidence = judged(results)["refractory-better"].evidence
-    assert (
-        "mode 'look_ahead' look ahead, so that this is not the loss of a language model" in evidence
-    )
+    assert "mode 'look_ahead' look ahead, so this is not the loss of a language model" in evidence
 
 
 @pytest.mark.parametrize(

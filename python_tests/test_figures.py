@@ -222,7 +222,7 @@ def test_captions_say_whether_a_noise_floor_is_known() -> None:
         ]
 
     assert len(captions(synthetic_results())) == 2
-    assert all("Grey: RMS" in caption for caption in captions(synthetic_results()))
+    assert all("Grey shows the RMS" in caption for caption in captions(synthetic_results()))
     without = captions(synthetic_results(variants=("standard", "lif")))
     assert len(without) == 2
     assert not any("Grey" in caption for caption in without)

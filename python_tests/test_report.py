@@ -16,10 +16,15 @@ from typing import Any, get_args
 import pytest
 from synthetic_results import SEEDS, Effect, synthetic_results
 
-from ember_ext.paper.claims.catalogue import Verdict, claims
+from ember_ext.paper.claims.verdicts import Verdict, claims
 from ember_ext.paper.figures.style import MADE_FOR
-from ember_ext.paper.report import report
-from ember_ext.paper.report.report import ReportContext, duration, escape_markdown, write_report
+from ember_ext.paper.report import ReportContext, write_report
+from ember_ext.paper.report.content import page_content
+from ember_ext.paper.report.facts import duration
+from ember_ext.paper.report.facts import facts as facts_of
+from ember_ext.paper.report.findings import Findings
+from ember_ext.paper.report.numbers import numbers, to_json
+from ember_ext.paper.report.report import escape_markdown
 from ember_ext.paper.runs.results import ResultError, RunResult
 
 NASTY = '<script>alert("x")</script> & | *plays*'
@@ -123,6 +128,11 @@ def test_claims_come_with_verdict_and_numbers(folder: Path, page: Page) -> None:
         assert " ".join(stated.split()) in page.text
         assert f"- **{claim.verdict}**: {escape_markdown(claim.statement)}" in markdown
     counts = Counter(claim.verdict for claim in judged)
+    title = f"LIF gating, tested: {counts['supported']} of {len(judged)} claims are supported"
+    assert page.text.count(title) == 2
+    assert markdown.startswith(
+        f"# {title} (suite xs)\n\nWe tested {len(judged)} claims of the paper"
+    )
     classes = Counter(page.values("li", "class"))
     for verdict, name in zip(get_args(Verdict), ("yes", "no", "open"), strict=True):
         assert f" {counts[verdict]} {verdict} " in page.text
@@ -154,7 +164,7 @@ def test_names_cannot_become_markup(folder: Path, page: Page) -> None:
 
 
 def test_missing_and_failed_runs_are_listed(folder: Path, page: Page) -> None:
-    assert "13 of 16 planned runs are finished; what is missing" in page.text
+    assert "13 of 16 planned runs are finished; What was run lists the missing ones" in page.text
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     assert "| Transformer | Qwen-gate | – | 2 | done | failed | done |" in markdown
     assert "| CfC | CfC-only (base) | – | 1 | done | missing | not planned |" in markdown
@@ -177,8 +187,8 @@ def test_numbers_do_not_depend_on_times_or_order(folder: Path) -> None:
         return dataclasses.replace(run, evaluations=evaluations, summary=summary)
 
     def encoded(results: Sequence[RunResult]) -> bytes:
-        findings = report._Findings.of(results)
-        return report._json(report._numbers(findings, CONTEXT))
+        findings = Findings.of(results)
+        return to_json(numbers(findings, CONTEXT))
 
     expected = (folder / "numbers.json").read_bytes()
     assert encoded([slower(run) for run in reversed(runs())]) == expected
@@ -207,14 +217,14 @@ def test_facts_say_how_long_and_where() -> None:
         dataclasses.replace(run, summary={**run.summary, "machine": machine, "seconds": seconds})
         for run, machine, seconds in zip(results, ["A", "B"], [3600.0, 1800.0], strict=True)
     )
-    findings = report._Findings.of([first, second])
-    facts = dict(report._facts(findings.grid, ReportContext("quick", (first.name,))))
+    findings = Findings.of([first, second])
+    facts = dict(facts_of(findings.finished, ReportContext("quick", (first.name,))))
     assert facts["Time"][0].startswith("1 h 30 min")
     assert facts["Machine"] == ["A", "B"]
     assert facts["Runs"] == ["1 finished of 1 planned, and 1 more"]
     assert facts["Gates"] == ["preset released: Transformer LIF-learnable"]
-    ungated = report._Findings.of([first]).grid
-    assert dict(report._facts(ungated, CONTEXT))["Gates"] == ["none"]
+    ungated = Findings.of([first]).finished
+    assert dict(facts_of(ungated, CONTEXT))["Gates"] == ["none"]
     assert [duration(s) for s in (59.6, 61, 3599.6)] == ["1 min 0 s", "1 min 1 s", "1 h 0 min"]
 
 
@@ -223,7 +233,7 @@ def test_facts_say_how_models_were_made_and_trained() -> None:
     schedule = {"lr_schedule": "cosine", "warmup_steps": 50, "learning_rate": 6e-3}
     (cfc,) = synthetic_results(backbone="cfc", variants=["standard"], seeds=[42], **schedule)
     cfc.summary["trainable_parameters"] = 400_000
-    facts = dict(report._facts(report._Findings.of([*results, cfc]).grid, CONTEXT))
+    facts = dict(facts_of(Findings.of([*results, cfc]).finished, CONTEXT))
     assert facts["Models"] == [
         "Transformer: 2 layers of 128, 4 heads, windows of 128, dropout 0.1, "
         "418,560 to 451,328 parameters",
@@ -240,9 +250,9 @@ def test_facts_say_how_models_were_made_and_trained() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    findings = report._Findings.of([])
+    findings = Findings.of([])
     with pytest.raises(ResultError, match="'lif' is not the name of a run"):
-        report._content(findings, ReportContext("xs", ("lif",)))
+        page_content(findings, ReportContext("xs", ("lif",)))
 
 
 @pytest.mark.parametrize("package", ["jinja2", "scipy"])

@@ -134,7 +134,7 @@ def test_another_corpus_is_told() -> None:
 
 def test_published_numbers_of_other_sizes_are_told() -> None:
     def tells(results: list[RunResult], table: str) -> bool:
-        note = "Published numbers are of the paper's sizes, which ours are not."
+        note = "The published numbers are of the paper's sizes. Our runs have other sizes."
         return note in by_number(results)[table].notes
 
     sizes = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "steps": 2000}

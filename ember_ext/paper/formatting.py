@@ -6,7 +6,7 @@ from ember_ext.paper.runs.results import SIGNIFICANT_DIGITS
 from ember_ext.paper.statistics.paired import Interval, NoiseFloor, PairedComparison, Sample
 
 DASH = "–"
-"""Nothing was run, or the number is not defined."""
+"""Stands for a number of nothing that was run, or one that is not defined."""
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -1,4 +1,4 @@
-"""What tables, figures and claims call backbones and variants."""
+"""The names of backbones and variants in tables, figures and claims."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VARIANT_LABELS = {
         "null": "Null (base again)",
     },
 }
-"""What the tables call a variant, in the order of their rows."""
+"""The name of each variant in tables, in the order of their rows."""
 
 
 def variant_label(backbone: str, variant: str) -> str:

@@ -1,4 +1,4 @@
-"""What the paper and its authors' logs report, and where each number really came from.
+"""The numbers of the paper and of its authors' logs, and where each of them came from.
 
 Losses are the smallest estimate over all evaluations, in nats per character.
 """
@@ -47,22 +47,22 @@ LOSSES: dict[str, dict[str, PublishedLoss]] = {
 
 LOSS_NOTES: dict[str, tuple[str, ...]] = {
     "transformer": (
-        "Published: 6 layers of 384, windows of 256, 2000 steps, evaluated every 500, on a CPU, "
-        "with the released gate (θ = .001, λ = .881 at the start); the standard deviation is with "
-        "ddof 0. From the authors' per-seed logs the paired p of LIF against Standard is .23, and "
-        "69 % of the difference is seed 1337's. A fourth run of each, left out of the table, makes "
-        "it +0.43 %.",
-        "The authors' later 8 seeds of 5000 steps: Standard 1.4820, LIF 1.4822, +0.01 %, p .97.",
-        "Published refractory losses come from thresholds that depend on later tokens, and are "
-        "not losses of a language model.",
-        "Published Qwen runs do not share initial weights and batches with the others; here all "
-        "conditions of a seed do.",
+        "The published runs have 6 layers of 384, windows of 256, 2000 steps and an evaluation "
+        "every 500, on a CPU. Their gate is the released one (θ = .001, λ = .881 at the start). "
+        "Their standard deviation has ddof 0. The authors' per-seed logs give a paired p of .23 "
+        "for LIF against Standard, and 69 % of the difference comes from seed 1337. A fourth run "
+        "of each was left out of the table. With it the difference is +0.43 %.",
+        "The authors later ran 8 seeds of 5000 steps: Standard 1.4820, LIF 1.4822, +0.01 %, p .97.",
+        "The published refractory losses come from thresholds that depend on later tokens. They "
+        "are not losses of a language model.",
+        "The published Qwen runs do not share initial weights and batches with the others. Here "
+        "all conditions of a seed do.",
     ),
     "cfc": (
-        "Published: 4 layers of 256 with 384 units, windows of 256, 3000 steps, learning rate "
-        "2e-4; the 128 wide and 192 units that the paper names are its audio model. The raw log "
-        "was not released. One seed was run twice, and its two LIF losses differ by .0015, more "
-        "than the effect of .0009.",
+        "The published runs have 4 layers of 256 with 384 units, windows of 256, 3000 steps and a "
+        "learning rate of 2e-4. The width of 128 and the 192 units that the paper names are those "
+        "of its audio model. The raw log was not released. One seed was run twice, and its two "
+        "LIF losses differ by .0015, which is more than the effect of .0009.",
     ),
 }
 
@@ -96,10 +96,12 @@ XS_LOSSES: dict[str, dict[str, SmallScaleLoss]] = {
 }
 
 XS_NOTE: dict[str, str] = {
-    "transformer": "Authors' xs: 2 layers of 128, windows of 128, 3000 steps, evaluated every 200, "
-    "released gate, 8 seeds: -0.07 %, paired p .024, LIF lower in 7 of 8.",
-    "cfc": "Authors' xs: 2 layers of 128 with 192 units, windows of 128, 3000 steps, evaluated "
-    "every 200, released gate, 3 seeds: +0.10 %, paired p .18, LIF lower in none.",
+    "transformer": "The authors' xs runs have 2 layers of 128, windows of 128, 3000 steps, an "
+    "evaluation every 200, the released gate and 8 seeds. They give -0.07 %, paired p .024, and "
+    "LIF lower in 7 of 8.",
+    "cfc": "The authors' xs runs have 2 layers of 128 with 192 units, windows of 128, 3000 steps, "
+    "an evaluation every 200, the released gate and 3 seeds. They give +0.10 %, paired p .18, and "
+    "LIF lower in none.",
 }
 
 DEPTH: dict[tuple[str, str], tuple[float, float]] = {
@@ -111,19 +113,19 @@ DEPTH: dict[tuple[str, str], tuple[float, float]] = {
 """Table 3.4: entropy of the first and the last layer."""
 
 DEPTH_NOTES: tuple[str, ...] = (
-    "Published Transformer rows: of unknown origin; the released analysis could not run at that "
-    "commit. In the authors' trained 5000-step models (one each, seed 99) the layers have 1.65 "
-    "3.50 2.07 1.82 1.38 2.00 (Standard) and 1.21 3.90 1.61 1.69 1.58 2.46 (LIF): neither rises "
+    "The published Transformer rows are of unknown origin: the released analysis could not run at "
+    "that commit. The authors' trained 5000-step models (one each, seed 99) have, by layer, 1.65 "
+    "3.50 2.07 1.82 1.38 2.00 (Standard) and 1.21 3.90 1.61 1.69 1.58 2.46 (LIF). Neither rises "
     "throughout, and the overall means are 2.069 and 2.074.",
-    "Published CfC base: 0.000 by definition, since its f was set to 1 and not measured. Here the "
+    "The published CfC base is 0.000 by definition: its f was set to 1 and not measured. Here the "
     "baseline is measured through a gate at its initial values (virtual).",
 )
 
 HEADS_NOTE = (
-    "Published: L0 pointers, L1 gatherers, L4-5 focusers, 3-5 of 36 heads deviating, and a "
-    "Standard of identical heads with entropy 4.5. That Standard was an untrained checkpoint: a "
-    "fresh model of these sizes has 4.550, uniform attention 4.560. Trained, the authors' Standard "
-    "and LIF have 2 and 2 pointers, 5 and 4 focusers, 6 and 5 gatherers."
+    "The paper reports pointers in L0, gatherers in L1, focusers in L4-5, 3-5 of 36 heads that "
+    "deviate, and a Standard of identical heads with entropy 4.5. That Standard was an untrained "
+    "checkpoint: a fresh model of these sizes has 4.550, and uniform attention 4.560. The authors' "
+    "trained models of Standard and LIF have 2 and 2 pointers, 5 and 4 focusers, 6 and 5 gatherers."
 )
 
 NEURONS: dict[str, dict[int, tuple[float, float]]] = {
@@ -133,9 +135,10 @@ NEURONS: dict[str, dict[int, tuple[float, float]]] = {
 """Section 3.3: fire rate and neuron entropy by layer."""
 
 NEURONS_NOTE = (
-    "Published: LIF is seed 1337 alone; the base is 1.000 and 0.000 by definition. The logged "
-    "variances of the LIF model's activations alone, through a gate at its initial values, predict "
-    ".988/.989/.990/.985 and .087/.114/.137/.080: all but the last layer is output scale."
+    "The published numbers of LIF are those of seed 1337 alone. Those of the base are 1.000 and "
+    "0.000 by definition. The logged variances of the LIF model's activations, with a gate at its "
+    "initial values, are enough to predict .988/.989/.990/.985 and .087/.114/.137/.080. All layers "
+    "but the last one show the scale of their output and no more."
 )
 
 EXTRA_PARAMETERS: dict[str, dict[str, int]] = {
@@ -145,18 +148,18 @@ EXTRA_PARAMETERS: dict[str, dict[str, int]] = {
 """Table 3.6, and section 2.3 for the CfC."""
 
 PARAMETERS_NOTE = (
-    "Published counts are for 6 layers of 6 heads, 384 wide. 6 of the 180 parameters have no "
-    "effect: the first layer's coupling has no previous layer. The 1,536 of the CfC are 4·128·3, "
-    "its audio model's; the text model has 4·256·3 = 3,072."
+    "The published counts are for 6 layers of 6 heads, 384 wide. 6 of the 180 parameters have no "
+    "effect, because the first layer's coupling has no previous layer. The 1,536 of the CfC are "
+    "4·128·3, those of its audio model. The text model has 4·256·3 = 3,072."
 )
 
 CRITICAL_STEP = 1600
 """Section 3.5."""
 
 CROSSOVER_NOTE = (
-    "Published: 1600, seen in CfC runs of seeds 668 and 1337 by the rule of the first evaluation "
-    "below; at 1600 seed 1337 is a tie to 4 digits. Transformer runs were evaluated every 500 "
-    "steps. Over the authors' 25 later Transformer pairs crossings scatter from 200 to 2999."
+    "The paper reports step 1600. It was seen in CfC runs of seeds 668 and 1337 by the rule "
+    '"first", and seed 1337 is a tie to 4 digits there. Transformer runs were evaluated every 500 '
+    "steps. Crossings scatter from 200 to 2999 over the authors' 25 later Transformer pairs."
 )
 
 THRESHOLDS: dict[tuple[str, str], tuple[float, ...]] = {
@@ -165,14 +168,15 @@ THRESHOLDS: dict[tuple[str, str], tuple[float, ...]] = {
 """Section 4.2 rests on these: effective θ by layer, a tenth of the raw values in the logs."""
 
 THRESHOLDS_NOTE = (
-    "Published: a tenth of the mean |raw θ| of the authors' 4-layer CfC, which starts at 0.001: "
-    "only the last layer rose above its start. In the authors' Transformer runs layer 0 has the "
-    "largest thresholds, in 3 of 3 and in 7 of 8 seeds."
+    "The published values are a tenth of the mean |raw θ| of the authors' 4-layer CfC, and start "
+    "at 0.001. Only the last layer rose above its start. Layer 0 has the largest thresholds in "
+    "the authors' Transformer runs, in 3 of 3 and in 7 of 8 seeds."
 )
 
 GATES_NOTE = (
-    "The authors pooled the 168 heads of their five scales, one run of 1500 steps each, and report "
-    "an sd of θ of .0309, .0312, .0280, .0238 and .0158 by scale, which does not fall throughout."
+    "The authors pooled the 168 heads of their five scales, with one run of 1500 steps each. They "
+    "report an sd of θ of .0309, .0312, .0280, .0238 and .0158 by scale, which does not fall "
+    "throughout."
 )
 
 _SIZES: dict[tuple[str, Scale], dict[str, Any]] = {

@@ -22,7 +22,7 @@ from ember_ext._command_line import (
     require_distinct,
 )
 from ember_ext.paper.data import CorpusError, load_text
-from ember_ext.paper.report.report import ReportContext, write_report
+from ember_ext.paper.report import ReportContext, write_report
 from ember_ext.paper.runs.console import GridConsole
 from ember_ext.paper.runs.executors import Executor, LocalExecutor, SubmititExecutor
 from ember_ext.paper.runs.grid import Grid

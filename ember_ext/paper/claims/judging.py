@@ -1,8 +1,7 @@
 """The rules by which claims are judged: each looks at runs and says whether a claim holds there.
 
-A rule returns a `Finding`, or raises `NotTestableError` where the runs cannot answer. What can
-already be refuted is refuted: a rule of several parts fails if one part fails, even where another
-is not testable.
+A rule returns a `Finding`, or raises `NotTestableError` where the runs cannot answer. A rule of
+several parts fails if one part fails, even where another part is not testable.
 """
 
 from __future__ import annotations

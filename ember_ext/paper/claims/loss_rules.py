@@ -77,7 +77,7 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
 
     def judge(finished: FinishedRuns) -> Finding:
         need_runs(finished, backbone, BASELINE, variant)
-        # What tells of a smaller spread elsewhere: seeds and p of that comparison.
+        # Comparisons in which another variant has the smaller spread: their seeds and p.
         smaller, listed, missing = [], [], []
         for other in (BASELINE, *others):
             against = compare(finished, backbone, variant, base=other)
@@ -131,9 +131,9 @@ def refractory_lowers(finished: FinishedRuns) -> Finding:
     finding = differs("transformer", "lif-refractory", -1)(finished)
     mode = need_config(finished, "transformer").get("refractory_mode")
     look = (
-        "look ahead, so that this is not the loss of a language model"
+        "look ahead, so this is not the loss of a language model"
         if mode == "look_ahead"
-        else "look at the past only, and the published ones ahead"
+        else "look at the past only, while the published ones look ahead"
     )
     return Finding(finding.holds, f"{finding.evidence}; thresholds of mode {mode!r} {look}")
 

@@ -1,7 +1,7 @@
 """The paper's seven figures, drawn from finished runs.
 
-`draw_figures` makes all of them, `write_figures` files of them. What was not run is left open in
-its panel, and said so.
+`draw_figures` makes all of them, and `write_figures` writes their files. A panel whose runs are
+missing stays empty and says so.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ _PLANS = (
         lambda _: figure_1_architecture(),
         "Each condition has at most one of the gates. (a) The LIF gate works on the attention "
         "weights p, after the softmax and before the values, and every row is scaled back to sum "
-        "to 1; Qwen's gate works on the attention's output y. (b) In the CfC the LIF gate works on "
-        "the hidden state h that the motor neurons put out. Drawn from the models' definition.",
+        "to 1. Qwen's gate works on the attention's output y. (b) The LIF gate of the CfC works "
+        "on the hidden state h that its motor neurons put out. The figure shows the models' "
+        "definition.",
         {},
     ),
     _Plan(
@@ -91,13 +92,13 @@ _PLANS = (
         "Loss curves and crossover",
         figure_2_loss_curves,
         "Validation loss by the paper's protocol (random batches) at every evaluation, in nats per "
-        "character. Thin lines are seeds, thick lines their means. Vertical axes fit the "
-        f"values from {SHOWN_FROM:.0%} of the steps on, since the fall before would hide all else, "
-        "and all triangles; earlier values may lie outside. (c, d) LIF minus Standard of the same "
-        "seed: below 0, LIF is better. Filled triangles: the evaluation from which LIF stays ahead "
-        "to the end; hollow: a first lead that was lost.",
+        "character. Thin lines are seeds, thick lines their means. The vertical axes fit all "
+        f"triangles and the values from {SHOWN_FROM:.0%} of the steps on, because the fall before "
+        "would hide everything else. Earlier values may lie outside. (c, d) LIF minus Standard of "
+        "the same seed: LIF is better below 0. A filled triangle is the evaluation from which LIF "
+        "stays ahead to the end. A hollow one is a first lead that was lost.",
         {"transformer": (*_PAIR, NULL), "cfc": (*_PAIR, NULL)},
-        "RMS and largest difference at that step",
+        "the RMS and the largest difference at each step",
     ),
     _Plan(
         "figure-3-entropy",
@@ -112,44 +113,46 @@ _PLANS = (
         "figure-4-roles",
         "Roles of attention heads",
         figure_4_roles,
-        "(a, b) Every head of every seed by its mean attention entropy and its support, the number "
-        "of keys that get a weight above 0.01. Dotted: the cut-offs between roles, pointer below "
-        f"{POINTER_BELOW:g} nats, focuser below {FOCUSER_BELOW:g}, gatherer above "
-        f"{GATHERER_ABOVE:.0%} of uniform attention's entropy; entropies below {LOWEST:g} are "
-        "drawn there. (c, d) How many heads of a layer have each role, mean over seeds.",
+        "(a, b) Every head of every seed by its mean attention entropy and its support, the "
+        "number of keys that get a weight above 0.01. The dotted lines are the cut-offs between "
+        f"roles: a pointer is below {POINTER_BELOW:g} nats, a focuser below {FOCUSER_BELOW:g}, "
+        f"and a gatherer above {GATHERER_ABOVE:.0%} of uniform attention's entropy. Entropies "
+        f"below {LOWEST:g} are drawn at {LOWEST:g}. (c, d) The number of heads of a layer that "
+        "have each role, mean over seeds.",
         {"transformer": _PAIR},
     ),
     _Plan(
         "figure-5-depth",
         "Entropy against depth in both backbones",
         figure_5_depth,
-        "After the last step; lines are means over seeds, dots the seeds, bars their range. (a) "
-        "Attention entropy, mean over a layer's heads. (b) Neuron entropy, mean over a layer's "
-        "neurons: LIF through its own gates, and both variants through the same virtual gate, one "
-        "at its initial values. A rise that Standard shows through the virtual gate is not the "
-        "gate's doing.",
+        "The values are those after the last step. Lines are means over seeds, dots are the "
+        "seeds, and bars are their range. (a) Attention entropy, mean over a layer's heads. (b) "
+        "Neuron entropy, mean over a layer's neurons. LIF is measured through its own gates, and "
+        "both variants through the same virtual gate, which is a gate at its initial values. A "
+        "rise that Standard shows through the virtual gate does not come from gating.",
         {"transformer": _PAIR, "cfc": _PAIR},
     ),
     _Plan(
         "figure-6-thresholds",
         "Thresholds in training",
         figure_6_thresholds,
-        "Effective threshold |θ| at every evaluation, one row for each gate preset. Thick lines "
-        "are means of a layer over seeds; thin lines, marked at their ends, are single heads "
-        "(Transformer) or a layer's mean in one seed (CfC). Dashed: the initial value.",
+        "Effective threshold |θ| at every evaluation, with one row for each gate preset. Thick "
+        "lines are means of a layer over seeds. Thin lines, marked at their ends, are single "
+        "heads (Transformer) or a layer's mean in one seed (CfC). The dashed line is the initial "
+        "value.",
         {"transformer": ("lif", "lif-text"), "cfc": ("lif", "lif-text")},
     ),
     _Plan(
         "figure-7-parameters",
         "Loss against added parameters",
         figure_7_parameters,
-        "(a, b) Best validation loss by the paper's protocol: small markers are seeds, joined by "
-        "lines across variants, large ones means over the seeds that a variant has. Variants that "
-        "add equally many parameters are drawn side by side; those that add none stand left of the "
-        "break. (c, d) Difference from Standard of the same seeds: mean, and 95 % interval of the "
-        "paired t-test where there are three seeds or more.",
+        "(a, b) Best validation loss by the paper's protocol. Small markers are seeds, joined by "
+        "lines across variants. Large markers are means over the seeds that a variant has. "
+        "Variants that add equally many parameters are drawn side by side. Those that add none "
+        "stand left of the break. (c, d) Difference from Standard of the same seeds: the mean, "
+        "and the 95 % interval of the paired t-test where there are three seeds or more.",
         {"transformer": tuple(LOOKS), "cfc": tuple(LOOKS)},
-        "RMS and largest difference",
+        "the RMS and the largest difference",
     ),
 )
 
@@ -195,8 +198,8 @@ def _noise_sentence(plan: _Plan, finished: FinishedRuns) -> str:
     if not plan.noise:
         return ""
     if not any(finished.pairs(backbone, NULL) for backbone in plan.runs):
-        return " No runs tell how far Standard differs from itself by rounding."
+        return " There are no runs that tell how far Standard differs from itself by rounding."
     return (
-        f" Grey: {plan.noise} between Standard runs that are equal up to rounding, unseen where "
-        "thinner than a line."
+        f" Grey shows {plan.noise} between Standard runs that are equal up to rounding. It cannot "
+        "be seen where it is thinner than a line."
     )

@@ -32,8 +32,9 @@ SMALLEST_TEXT = 7.0
 """Points, at that width."""
 
 MADE_FOR = (
-    f"Drawn to be set {DOUBLE_COLUMN:g} in wide, over the full width of a page (both columns where "
-    f"there are two); its text is then of {SMALLEST_TEXT:g} pt or more, exponents aside."
+    f"The figures are made for a width of {DOUBLE_COLUMN:g} in, the full width of a page (both "
+    f"columns where there are two). Their text has {SMALLEST_TEXT:g} pt or more at this width, "
+    "except exponents."
 )
 """For readers and for the files themselves."""
 

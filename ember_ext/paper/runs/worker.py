@@ -44,7 +44,7 @@ class GridFolder:
     runs/NAME/log.txt     what it printed
     results/NAME.json     what each finished run leaves
     plan.json             the names of all runs that were ever asked for
-    report.html and more  see `ember_ext.paper.report.report`
+    report.html and more  see `ember_ext.paper.report`
     """
 
     path: Path

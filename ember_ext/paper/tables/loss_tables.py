@@ -1,4 +1,4 @@
-"""Tables of losses: what each condition reaches, when, with how many parameters, how surely."""
+"""Tables of losses: their values, crossovers, extra parameters, tests and noise floor."""
 
 from __future__ import annotations
 
@@ -81,19 +81,19 @@ def performance_table(finished: FinishedRuns, backbone: str, section: str) -> Ta
             row.append(mean_sd(sample_of(map(measure, runs))))
         rows.append(tuple(row))
     notes.append(
-        "Val loss: the smallest estimate over the evaluations of a run (random batches, the "
-        "paper's protocol, but the same ones at every evaluation and for every condition of a "
-        "seed; the paper drew new ones), mean over seeds; sd with ddof 1, and with the paper's "
-        "ddof 0. The last two columns are on the whole validation text, which has no sampling "
-        "error."
+        "Val loss is the smallest estimate over the evaluations of a run, averaged over seeds. An "
+        "estimate is measured on random batches, as in the paper. Here all evaluations and all "
+        "conditions of a seed have the same batches, where the paper drew new ones. The column sd "
+        "has ddof 1, the next one the paper's ddof 0. The last two columns are measured on the "
+        "whole validation text, which has no sampling error."
     )
     if config and finished.runs(backbone, "lif-refractory"):
         notes.append(_refractory_note(str(config.get("refractory_mode"))))
     notes += [*_scale_notes(finished, backbone), *published.LOSS_NOTES[backbone]]
     if small_scale:
         notes.append(
-            f"{published.XS_NOTE[backbone]} Ours vs authors' xs: our mean over our seeds against "
-            "theirs over theirs."
+            f"{published.XS_NOTE[backbone]} Ours vs authors' xs compares the mean over our seeds "
+            "with the mean over theirs."
         )
     title = f"Validation loss, {BACKBONE_LABELS[backbone]}"
     return Table(section, title, tuple(columns), tuple(rows), tuple(notes))
@@ -127,7 +127,7 @@ def _refractory_note(mode: str) -> str:
     if mode == "look_ahead":
         return f"Our refractory thresholds look ahead, as the published ones do (mode {mode!r})."
     return (
-        f"Our refractory thresholds look at the past only (mode {mode!r}); the published ones look "
+        f"Our refractory thresholds look at the past only (mode {mode!r}). The published ones look "
         "ahead."
     )
 
@@ -139,7 +139,7 @@ def _is_tiny(finished: FinishedRuns, backbone: str) -> bool:
 
 
 def _scale_notes(finished: FinishedRuns, backbone: str) -> list[str]:
-    """What keeps our losses from being compared with the published ones."""
+    """Notes on whether our losses compare with the published ones."""
     runs = [run for run in finished.results if run.backbone == backbone]
     if not runs:
         return ["Nothing was run."]
@@ -147,18 +147,18 @@ def _scale_notes(finished: FinishedRuns, backbone: str) -> list[str]:
     scale = published.scale_of(runs[0].config)
     if scale == "xs" and _is_tiny(finished, backbone):
         notes.append(
-            "Our runs have the authors' xs sizes; the paper's table is of a larger model, so "
+            "Our runs have the authors' xs sizes. The paper's table is of a larger model, so "
             "compare our losses with the column of the authors' xs runs."
         )
     elif scale == "other":
         notes.append(
-            "Our runs have neither the paper's nor the authors' xs sizes and length: their losses "
+            "Our runs have neither the paper's nor the authors' xs sizes and length. Their losses "
             "do not compare with published ones."
         )
     if not _is_tiny(finished, backbone):
         notes.append(
-            f"Our corpus is {runs[0].corpus.get('name')!r}, not Tiny Shakespeare: losses do not "
-            "compare with published ones."
+            f"Our corpus is {runs[0].corpus.get('name')!r}, not Tiny Shakespeare. Its losses do "
+            "not compare with published ones."
         )
     return notes
 
@@ -205,11 +205,11 @@ def crossover_table(finished: FinishedRuns) -> Table:
                     )
                 )
     notes = (
-        "First (the published rule): the first evaluation at which the estimate of the validation "
-        "loss is below the baseline's; one at step 0 does not count, since nothing is learnt yet, "
-        f"and one up to step {ALWAYS_UP_TO} means that it always was below. "
-        "Persistent: the first from which it stays below to the end. "
-        "The null pair shows what either rule finds where there is nothing to find.",
+        'The rule "first" is the published one: the first evaluation at which the estimate of the '
+        "validation loss is below the baseline's. One at step 0 does not count, because nothing is "
+        f"learnt yet. One up to step {ALWAYS_UP_TO} means that the loss was always below. The rule "
+        '"persistent" is the first evaluation from which the loss stays below to the end. The null '
+        "pairs show what either rule finds where there is nothing to find.",
         published.CROSSOVER_NOTE,
         *other_sizes_note(finished, ("cfc",)),
     )
@@ -246,11 +246,11 @@ def parameter_table(finished: FinishedRuns) -> Table:
                 )
             )
     notes = (
-        "Effect on the smallest estimate of the validation loss, over common seeds; p of the "
-        "paired t-test, from 3 seeds on.",
+        "The effect is on the smallest estimate of the validation loss, over common seeds. The p "
+        "value is that of the paired t-test, which needs 3 seeds.",
         published.PARAMETERS_NOTE,
     )
-    return Table("3.6", "Parameters and what they buy", columns, tuple(rows), notes)
+    return Table("3.6", "Extra parameters and their effect", columns, tuple(rows), notes)
 
 
 def statistics_table(finished: FinishedRuns) -> Table:
@@ -307,14 +307,15 @@ def statistics_table(finished: FinishedRuns) -> Table:
                     )
                 )
     notes = (
-        "Condition minus baseline over common seeds; tests and intervals from 3 pairs on. p values "
-        "are two-sided and not corrected for the number of rows: of twenty null comparisons one is "
-        "below .05 by chance. With n pairs Wilcoxon's p cannot fall below 2^(1-n), so under 6 "
-        "pairs it is never below .05.",
-        "The BCa bootstrap's interval is too narrow for few pairs; prefer t's below about 10. "
-        "Pitman-Morgan compares the variances of paired samples, F takes them for independent.",
-        "Beyond noise: |difference| exceeds the RMS difference of runs that differ by rounding; "
-        "with 3 pairs of either on.",
+        "A difference is condition minus baseline, over common seeds. Tests and intervals need 3 "
+        "pairs. The p values are two-sided. They are not corrected for the number of rows: one of "
+        "twenty null comparisons is below .05 by chance. Wilcoxon's p cannot fall below 2^(1-n) "
+        "for n pairs, so it is never below .05 with fewer than 6.",
+        "The interval of the BCa bootstrap is too narrow for few pairs. Prefer the interval of t "
+        "below about 10 pairs. The Pitman-Morgan test compares the variances of paired samples. "
+        "The F-test takes the samples for independent.",
+        "A difference is beyond noise if it exceeds the RMS difference of runs that differ by "
+        "rounding. This needs 3 pairs of either kind.",
     )
     return Table("S1", "Every variant against the baseline", columns, tuple(rows), notes)
 
@@ -345,8 +346,8 @@ def noise_table(finished: FinishedRuns) -> Table:
             for step, rms, largest in zip(curve.steps, curve.rms, curve.maximum, strict=True):
                 add(backbone, f"estimate at {step}", count, rms, largest)
     notes = (
-        "A null pair is two runs of the baseline with equal seed, one with a relative noise of "
-        "1e-7 on its initial weights: what parts them is rounding alone, and no smaller effect of "
-        "a condition can be told from it in one pair.",
+        "A null pair is two baseline runs of one seed. One of them has a relative noise of 1e-7 on "
+        "its initial weights, so only rounding sets them apart. A smaller effect of a condition "
+        "cannot be told from it in one pair.",
     )
     return Table("S2", "Noise floor", columns, tuple(rows), notes)

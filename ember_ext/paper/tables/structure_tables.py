@@ -67,7 +67,9 @@ _ATTENTION_MEASURES = {
 }
 """Columns, and their digits."""
 
-_WINDOWS_NOTE = f"Measured on {METRIC_WINDOWS} random windows of the validation text. {SEEDS_NOTE}"
+_WINDOWS_NOTE = (
+    f"The measurements are on {METRIC_WINDOWS} random windows of the validation text. {SEEDS_NOTE}"
+)
 
 _GATE_LABELS: tuple[GateLabel, ...] = ("selective", "mild", "moderate", "pass-through")
 
@@ -96,18 +98,19 @@ def head_table(finished: FinishedRuns) -> Table:
     config = finished.config("transformer")
     block_size = 256 if config is None else int(config["block_size"])
     notes = (
-        "Counts are means over seeds at the last evaluation. Roles by mean attention entropy H in "
-        f"nats: pointer H < 0.1, focuser H < 1, gatherer H > {gatherer_cut_off(block_size):.2f} "
-        f"(77% of the {uniform_entropy(block_size):.2f} of uniform attention over windows of "
-        f"{block_size}; 3.5 over windows of 256), otherwise mixed.",
-        "Support: keys with a weight above 0.01 to a query; first-token mass: the weight of the "
-        "window's first token; both, like the entropy, means over queries, windows and heads. "
-        f"Uniform attention has {uniform_support(block_size):.2f} and "
+        "Counts are means over seeds at the last evaluation. The role of a head follows from its "
+        "mean attention entropy H in nats. A pointer has H < 0.1, a focuser H < 1, and a gatherer "
+        f"H > {gatherer_cut_off(block_size):.2f}, which is 77% of the "
+        f"{uniform_entropy(block_size):.2f} of uniform attention over windows of {block_size} (3.5 "
+        "over windows of 256). All other heads are mixed.",
+        "Support is the number of keys with a weight above 0.01 for a query. First-token mass is "
+        "the weight of the window's first token. Both are means over queries, windows and heads, "
+        f"as the entropy is. Uniform attention has {uniform_support(block_size):.2f} and "
         f"{uniform_first_token_mass(block_size):.4f}.",
-        "A head deviates if its effective |θ| > 0.01 (raw 0.1 of the released gate); those of "
-        "LIF-fixed do by construction. Contrast is g(1)/g(0), 1 for an open gate; the largest over "
-        "heads and seeds is given. Labels, summed over seeds, are those of the authors' analysis, "
-        "made for the released gate.",
+        "A head deviates if its effective |θ| > 0.01, which is raw 0.1 of the released gate. The "
+        "heads of LIF-fixed do so by construction. Contrast is g(1)/g(0), and 1 for an open gate. "
+        "The table has the largest over heads and seeds. The labels are those of the authors' "
+        "analysis, which were made for the released gate, summed over seeds.",
         _WINDOWS_NOTE,
         published.HEADS_NOTE,
     )
@@ -148,7 +151,7 @@ def _gate_cells(units: Sequence[Sequence[GateUnit]]) -> list[str]:
 
 
 def neuron_table(finished: FinishedRuns) -> Table:
-    """Table 3.3b: how often, and how variedly, the neurons of each layer of the CfC fire."""
+    """Table 3.3b: fire rate and entropy of the neurons of each layer of the CfC."""
     measures = {
         FIRE_RATE: "Fire rate",
         NEURON_ENTROPY: "Neuron entropy",
@@ -182,11 +185,13 @@ def neuron_table(finished: FinishedRuns) -> Table:
             cells = [_layer_cell(profile, layer) for profile in profiles]
             rows.append((*head, f"L{layer}", *cells, number(fire, 3), number(entropy, 3)))
     notes = (
-        f"Means over neurons and seeds at the last evaluation. {_virtual_gate_note(finished)}",
-        "The fire rate, a mean over neurons, is also the mean share of a layer's neurons that fire "
-        "at a time (population sparsity). Always on, selective: shares of neurons that fire at "
-        f"more than {ALWAYS_ON_ABOVE:.0%} and at fewer than {SELECTIVE_BELOW:.0%} of the "
-        f"characters. {DASH} where a model has no gate, or one was measured by an earlier version.",
+        "The numbers are means over neurons and seeds at the last evaluation. "
+        f"{_virtual_gate_note(finished)}",
+        "The fire rate is a mean over neurons. It is also the mean share of a layer's neurons that "
+        "fire at a time (population sparsity). Always on is the share of neurons that fire at more "
+        f"than {ALWAYS_ON_ABOVE:.0%} of the characters, and selective the share at fewer than "
+        f"{SELECTIVE_BELOW:.0%}. A cell has {DASH} where a model has no gate, or where an earlier "
+        "version measured it.",
         f"{_WINDOWS_NOTE} The authors' fire rates are of 320 windows.",
         "Published numbers stand beside runs of the paper's sizes only.",
         published.NEURONS_NOTE,
@@ -198,8 +203,9 @@ def _virtual_gate_note(finished: FinishedRuns) -> str:
     bases = finished.runs("cfc", BASELINE)
     preset = bases[0].config["gate_preset"] if bases else "released"
     return (
-        "The virtual gate is one at its initial values, so that models with and without gates are "
-        f"measured alike. The base's is of preset {preset!r}: compare it with rows of that preset."
+        "The virtual gate is a gate at its initial values. It measures models with and without "
+        f"gates alike. The base's has the preset {preset!r}, so compare it with rows of that "
+        "preset."
     )
 
 
@@ -252,9 +258,10 @@ def depth_table(finished: FinishedRuns) -> Table:
                     )
                 )
     notes = (
-        "Entropy of attention (Transformer) and of neurons (CfC), in nats, means over heads or "
-        "neurons, at the last evaluation. Rise: last layer minus first. Spearman: rank correlation "
-        "of layer and entropy, mean over seeds, with 3 layers or more.",
+        "Entropy is that of attention (Transformer) or of neurons (CfC) in nats, a mean over "
+        "heads or neurons at the last evaluation. Rise is the last layer minus the first. "
+        "Spearman is the rank correlation of layer and entropy, averaged over seeds. It needs 3 "
+        "layers.",
         _virtual_gate_note(finished),
         _WINDOWS_NOTE,
         *other_sizes_note(finished, BACKBONE_LABELS),
@@ -298,7 +305,7 @@ def threshold_table(finished: FinishedRuns) -> Table:
                     )
                 )
     notes = (
-        f"Effective |θ|, means over heads or neurons and seeds. {SEEDS_NOTE}",
+        f"The thresholds are effective |θ|, averaged over heads or neurons and seeds. {SEEDS_NOTE}",
         *other_sizes_note(finished, ("cfc",)),
         published.THRESHOLDS_NOTE,
     )
@@ -338,9 +345,10 @@ def gate_table(finished: FinishedRuns) -> Table:
                 cells += [first, f"({direction})", second]
             rows.append((*head, str(len(units)), *cells))
     notes = (
-        "Effective θ, λ and k of all heads or neurons of all seeds at the last evaluation: mean ± "
-        "sd over them, and shares of their variance in principal components. As in the authors' "
-        "analysis the parameters are not standardised, so that k, the largest, decides.",
+        "The table has the mean ± sd of effective θ, λ and k over all heads or neurons of all "
+        "seeds at the last evaluation, and the shares of their variance in principal components. "
+        "The parameters are not standardised, as in the authors' analysis, so the largest "
+        "decides: k.",
         published.GATES_NOTE,
     )
     return Table("S3", "Spread of the learned gates", columns, tuple(rows), notes)

@@ -1,4 +1,4 @@
-"""What all tables share: their form, and the cells that every row begins with."""
+"""The form of all tables, and the cells that every row begins with."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def other_sizes_note(finished: FinishedRuns, backbones: Iterable[str]) -> list[s
     configs = [config for config in map(finished.config, backbones) if config is not None]
     if all(published.scale_of(config) == "paper" for config in configs):
         return []
-    return ["Published numbers are of the paper's sizes, which ours are not."]
+    return ["The published numbers are of the paper's sizes. Our runs have other sizes."]
 
 
-SEEDS_NOTE = "Rows may be of different seeds: those of the runs that each condition has."
+SEEDS_NOTE = "Rows may have different seeds: each condition has those of its runs."
 
 
 def sample_of(values: Iterable[float]) -> Sample | None:
