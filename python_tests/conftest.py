@@ -49,6 +49,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without a picture of their losses, which takes longer than tiny models train."""
+    monkeypatch.setattr("ember_ext.paper.training.run_folder.plot_losses", lambda *_: b"")
+
+
+@pytest.fixture
 def nan_filled_memory() -> Iterator[None]:
     """Fresh memory is filled with NaN, so that whatever a kernel leaves unwritten shows."""
     torch.use_deterministic_algorithms(True)

@@ -34,6 +34,8 @@ from ember_ext.paper.runs.suites import SUITES, VARIANTS, RunSpec, plan
 from ember_ext.paper.runs.worker import GridFolder, SubmittedRun, run_to_result
 from ember_ext.paper.training import ConfigError, RunError, TrainConfig
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 ROOT = Path(__file__).parent.parent
 TINY: dict[str, Any] = {
     "device": "cpu", "n_layer": 1, "n_embd": 16, "n_head": 2, "cfc_units": 24, "block_size": 16,

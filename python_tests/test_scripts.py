@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import torch
 from ember_ext.paper.data import sources
 from ember_ext.paper.reproduce import reproduce_main
 from ember_ext.paper.training.cli import sample_main, train_main
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 ROOT = Path(__file__).parents[1]
 SIZES = [
@@ -33,6 +36,20 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "text.txt"
     path.write_bytes((ROOT / "ember_ext" / "paper" / "data" / "lighthouse.txt").read_bytes())
     return path
+
+
+@pytest.fixture(scope="module")
+def _trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    text = ROOT / "ember_ext" / "paper" / "data" / "lighthouse.txt"
+    assert train_main([*SIZES, "--data", str(text), "--steps", "1", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(_trained: Path, text: Path) -> Path:
+    """The folder of a finished run, `run` in the working folder."""
+    return Path(shutil.copytree(_trained, "run"))
 
 
 def test_train_resume_and_sample(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,10 +183,9 @@ def test_no_text_anywhere(
     assert not Path("runs").exists()
 
 
-def test_sample_errors(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_errors(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample_main(["nowhere"]) == 1
     assert "holds no run" in capsys.readouterr().err
-    assert train_main([*SIZES, *["--data", "text.txt", "--steps", "1", "--out", "run"]]) == 0
     capsys.readouterr()
     assert sample_main(["run", "--prompt", "é"]) == 1
     output = capsys.readouterr()
@@ -201,8 +217,7 @@ def test_sample_looks_at_its_flags_first(
 
 
 @pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
-def test_sample_takes_every_seed_of_torch(text: Path, seed: int) -> None:
-    assert train_main([*SIZES, *["--data", "text.txt", "--steps", "1", "--out", "run"]]) == 0
+def test_sample_takes_every_seed_of_torch(run: Path, seed: int) -> None:
     assert sample_main(["run", "--seed", str(seed), "--length", "3"]) == 0
 
 
@@ -298,8 +313,7 @@ def test_other_command_lines_on_an_ascii_terminal(text: Path) -> None:
     assert result.stderr == b"error: nvcc is not on the path\n"
 
 
-def test_a_reader_that_leaves_early_is_no_error(text: Path) -> None:
-    assert train_main([*SIZES, *["--data", "text.txt", "--steps", "1", "--out", "run"]]) == 0
+def test_a_reader_that_leaves_early_is_no_error(run: Path) -> None:
     script = [sys.executable, str(ROOT / "scripts" / "sample.py"), "run", "--length", "4000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
@@ -344,10 +358,9 @@ def run_two_processes(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_processes_that_cannot_have_the_folder_all_say_why(text: Path) -> None:
+def test_processes_that_cannot_have_the_folder_all_say_why(run: Path) -> None:
     """The first of them alone tries, and the others do not end in a torn connection."""
     flags = [*SIZES, *["--data", "text.txt", "--steps", "6", "--out", "run"]]
-    assert train_main([*SIZES, *["--data", "text.txt", "--steps", "1", "--out", "run"]]) == 0
     result = run_two_processes(*flags)
     assert result.returncode != 0
     assert result.stderr.count("error: run holds a run already") == 2

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,11 +43,15 @@ from ember_ext.paper.training import (
     stream_text,
     train,
 )
+from ember_ext.paper.training import run_folder as run_folder_module
 from ember_ext.paper.training import trainer as trainer_module
 from ember_ext.paper.training.cli import sample_main
 from ember_ext.paper.training.config import Backbone, Condition, read_config
 from ember_ext.paper.training.distributed import join
-from ember_ext.paper.training.trainer import SilentReporter
+from ember_ext.paper.training.plot import plot_losses
+from ember_ext.paper.training.reporter import SilentReporter
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 TINY = TrainConfig(
     backbone="transformer",
@@ -66,7 +71,7 @@ TINY = TrainConfig(
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Models this small only lose time to a second thread; equal counts make runs comparable."""
     threads = torch.get_num_threads()
@@ -83,6 +88,28 @@ def corpus() -> Corpus:
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """An undisturbed run of TINY, to compare with."""
+    folder = RunFolder(tmp_path_factory.mktemp("whole") / "run")
+    train(TINY, corpus, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def _one_step(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = RunFolder(tmp_path_factory.mktemp("one") / "run")
+    train(tiny(steps=1), corpus, folder)
+    return folder
+
+
+@pytest.fixture
+def trained(_one_step: RunFolder, folder: RunFolder) -> RunFolder:
+    """A run of one step, at which a test may do damage."""
+    shutil.copytree(_one_step.path, folder.path)
+    return folder
 
 
 def tiny(**fields: Any) -> TrainConfig:
@@ -107,8 +134,13 @@ class StopAfter(SilentReporter):
 
 @pytest.mark.parametrize(("backbone", "condition"), [("transformer", "lif"), ("cfc", "lif")])
 def test_run_leaves_everything_behind(
-    corpus: Corpus, folder: RunFolder, backbone: Any, condition: Any
+    corpus: Corpus,
+    folder: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    backbone: Any,
+    condition: Any,
 ) -> None:
+    monkeypatch.setattr(run_folder_module, "plot_losses", plot_losses)
     config = tiny(backbone=backbone, condition=condition, steps=6)
     summary = train(config, corpus, folder)
     assert summary == json.loads(folder.summary.read_text())
@@ -184,20 +216,18 @@ def test_full_validation_pass_counts_each_character_once(corpus: Corpus) -> None
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [5, 7])
 def test_signal_stops_cleanly_and_resuming_is_bit_identical(
-    corpus: Corpus, tmp_path: Path, number: signal.Signals, step: int
+    corpus: Corpus, whole: RunFolder, folder: RunFolder, number: signal.Signals, step: int
 ) -> None:
-    whole, stopped = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "stopped")
-    train(TINY, corpus, whole)
     before = signal.getsignal(number)
     with pytest.raises(StopRequested) as stop:
-        train(TINY, corpus, stopped, reporter=StopAfter(step, number))
+        train(TINY, corpus, folder, reporter=StopAfter(step, number))
     assert stop.value.exit_code == 128 + number
     assert signal.getsignal(number) is before
-    assert len([r for r in stopped.read_metrics() if r["event"] == "step"]) == step
-    train(TINY, corpus, stopped, resume=True)
-    assert curve(stopped) == curve(whole)
-    assert stopped.best.read_bytes() == whole.best.read_bytes()
-    assert stopped.sample.read_text() == whole.sample.read_text()
+    assert len([r for r in folder.read_metrics() if r["event"] == "step"]) == step
+    train(TINY, corpus, folder, resume=True)
+    assert curve(folder) == curve(whole)
+    assert folder.best.read_bytes() == whole.best.read_bytes()
+    assert folder.sample.read_text() == whole.sample.read_text()
 
 
 def test_a_run_of_an_earlier_version_goes_on_bit_identically(
@@ -225,23 +255,23 @@ def test_a_run_of_an_earlier_version_goes_on_bit_identically(
     assert earlier.best.read_bytes() == whole.best.read_bytes()
 
 
-def test_resuming_a_finished_run_changes_nothing(corpus: Corpus, folder: RunFolder) -> None:
-    summary = train(TINY, corpus, folder)
-    before = folder.metrics.read_bytes()
-    assert train(TINY, corpus, folder, resume=True) == summary
-    assert folder.metrics.read_bytes() == before
+def test_resuming_a_finished_run_changes_nothing(corpus: Corpus, trained: RunFolder) -> None:
+    summary = json.loads(trained.summary.read_text())
+    before = trained.metrics.read_bytes()
+    assert train(tiny(steps=1), corpus, trained, resume=True) == summary
+    assert trained.metrics.read_bytes() == before
 
 
-def test_more_steps_continue_a_finished_run(corpus: Corpus, tmp_path: Path) -> None:
-    long, extended = RunFolder(tmp_path / "long"), RunFolder(tmp_path / "extended")
-    train(TINY, corpus, long)
-    train(tiny(steps=10), corpus, extended)
-    train(TINY, corpus, extended, resume=True)
-    assert curve(extended) == curve(long)
-    assert extended.read_config() == TINY
+def test_more_steps_continue_a_finished_run(
+    corpus: Corpus, whole: RunFolder, folder: RunFolder
+) -> None:
+    train(tiny(steps=10), corpus, folder)
+    train(TINY, corpus, folder, resume=True)
+    assert curve(folder) == curve(whole)
+    assert folder.read_config() == TINY
     with pytest.raises(ConfigError, match=f"steps must be at least {TINY.steps}, .*, got 10"):
-        train(tiny(steps=10), corpus, extended, resume=True)
-    assert extended.read_config() == TINY
+        train(tiny(steps=10), corpus, folder, resume=True)
+    assert folder.read_config() == TINY
 
 
 SCRIPT = """
@@ -347,17 +377,16 @@ def test_metrics_on_a_full_disk(
         folder.append({"event": "step"})
 
 
-def test_folder_of_another_configuration(corpus: Corpus, folder: RunFolder) -> None:
-    train(tiny(steps=1), corpus, folder)
+def test_folder_of_another_configuration(corpus: Corpus, trained: RunFolder) -> None:
     other = tiny(steps=1, seed=9, n_embd=32)
     with pytest.raises(
         RunError, match=r"another configuration: seed is 0 there and 9 here, n_embd"
     ):
-        train(other, corpus, folder, resume=True)
+        train(other, corpus, trained, resume=True)
     with pytest.raises(RunError, match="corpus is 'lighthouse' there and 'other' here"):
-        train(tiny(steps=1), Corpus.of("other", "To be, or not.\n" * 30), folder, resume=True)
+        train(tiny(steps=1), Corpus.of("other", "To be, or not.\n" * 30), trained, resume=True)
     with pytest.raises(RunError, match="holds a run already"):
-        train(tiny(steps=1), corpus, folder)
+        train(tiny(steps=1), corpus, trained)
 
 
 def test_folder_without_a_run(corpus: Corpus, folder: RunFolder) -> None:
@@ -371,12 +400,11 @@ def test_folder_without_a_run(corpus: Corpus, folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("name", ["last", "config", "corpus", "metrics"])
-def test_damaged_folder(corpus: Corpus, folder: RunFolder, name: str) -> None:
-    train(tiny(steps=1), corpus, folder)
-    path: Path = getattr(folder, name)
+def test_damaged_folder(corpus: Corpus, trained: RunFolder, name: str) -> None:
+    path: Path = getattr(trained, name)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(RunError, match=path.name):
-        train(tiny(steps=1), corpus, folder, resume=True)
+        train(tiny(steps=1), corpus, trained, resume=True)
 
 
 def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -441,15 +469,14 @@ def narrow_weights(tensors: dict[str, Any], header: dict[str, str]) -> None:
     ],
 )
 def test_a_file_that_lacks_something_is_named(
-    corpus: Corpus, folder: RunFolder, name: str, change: Any, message: str
+    corpus: Corpus, trained: RunFolder, name: str, change: Any, message: str
 ) -> None:
-    train(tiny(steps=1), corpus, folder)
-    path: Path = getattr(folder, name)
+    path: Path = getattr(trained, name)
     (change_tensors if name == "last" else change_json)(path, change)
-    before = {file.name: file.read_bytes() for file in folder.path.iterdir()}
+    before = {file.name: file.read_bytes() for file in trained.path.iterdir()}
     with pytest.raises(RunError, match=rf"{path.name}.*{message}"):
-        train(tiny(steps=2), corpus, folder, resume=True)
-    assert {file.name: file.read_bytes() for file in folder.path.iterdir()} == before
+        train(tiny(steps=2), corpus, trained, resume=True)
+    assert {file.name: file.read_bytes() for file in trained.path.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["config", "corpus"])
@@ -476,17 +503,14 @@ def test_json_of_a_run_that_is_something_else(
         ('{"event": "st', "line 3: expected JSON"),
     ],
 )
-def test_metrics_that_are_damaged(
-    corpus: Corpus, folder: RunFolder, line: str, message: str
-) -> None:
-    train(tiny(steps=1), corpus, folder)
-    lines = folder.metrics.read_text().splitlines()
-    folder.metrics.write_text("\n".join([*lines[:2], line]) + "\n")
+def test_metrics_that_are_damaged(trained: RunFolder, line: str, message: str) -> None:
+    lines = trained.metrics.read_text().splitlines()
+    trained.metrics.write_text("\n".join([*lines[:2], line]) + "\n")
     with pytest.raises(RunError, match=rf"metrics.jsonl is damaged: {message}"):
-        folder.read_metrics()
-    folder.metrics.unlink()
+        trained.read_metrics()
+    trained.metrics.unlink()
     with pytest.raises(RunError, match=r"metrics.jsonl is damaged: it cannot be read"):
-        folder.read_metrics()
+        trained.read_metrics()
 
 
 @pytest.mark.parametrize(
@@ -505,12 +529,11 @@ def test_every_model_goes_on_from_its_checkpoint(
     assert len([r for r in folder.read_metrics() if r["event"] == "step"]) == 2
 
 
-def test_what_a_killed_writer_left_is_removed(corpus: Corpus, folder: RunFolder) -> None:
-    train(tiny(steps=1), corpus, folder)
-    left = folder.path / ".last.safetensors.0123456789abcdef.part"
+def test_what_a_killed_writer_left_is_removed(corpus: Corpus, trained: RunFolder) -> None:
+    left = trained.path / ".last.safetensors.0123456789abcdef.part"
     left.write_bytes(b"half a checkpoint")
-    train(tiny(steps=2), corpus, folder, resume=True)
-    assert not list(folder.path.glob(".*.part"))
+    train(tiny(steps=2), corpus, trained, resume=True)
+    assert not list(trained.path.glob(".*.part"))
 
 
 def test_writing_removes_only_what_is_old_and_of_the_same_file(tmp_path: Path) -> None:
@@ -699,9 +722,8 @@ def test_learning_rate_schedule() -> None:
     assert tiny().learning_rate_at(10**6) == TINY.learning_rate
 
 
-def test_stream_text(corpus: Corpus, folder: RunFolder) -> None:
-    train(tiny(steps=1), corpus, folder)
-    model, vocabulary = load_run(folder)
+def test_stream_text(trained: RunFolder) -> None:
+    model, vocabulary = load_run(trained)
     pieces = list(stream_text(model, vocabulary, prompt="Keeper:\n", length=40, seed=3))
     assert len(pieces) == 40
     again = stream_text(model, vocabulary, prompt="Keeper:\n", length=40, seed=3)

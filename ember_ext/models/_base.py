@@ -201,10 +201,13 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
 
         Gains, biases and the parameters of gates do not.
         """
-        trainable = [p for p in self.parameters() if p.requires_grad]
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return [
-            {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+            {
+                "params": [weight for weight in trainable if weight.dim() >= 2],
+                "weight_decay": weight_decay,
+            },
+            {"params": [weight for weight in trainable if weight.dim() < 2], "weight_decay": 0.0},
         ]
 
     def num_parameters(self, trainable_only: bool = False) -> int:

@@ -21,10 +21,11 @@ from ember_ext.paper.training.config import (
     resolve_device,
 )
 from ember_ext.paper.training.evaluation import evaluate
+from ember_ext.paper.training.reporter import Reporter
 from ember_ext.paper.training.run_folder import RunError, RunFolder
 from ember_ext.paper.training.sampling import load_run, stream_text
 from ember_ext.paper.training.signals import StopRequested
-from ember_ext.paper.training.trainer import NonFiniteLossError, Reporter, train
+from ember_ext.paper.training.trainer import NonFiniteLossError, train
 
 __all__ = [
     "ConfigError",

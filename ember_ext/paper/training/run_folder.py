@@ -19,9 +19,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -34,6 +33,15 @@ from ember_ext.paper.data import Corpus, Vocabulary
 from ember_ext.paper.earlier import LATER_FIELDS
 from ember_ext.paper.files import remove_leftovers, write_atomically
 from ember_ext.paper.records import RecordError, check_record, parse_json, read_json
+from ember_ext.paper.training.checkpoint import (
+    Progress,
+    check_model,
+    model_tensors,
+    optimizer_states,
+    parse_progress,
+    plain,
+    restore,
+)
 from ember_ext.paper.training.config import (
     ConfigError,
     TrainConfig,
@@ -53,34 +61,10 @@ _METRICS = {
     "evaluation": {"val_loss": float, "val_loss_estimate": float, "train_loss_estimate": float},
 }
 """What each line of metrics.jsonl has, by its event."""
-_ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class RunError(Exception):
     """A run folder that cannot be used or written; the message says what to do."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands, as its checkpoint records it."""
-
-    step: int = 0
-    """Updates made."""
-    evaluated: bool = False
-    """Whether the weights of this step were evaluated."""
-    val_loss: float = float("inf")
-    """Of the latest evaluation, on the whole validation text."""
-    val_loss_estimate: float = float("inf")
-    """Of the latest evaluation, on random batches."""
-    best_val_loss: float = float("inf")
-    best_step: int = 0
-    best_val_loss_estimate: float = float("inf")
-    seconds: float = 0.0
-    """Time spent, resumed parts together."""
-    step_seconds: float = 0.0
-    """Time spent on updates alone."""
-    metrics_bytes: int = 0
-    """Length of `metrics.jsonl`."""
 
 
 class RunFolder:
@@ -261,12 +245,12 @@ class RunFolder:
             with self.metrics.open("rb") as file:
                 os.fsync(file.fileno())
             progress.metrics_bytes = self.metrics.stat().st_size
-        tensors = {f"model.{name}": tensor for name, tensor in _tensors(model).items()}
+        tensors = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
         for name, parameter in model.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
         header = {"progress": json.dumps(dataclasses.asdict(progress))}
-        self._write(self.last, safetensors.torch.save(_plain(tensors), header))
+        self._write(self.last, safetensors.torch.save(plain(tensors), header))
 
     def load_checkpoint(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         """Restore what `save_checkpoint` saved; nothing if there is no checkpoint yet.
@@ -282,18 +266,18 @@ class RunFolder:
         tensors, header = self._read_tensors(self.last)
         with _reading(self.last):
             # All is checked before anything is changed.
-            progress = _progress(header)
-            _check_model(model, tensors)
-            states = _optimizer_states(model, optimizer, tensors, progress.step)
-        _restore(model, tensors)
+            progress = parse_progress(header)
+            check_model(model, tensors)
+            states = optimizer_states(model, optimizer, tensors, progress.step)
+        restore(model, tensors)
         optimizer.state.update(states)
         return progress
 
     def save_best(self, model: nn.Module, step: int, val_loss: float) -> None:
         """Keep the present weights as the best ones."""
-        tensors = {f"model.{name}": tensor for name, tensor in _tensors(model).items()}
+        tensors = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
         header = {"best": json.dumps({"step": step, "val_loss": val_loss})}
-        self._write(self.best, safetensors.torch.save(_plain(tensors), header))
+        self._write(self.best, safetensors.torch.save(plain(tensors), header))
 
     def load_best(self, model: nn.Module) -> None:
         """Put the best weights into `model`.
@@ -305,8 +289,8 @@ class RunFolder:
             raise RunError(f"{self.path} has no trained weights yet")
         tensors, _ = self._read_tensors(self.best)
         with _reading(self.best):
-            _check_model(model, tensors)
-        _restore(model, tensors)
+            check_model(model, tensors)
+        restore(model, tensors)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the outcome."""
@@ -349,21 +333,6 @@ class RunFolder:
         return RunError(f"cannot write {path}: {error.strerror}{kept}")
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, a tensor that goes by two names (tied weights) once only."""
-    unique: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            unique[name] = tensor
-    return unique
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turns what is wrong with a file's content into an error that names the file."""
@@ -393,61 +362,3 @@ def _metric(line: bytes, number: int) -> dict[str, Any]:
     except RecordError as error:
         text = str(error)
         raise RecordError(text if text.startswith(what) else f"{what}: {text}") from None
-
-
-def _progress(header: Mapping[str, str]) -> Progress:
-    if "progress" not in header:
-        raise RecordError(f"the header must have progress, got {sorted(header)}")
-    types = get_type_hints(Progress)
-    return Progress(**check_record(parse_json(header["progress"]), types, "progress", exact=True))
-
-
-def _check_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Make sure that the tensors of a file are those of a model."""
-    wanted = {f"model.{name}": _kind(tensor) for name, tensor in _tensors(model).items()}
-    given = {name: _kind(t) for name, t in tensors.items() if name.startswith("model.")}
-    _check_tensors("the weights of another model", wanted, given)
-
-
-def _optimizer_states(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, Tensor],
-    step: int,
-) -> dict[Tensor, dict[str, Tensor]]:
-    """The optimiser's state of each parameter, on the parameter's device."""
-    given = {name: t for name, t in tensors.items() if name.startswith("optimizer.")}
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    wanted: dict[str, str] = {}
-    states: dict[Tensor, dict[str, Tensor]] = {}
-    for name, parameter in parameters.items():
-        if step == 0 or id(parameter) not in trained:
-            continue
-        states[parameter] = {}
-        for key in _ADAM_STATE:
-            full_name = f"optimizer.{key}.{name}"
-            like = torch.zeros(()) if key == "step" else parameter
-            wanted[full_name] = _kind(like)
-            if full_name in given:
-                # The step count stays on the CPU unless the optimiser is fused on another device.
-                states[parameter][key] = given[full_name].to(parameter.device)
-    _check_tensors("another optimiser's state", wanted, {n: _kind(t) for n, t in given.items()})
-    return states
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _check_tensors(what: str, wanted: Mapping[str, str], given: Mapping[str, str]) -> None:
-    for name in sorted(wanted.keys() | given.keys()):
-        expected, got = wanted.get(name, "no such tensor"), given.get(name, "no such tensor")
-        if expected != got:
-            raise RecordError(f"it holds {what}: {name} must be {expected}, got {got}")
-
-
-def _restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in _tensors(model).items():
-            tensor.copy_(tensors[f"model.{name}"])

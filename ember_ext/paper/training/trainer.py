@@ -7,8 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -16,10 +15,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 import ember_ext
 from ember_ext._machine import machine
 from ember_ext.paper.data import Corpus, random_batch
+from ember_ext.paper.training.checkpoint import Progress
 from ember_ext.paper.training.config import ConfigError, TrainConfig, build_model, resolve_device
 from ember_ext.paper.training.distributed import Processes, is_lost_connection
 from ember_ext.paper.training.evaluation import evaluate
-from ember_ext.paper.training.run_folder import Progress, RunError, RunFolder
+from ember_ext.paper.training.reporter import Reporter, SilentReporter
+from ember_ext.paper.training.run_folder import RunError, RunFolder
 from ember_ext.paper.training.sampling import stream_text
 from ember_ext.paper.training.signals import StopRequested, StopSignals
 from ember_ext.paper.training.streams import generator, stream_seed
@@ -27,50 +28,6 @@ from ember_ext.paper.training.streams import generator, stream_seed
 
 class NonFiniteLossError(Exception):
     """The loss or its gradient overflowed; the message says where, and what to try."""
-
-
-class Reporter(Protocol):
-    """What a run tells its audience; `TrainingConsole` is one."""
-
-    def note(self, text: str) -> None:
-        """A line of text."""
-
-    def start(self, step: int, steps: int) -> None:
-        """Training begins at `step` of `steps`."""
-
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """One more update is done."""
-
-    def evaluated(self, record: Mapping[str, Any]) -> None:
-        """The model was evaluated."""
-
-    def stop(self) -> None:
-        """Training ended or was stopped."""
-
-    def finished(self, summary: Mapping[str, Any], sample: str, folder: Path) -> None:
-        """The run is complete."""
-
-
-class SilentReporter:
-    """Tells nobody."""
-
-    def note(self, text: str) -> None:
-        """Do nothing."""
-
-    def start(self, step: int, steps: int) -> None:
-        """Do nothing."""
-
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Do nothing."""
-
-    def evaluated(self, record: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def stop(self) -> None:
-        """Do nothing."""
-
-    def finished(self, summary: Mapping[str, Any], sample: str, folder: Path) -> None:
-        """Do nothing."""
 
 
 def train(
@@ -244,8 +201,8 @@ class _Training:
             )
             self.optimizer.zero_grad()
             loss.backward()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        parameters = [weight for weight in self.model.parameters() if weight.grad is not None]
+        norm = get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
         record: dict[str, Any] = {
             "event": "step",
             "step": step,
