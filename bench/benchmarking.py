@@ -1,4 +1,4 @@
-"""What the scripts in `bench/` share: timing, the machine's limits, tables and CSV rows.
+"""Shared by the scripts in `bench/`: timing, the machine's limits, tables and CSV rows.
 
 A script makes `Case`s; `run_cases` first holds our results to the exact ones, then times the
 contenders of the case in turns, so that a busy machine slows all of them alike.
@@ -89,7 +89,7 @@ class Clock:
     """Times calls on the CPU."""
 
     def seconds(self, call: Call) -> float:
-        """What one call takes."""
+        """The time of one call."""
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
@@ -109,7 +109,7 @@ class EventClock(Clock):
         self._cuda = cuda
 
     def seconds(self, call: Call) -> float:
-        """What one call takes on the device."""
+        """The time of one call on the device."""
         start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -363,7 +363,7 @@ def _measure_peak(make: Callable[..., Call], arguments: tuple[Any, ...]) -> int:
 
 
 def peak_megabytes(make: Callable[..., Call], *arguments: Any) -> float:
-    """How far a call drives the memory of a fresh process, beyond what it had before.
+    """Measure how far a call drives the memory of a fresh process beyond what it had before.
 
     Where `make` uses a GPU, what torch allocates there; else of the process, on Linux only. What a
     script calls at its top level runs in that process too, so a script must call this under

@@ -142,6 +142,12 @@ def test_a_result_of_an_earlier_version_has_the_names_of_today(tmp_path: Path) -
     assert result.config == {**old, "gate_preset": "text", "refractory_mode": "look_ahead"}
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have no figures, which take seconds and are looked at elsewhere."""
+    monkeypatch.setattr("ember_ext.paper.report.report.draw_figures", lambda finished: [])
+
+
 class HereAndNow:
     """Carries out each run as it is started, in this process."""
 
@@ -318,8 +324,9 @@ def test_killing_a_grid_twice_changes_nothing(tmp_path: Path) -> None:
             text=True,
         )
 
-    undisturbed = start("undisturbed")
-    assert undisturbed.wait() == 0, undisturbed.stderr and undisturbed.stderr.read()
+    undisturbed = GridFolder(tmp_path / "undisturbed")
+    grid = Grid(undisturbed, tiny("lif", steps=40), load_text(data=str(TEXT)))
+    grid.run(HereAndNow(train_here), Watcher())
     disturbed = tmp_path / "disturbed"
     for number in (signal.SIGKILL, signal.SIGTERM):
         process = start("disturbed")
@@ -335,7 +342,7 @@ def test_killing_a_grid_twice_changes_nothing(tmp_path: Path) -> None:
         process.wait()
     last = start("disturbed")
     assert last.wait() == 0, last.stderr and last.stderr.read()
-    assert numbers(disturbed) == numbers(tmp_path / "undisturbed")
+    assert numbers(disturbed) == numbers(undisturbed.path)
     assert len(numbers(disturbed)) == 2
 
 
@@ -436,6 +443,7 @@ def test_scheduler_options_are_checked(tmp_path: Path) -> None:
         SubmititExecutor(tmp_path, {"cluster": "nowhere"}, 1)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_report_counts_what_earlier_calls_planned(tmp_path: Path) -> None:
     folder = GridFolder(tmp_path)
     for result in synthetic_results(seeds=[42], variants=("standard", "lif")):
@@ -472,6 +480,7 @@ def test_a_report_of_another_suite_is_refused(
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_grid_whose_runs_all_fail_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""How numbers look in tables and in the evidence of claims."""
+"""The format of numbers in tables and in the evidence of claims."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class RecordError(Exception):
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
         RecordError: it cannot be read, or is not JSON.
@@ -37,7 +37,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """What a JSON text says.
+    """Parse a JSON text.
 
     Raises:
         RecordError: it is not JSON.

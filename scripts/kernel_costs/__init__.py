@@ -1,1 +1,1 @@
-"""What the CUDA kernels cost, read from what nvcc makes of them."""
+"""The cost of the CUDA kernels, read from the code that nvcc makes of them."""

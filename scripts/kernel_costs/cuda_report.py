@@ -1,4 +1,4 @@
-"""What the CUDA kernels cost before any GPU has run them.
+"""The cost of the CUDA kernels before any GPU has run them.
 
 `compile_kernels` asks nvcc and ptxas for registers, shared memory and spills; `occupancy` says how
 many blocks of a kernel share a multiprocessor; `WORKLOADS` are launches of typical size with the
@@ -521,7 +521,7 @@ class LTCNetwork:
     """Synapses of either kind."""
 
     def pieces(self, fp64: bool) -> tuple[int, bool]:
-        """How many pieces the recurrent synapses are cut into, and whether registers hold them."""
+        """The number of pieces of the recurrent synapses, and whether registers hold them."""
         # csrc/cuda/ltc_scan.cu, piece_size_of.
         sizes = (4, 8, max(16, self.recurrent // 2048))
         for size in sizes:

@@ -1,4 +1,4 @@
-"""What a kernel's loops cost, read from its machine code.
+"""The cost of a kernel's loops, read from its machine code.
 
 `disassemble` compiles a .cu file for one architecture and returns the kernels' instructions in
 basic blocks; `whole_tile_loops` finds the loops of attention's kernels for 16-bit types that a tile
@@ -43,13 +43,13 @@ class Block:
     following: list[int] = field(default_factory=list)
 
     def count(self, operation: str) -> int:
-        """How many instructions are of an operation, such as LDSM."""
+        """Count the instructions of an operation, such as LDSM."""
         return sum(bool(re.match(rf"{operation}\b", i)) for i in self.instructions)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a loop issues per score, in instructions of a thread.
+    """The instructions of a thread that a loop issues per score.
 
     Attributes:
         kernel: its short name.
@@ -184,7 +184,7 @@ which the rows that queries leave to keys are a quarter."""
 
 
 def whole_tile_loops(kernels: dict[str, list[Block]]) -> list[Cost]:
-    """What the kernels for 16-bit types and heads of 64 issue per score of a whole tile.
+    """Measure what the kernels for 16-bit types and heads of 64 issue per score of a whole tile.
 
     A thread has 32 of a tile's 64 x 64 scores. It takes them at once, or 8 at a time in a loop
     without tests within the loop over tiles. The cost of a tile is that of the shortest way once
@@ -305,7 +305,7 @@ _ARRAYS = {"maxima": 1.5, "weights": 2.5, "backward_queries": 7, "backward_keys"
 
 
 def attention_rows(costs: Sequence[Cost]) -> list[dict[str, str | float]]:
-    """What the loops cost and need on every GPU, for each shape of `SHAPES`."""
+    """Compute the cost and the needs of the loops on every GPU, for each shape of `SHAPES`."""
     rows: list[dict[str, str | float]] = []
     for cost in costs:
         name = re.sub(r"lif_attention_half_|_kernel<.*", "", cost.kernel)

@@ -33,7 +33,7 @@ CRITICAL_WINDOW = 200
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found.
+    """The finding of a rule.
 
     Attributes:
         holds: whether the claim does.

@@ -47,13 +47,13 @@ FEW_UNITS = 0.05
 """The share of gates up to which thresholds as a whole count as being near zero."""
 
 MIN_THRESHOLD_RATIO = 2.5
-"""What counts as the published factor of 3."""
+"""The ratio from which the published factor of 3 counts as met."""
 
 PUBLISHED_HEADS = 36
-"""Of the paper's Transformer: 6 layers of 6."""
+"""The heads of the paper's Transformer: 6 layers of 6."""
 
 UNIFORM_SHARE = 0.9
-"""Of the entropy of uniform attention, above which a head looks at everything alike."""
+"""The share of uniform attention's entropy above which a head looks at everything alike."""
 
 
 def _own_entropy(backbone: str) -> str:

@@ -44,7 +44,7 @@ class Vocabulary:
 
     @property
     def opening(self) -> str:
-        """What a text of nothing else starts from: a line break, or else the first character."""
+        """The prompt of a text without one: a line break, or else the first character."""
         return "\n" if "\n" in self.characters else self.characters[:1]
 
     def encode(self, text: str) -> Tensor:

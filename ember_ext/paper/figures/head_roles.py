@@ -47,7 +47,7 @@ LOWEST = 0.01
 
 
 class RoleLook(NamedTuple):
-    """How a role is drawn: its markers have a colour and a shape, its bars a colour and a hatch."""
+    """The look of a role: its markers have a colour and a shape, its bars a colour and a hatch."""
 
     color: str
     marker: str

@@ -33,7 +33,7 @@ APART = 0.16
 
 
 class Place(NamedTuple):
-    """Where a variant stands on the horizontal axis."""
+    """The place of a variant on the horizontal axis."""
 
     extra: int
     x: float
@@ -68,7 +68,7 @@ def figure_7_parameters(finished: FinishedRuns) -> Figure:
 
 
 def _places(finished: FinishedRuns, backbone: str) -> dict[str, Place]:
-    """Where each variant stands: at log10 of its parameters, those without any on the left."""
+    """The place of each variant: log10 of its parameters, and on the left those without any."""
     found = {v: extra_parameters(finished, backbone, v) for v in LOOKS if v != NULL}
     extras = {variant: extra for variant, extra in found.items() if extra is not None}
     positive = [extra for extra in extras.values() if extra > 0]

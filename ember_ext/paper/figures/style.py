@@ -1,4 +1,4 @@
-"""How every figure looks: sizes, fonts, colours, markers, and files that are the same each time.
+"""The style of every figure: sizes, fonts, colours, markers, and files that are the same each time.
 
 Figures are made for the full width of a page, `DOUBLE_COLUMN`: set in one column of two, at half
 their size, their text is too small to read.
@@ -52,7 +52,7 @@ GREY = "#8C8C8C"
 
 
 class Look(NamedTuple):
-    """How one variant is drawn; marker and colour each tell it from the others."""
+    """The look of one variant; marker and colour each tell it from the others."""
 
     label: str
     color: str
@@ -68,7 +68,7 @@ LOOKS = {
     "lif-text": Look("LIF, text preset", GREEN, "p"),
     "null": Look("Standard again", GREY, "X"),
 }
-"""In the order of legends."""
+"""The looks of all variants, in the order of legends."""
 
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # part of matplotlib, so the same on every machine

@@ -11,7 +11,7 @@ from ember_ext.paper.runs.results import RunResult
 
 
 def facts(finished: FinishedRuns, context: ReportContext) -> list[tuple[str, list[str]]]:
-    """What was run, on which text, for how long and where: a name and lines to each."""
+    """The facts about the runs, the text, the time and the machine: a name and lines to each."""
     runs = ordered(finished)
     facts: list[tuple[str, list[str]]] = [
         ("Suite", [context.suite]),
@@ -37,7 +37,7 @@ def _finished(finished: FinishedRuns, context: ReportContext) -> str:
 
 
 def _distinct(runs: Sequence[RunResult], say: Callable[[RunResult], str]) -> list[str]:
-    """What is said of the runs, each thing once."""
+    """The statements about the runs, each of them once."""
     return list(dict.fromkeys(map(say, runs)))
 
 
@@ -69,7 +69,7 @@ def _range(counts: Sequence[int]) -> str:
 
 
 def _training(run: RunResult) -> str:
-    """What decides how a run is trained, besides its seed."""
+    """The settings that decide how a run is trained, besides its seed."""
     c = run.config
     schedule = {"cosine": "cosine to a tenth"}.get(c["lr_schedule"], c["lr_schedule"])
     warm_up = f"warm-up over {c['warmup_steps']} steps, then " if c["warmup_steps"] else ""

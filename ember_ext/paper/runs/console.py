@@ -1,4 +1,4 @@
-"""What a grid shows: a table that keeps up on a terminal, plain lines elsewhere."""
+"""The display of a grid: a table that keeps up on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the runs of a grid are executed: processes of this machine, or jobs of a scheduler."""
+"""The executors of a grid: processes of this machine, or jobs of a scheduler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Job(Protocol):
     """A run that was started."""
 
     def state(self) -> JobState:
-        """How it stands."""
+        """The state of the job."""
 
     def stop(self) -> None:
         """Ask it to end, with a checkpoint where there is time for one."""
@@ -33,7 +33,7 @@ class Executor(Protocol):
     """Starts runs."""
 
     jobs: int
-    """How many runs may be under way at once."""
+    """The number of runs that may be under way at once."""
 
     def start(self, spec: RunSpec, folder: Path) -> Job:
         """Start or continue a run of the grid in `folder`."""

@@ -24,15 +24,15 @@ LAYER_MEASURES = {
     "transformer": ("attention_entropy", "attention_support", "first_token_mass"),
     "cfc": ("fire_rate", "neuron_entropy", "virtual_fire_rate", "virtual_neuron_entropy"),
 }
-"""What every evaluation must have, one value a layer or one a head."""
+"""The measures of every evaluation, one value a layer or one a head."""
 
 NEWER_MEASURES = {
     "transformer": (),
     "cfc": ("always_on", "selective", "virtual_always_on", "virtual_selective"),
 }
-"""What evaluations of earlier versions lack."""
+"""Measures that evaluations of earlier versions lack."""
 
-# What every configuration must have.
+# Every configuration must have these.
 _NUMBERS = (
     "seed",
     "steps",
@@ -51,7 +51,7 @@ _NUMBERS = (
 )
 _NAMES = ("gate_preset", "lr_schedule")
 
-# What may differ between runs that are compared: what is under study, and what moves no loss.
+# Runs that are compared may differ in these: they are under study, or move no loss.
 _FREE_FIELDS = {
     "condition",
     "gate_preset",
@@ -96,12 +96,12 @@ class FinishedRuns:
 
     @property
     def backbones(self) -> list[str]:
-        """Those with at least one run, the Transformer first."""
+        """The backbones with at least one run, the Transformer first."""
         present = {run.backbone for run in self.results}
         return [backbone for backbone in LAYER_MEASURES if backbone in present]
 
     def variants(self, backbone: str) -> list[str]:
-        """Those of a backbone with at least one run, in alphabetical order."""
+        """The variants of a backbone with at least one run, in alphabetical order."""
         return sorted({run.variant for run in self.results if run.backbone == backbone})
 
     def runs(self, backbone: str, variant: str) -> list[RunResult]:

@@ -25,19 +25,19 @@ RunState = Literal["waiting", "running", "done", "failed"]
 POLL_SECONDS = 0.5
 
 RESULT_SECONDS = 10.0
-"""How long the result of a run that ended well may take to appear."""
+"""The longest time that the result of a run that ended well may take to appear."""
 
 
 @dataclass
 class RunStatus:
-    """How a run of the grid stands."""
+    """The status of a run of the grid."""
 
     spec: RunSpec
     state: RunState = "waiting"
     step: int = 0
     """Updates made, as far as its metrics tell."""
     val_loss: float | None = None
-    """Of its latest evaluation."""
+    """The loss of its latest evaluation."""
     message: str = ""
     """Why it failed."""
 
@@ -49,7 +49,7 @@ class RunStatus:
 
 
 class Overview(Protocol):
-    """Who watches a grid."""
+    """A watcher of a grid."""
 
     def update(self, statuses: Sequence[RunStatus]) -> None:
         """The runs stand like this; called twice a second."""

@@ -1,4 +1,4 @@
-"""What a finished training run leaves for analysis, as one small file a run.
+"""The results of finished training runs, as one small file a run.
 
 Everything that tables, figures and verdicts say is computed from these, so a report can be drawn
 again, or a grid continued, without any checkpoint.
@@ -20,7 +20,7 @@ from ember_ext.paper.files import write_atomically
 from ember_ext.paper.records import RecordError, check_record, read_json
 
 SIGNIFICANT_DIGITS = 7
-"""Of every number in a file; a float32 has no more."""
+"""The digits of every number in a file; a float32 has no more."""
 
 
 _FIELDS = {"variant": str, "config": dict, "corpus": dict, "summary": dict, "evaluations": list}

@@ -28,10 +28,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen-gate": {"condition": "qwen-gate"},
     # The gate of the paper's text, where the others are those of its released code.
     "lif-text": {"condition": "lif", "gate_preset": "text"},
-    # Standard once more, equal up to rounding: how far two runs part for no reason at all.
+    # Standard once more, equal up to rounding, shows how far two runs part for no reason.
     "null": {"condition": "standard", "init_noise": 1e-7},
 }
-"""What is trained, and the fields of `TrainConfig` that make it so."""
+"""The variants that are trained, and the fields of `TrainConfig` that define them."""
 
 _TRANSFORMER = tuple(VARIANTS)
 _CFC = ("standard", "lif", "lif-text", "null")
@@ -96,7 +96,7 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """What its folder and its result are called."""
+        """The name of its folder and of its result."""
         return f"{self.config.backbone}-{self.variant}-seed{self.config.seed}"
 
 
@@ -126,7 +126,7 @@ def plan(
     runs = []
     for seed in seeds or chosen.seeds:
         for backbone in backbones or get_args(Backbone):
-            # Where the runs will be, a device may exist that does not here.
+            # The machine of the runs may have a device that this one lacks.
             config = preset_config(backbone, chosen.preset, "cpu")
             for variant in chosen.variants[backbone]:
                 if variants and variant not in variants:

@@ -37,7 +37,7 @@ _EXPECTED = (ConfigError, CorpusError, NonFiniteLossError, RunError)
 
 @dataclass(frozen=True)
 class GridFolder:
-    """Where a grid keeps its files.
+    """The folder in which a grid keeps its files.
 
     runs/NAME/            each run's folder, with checkpoints
     runs/NAME/error.txt   why it failed, if it did
@@ -62,11 +62,11 @@ class GridFolder:
         return self.path / "runs" / name / "error.txt"
 
     def failure(self, name: str) -> str:
-        """What the message of a run that failed says."""
+        """The text of a failed run's message."""
         return self.error(name).read_text(encoding="utf-8", errors="replace").strip()
 
     def log(self, name: str) -> Path:
-        """What a run printed."""
+        """The file with the output of a run."""
         return self.path / "runs" / name / "log.txt"
 
     @property

@@ -1,4 +1,4 @@
-"""When one loss curve passes below another, by the published rule and by one that asks to stay.
+"""Crossovers of loss curves, by the published rule and by one that asks the curve to stay below.
 
 An evaluation before the first step does not count: nothing has been learnt yet, and the losses of a
 pair differ by little more than rounding. By the published rule, a curve that is below by step 200
@@ -21,7 +21,7 @@ ALWAYS_UP_TO = 200
 
 @dataclass(frozen=True)
 class Crossover:
-    """Where the other run of a pair passes below its base.
+    """The steps at which the other run of a pair passes below its base.
 
     Attributes:
         seed: of the pair.

@@ -1,4 +1,4 @@
-"""What changes from layer to layer: entropies, fire rates and thresholds against depth."""
+"""Profiles over the layers: entropies, fire rates and thresholds against depth."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class DepthProfile:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of each layer, over runs."""
+        """The mean of each layer, over runs."""
         return tuple(np.mean(self.values, axis=0).tolist())
 
     @property
     def sd(self) -> tuple[float, ...] | None:
-        """Of each layer, over runs, with ddof 1; None with a single run."""
+        """The standard deviation of each layer, over runs, with ddof 1; None with a single run."""
         if len(self.values) < 2:
             return None
         return tuple(np.std(self.values, axis=0, ddof=1).tolist())

@@ -1,4 +1,4 @@
-"""What each attention head does: its role by its entropy, and how far its gate is from open.
+"""Attention heads: their roles by their entropy, and how far their gates are from open.
 
 The paper names roles without a numerical rule; the cut-offs here are fixed before any run.
 """
@@ -19,9 +19,10 @@ ROLES: tuple[Role, ...] = ("pointer", "focuser", "mixed", "gatherer")
 POINTER_BELOW = 0.1
 FOCUSER_BELOW = 1.0
 GATHERER_ABOVE = 3.5 / 4.560
-"""Of uniform attention's entropy: the 3.5 nats that suit windows of 256, where uniform is 4.560.
+"""The share of uniform attention's entropy from which a head is a gatherer.
 
-A share, since the scale of entropies ends at uniform attention: 2.98 nats for windows of 128."""
+3.5 nats suit windows of 256, where uniform attention has 4.560. The cut-off is a share because the
+scale of entropies ends at uniform attention: it is 2.98 nats for windows of 128."""
 
 DEVIATES_ABOVE = 0.01
 """Effective threshold: |raw| > 0.1 with the released gate, which starts at 0.001."""
@@ -76,7 +77,7 @@ def head_roles(run: RunResult) -> list[list[Role]]:
 
 
 def role_counts(run: RunResult) -> list[Counter[Role]]:
-    """How many heads of each layer have each role."""
+    """Count the heads of each layer that have each role."""
     return [Counter(layer) for layer in head_roles(run)]
 
 

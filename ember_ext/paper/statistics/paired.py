@@ -19,7 +19,7 @@ MIN_PAIRS = 3
 CONFIDENCE = 0.95
 
 RESAMPLES = 9999
-"""Of the bootstrap, from a generator with a fixed seed: equal data, equal interval."""
+"""The resamples of the bootstrap. Their generator has a fixed seed: equal data, equal interval."""
 
 Interval = tuple[float, float]
 
@@ -43,7 +43,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """How values of one variant differ from those of a base, pair by pair.
+    """The differences of one variant from a base, pair by pair.
 
     Differences are other minus base, so that a gain in loss is negative.
 
@@ -122,7 +122,7 @@ class VarianceComparison:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """How far apart runs end that differ by rounding only.
+    """The distance at which runs end that differ by rounding only.
 
     Attributes:
         n: number of null pairs.
@@ -252,7 +252,7 @@ def spearman(values: Sequence[float]) -> float | None:
 
 
 def principal_components(points: Sequence[Sequence[float]]) -> PrincipalComponents | None:
-    """Of points with two coordinates or more, as they are, not standardised.
+    """Compute those of points with two coordinates or more, which are not standardised.
 
     None with fewer than 2 points, or if all are equal.
     """

@@ -16,16 +16,16 @@ _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class Progress:
-    """Where a run stands, as its checkpoint records it."""
+    """The progress of a run, as its checkpoint records it."""
 
     step: int = 0
     """Updates made."""
     evaluated: bool = False
     """Whether the weights of this step were evaluated."""
     val_loss: float = float("inf")
-    """Of the latest evaluation, on the whole validation text."""
+    """That of the latest evaluation, on the whole validation text."""
     val_loss_estimate: float = float("inf")
-    """Of the latest evaluation, on random batches."""
+    """That of the latest evaluation, on random batches."""
     best_val_loss: float = float("inf")
     best_step: int = 0
     best_val_loss_estimate: float = float("inf")

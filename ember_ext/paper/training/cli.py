@@ -48,7 +48,7 @@ class TrainArguments:
     """Train one of the paper's language models on Shakespeare, or on a text of your own."""
 
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    """What to train; shown with the values of the chosen preset."""
+    """The run to train; shown with the values of the chosen preset."""
     config: Path | None = None
     """A JSON file of fields that replace the preset's; a run's config.json is one."""
     out: Path | None = None
@@ -133,7 +133,7 @@ def _train(options: TrainArguments) -> int:
 
 
 def _defaults(arguments: list[str]) -> TrainConfig:
-    """What the flags start from: the preset and the file, or the run, that other flags name."""
+    """The values that flags change: those of the preset and file, or of the run, that they name."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--backbone", "--preset", "--device", "--config", "--resume"):
         parser.add_argument(flag, nargs="?")

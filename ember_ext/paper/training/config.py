@@ -1,4 +1,4 @@
-"""What a training run does: one flat dataclass, and the presets that fill it.
+"""The configuration of a training run: one flat dataclass, and the presets that fill it.
 
 Fields are command-line flags (`n_layer` is `--n-layer`) and the keys of a run's `config.json`.
 """
@@ -148,7 +148,7 @@ _LARGEST = {
     "n_layer": 10_000,
     **dict.fromkeys(("n_embd", "n_head", "cfc_units", "block_size", "batch_size"), 2**31 - 1),
 }
-"""Beyond these a model would not be refused by torch, but be built without end."""
+"""torch does not refuse a model beyond these sizes, but builds it without end."""
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -174,7 +174,7 @@ def _in_words(hint: Any) -> str:
 
 
 _PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    # What the authors' logs say of the published text runs. Those of the CfC have 4 layers of 256;
+    # These are from the authors' logs of the published text runs. The CfC has 4 layers of 256;
     # the 128 and 192 of the paper's table are its audio model.
     ("transformer", "paper"): {
         "n_layer": 6,

@@ -1,4 +1,4 @@
-"""What a training run shows: a progress bar on a terminal, a plain line now and then elsewhere."""
+"""The display of a training run: a progress bar on a terminal, and plain lines elsewhere."""
 
 from __future__ import annotations
 

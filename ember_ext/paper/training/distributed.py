@@ -28,7 +28,7 @@ class Processes:
 
     @classmethod
     def current(cls) -> Processes:
-        """Those of the process group, if there is one."""
+        """The processes of the process group, if there is one."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
@@ -59,7 +59,7 @@ class Processes:
 
     @contextmanager
     def together(self, *kinds: type[Exception]) -> Iterator[None]:
-        """What goes wrong in one process does so in all, and none waits for one that is gone.
+        """An error of one process becomes one of all, and none waits for a process that is gone.
 
         Every process must enter this, and none may talk to the others inside.
 

@@ -1,4 +1,4 @@
-"""How good a model is: its loss on all of the validation text, and on random batches as published.
+"""The quality of a model: its loss on all of the validation text, and on random batches.
 
 Evaluation draws from a random stream of its own and from the same windows each time, so it changes
 nothing about training, and two runs are compared on equal terms.

@@ -1,4 +1,4 @@
-"""What the paper measures inside its models: attention entropy, fire rate, neuron entropy.
+"""The paper's measures of its models: attention entropy, fire rate, neuron entropy.
 
 The definitions are those of the authors' analysis code, except that models without a gate are
 measured through a virtual one, a gate at its initial values: the authors set their fire rate to 1
@@ -48,7 +48,7 @@ def attention_entropy(weights: Tensor) -> Tensor:
 
 
 def attention_support(weights: Tensor) -> Tensor:
-    """How many keys matter to a query, for each head.
+    """Count the keys that matter to a query, for each head.
 
     Args:
         weights: rows that sum to 1, [B, H, T, T].
@@ -61,7 +61,7 @@ def attention_support(weights: Tensor) -> Tensor:
 
 
 def first_token_mass(weights: Tensor) -> Tensor:
-    """How much attention the first token draws, for each head.
+    """Measure the attention that the first token draws, for each head.
 
     Args:
         weights: rows that sum to 1, [B, H, T, T].
@@ -74,7 +74,7 @@ def first_token_mass(weights: Tensor) -> Tensor:
 
 
 def fire_rate(firing: Tensor) -> Tensor:
-    """How often each neuron fires.
+    """Measure how often each neuron fires.
 
     Args:
         firing: `f = σ(k (|x| - θ))` of each neuron, [..., N].
@@ -86,7 +86,7 @@ def fire_rate(firing: Tensor) -> Tensor:
 
 
 def neuron_entropy(firing: Tensor) -> Tensor:
-    """How widely each neuron's firing varies.
+    """Measure how widely each neuron's firing varies.
 
     Args:
         firing: f of each neuron, [..., N].
@@ -156,7 +156,7 @@ def collect_metrics(
 
 
 def _firing(x: Tensor, gate: LIFParameters) -> dict[str, float]:
-    """What the neurons of x [B, T, N] do behind a gate, means over neurons."""
+    """Measure the neurons of x [B, T, N] behind a gate, as means over neurons."""
     firing = fire_mask(x.abs(), gate.threshold, gate.steepness)
     rate = fire_rate(firing)
     by_neuron = {

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Reporter(Protocol):
-    """What a run tells its audience; `TrainingConsole` is one."""
+    """The audience of a run; `TrainingConsole` is one."""
 
     def note(self, text: str) -> None:
         """A line of text."""

@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, and how to write it so that no crash can spoil it.
+"""A run's folder: its files, written so that no crash can spoil them.
 
     config.json        the run's `TrainConfig`
     corpus.json        name, digest and characters of the text
@@ -51,7 +51,7 @@ from ember_ext.paper.training.config import (
 from ember_ext.paper.training.plot import plot_losses
 
 CLAIM_SECONDS = 20.0
-"""How long to wait for a folder that is in use: a run that was asked to stop finishes its step."""
+"""The longest wait for a folder in use: a run that was asked to stop finishes its step."""
 
 
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -60,7 +60,7 @@ _METRICS = {
     "step": {"loss": float, "grad_norm": float, "learning_rate": float},
     "evaluation": {"val_loss": float, "val_loss_estimate": float, "train_loss_estimate": float},
 }
-"""What each line of metrics.jsonl has, by its event."""
+"""The fields of each line of metrics.jsonl, by its event."""
 
 
 class RunError(Exception):

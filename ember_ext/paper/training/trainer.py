@@ -305,7 +305,7 @@ class _Training:
 
     @contextmanager
     def _diagnosing(self) -> Iterator[None]:
-        """What an operator says of weights that have diverged becomes the run's diagnosis."""
+        """Turn an operator's error about weights that have diverged into the run's diagnosis."""
         try:
             yield
         except (ValueError, RuntimeError) as error:
@@ -316,7 +316,7 @@ class _Training:
 
     @torch.no_grad()
     def _spoilt(self) -> str:
-        """What no further step can mend in the weights; empty if they are good."""
+        """Name the faults of the weights that no further step can mend; empty if there are none."""
         for name, parameter in self.model.named_parameters():
             if not bool(parameter.isfinite().all()):
                 return f"{name} is not finite"
