@@ -51,7 +51,7 @@ nitpick_ignore_regex = [
     ("py:class", r"(Any|Callable|Generator|Iterable|Iterator|Literal|Mapping|NamedTuple|Path)"),
     ("py:class", r"(Self|Sequence|Tensor|Wiring|bool|dict|float|int|list|str|tuple|type)"),
     ("py:class", r"(CellName|EmberCondition|Hidden|LiquidEmberCondition|LiquidLayer|PresetName)"),
-    ("py:class", r"(RefractoryMode|.*\.Progress|os\.PathLike|tyro\..*)"),
+    ("py:class", r"(RefractoryMode|.*\.Progress|.*\.State|os\.PathLike|tyro\..*)"),
     ("py:exc", ".*(Error|Warning)"),
 ]
 

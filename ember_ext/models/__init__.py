@@ -4,6 +4,7 @@ Names are nanoGPT's where it has one. Models that are built with the same random
 weights wherever their conditions share them.
 """
 
+from ember_ext.models._base import LanguageModel
 from ember_ext.models.ember import Ember, EmberConfig, EmberState
 from ember_ext.models.liquid_ember import LiquidEmber, LiquidEmberConfig, LiquidEmberState
 
@@ -11,6 +12,7 @@ __all__ = [
     "Ember",
     "EmberConfig",
     "EmberState",
+    "LanguageModel",
     "LiquidEmber",
     "LiquidEmberConfig",
     "LiquidEmberState",

@@ -69,10 +69,22 @@ class ModelConfig:
 
 
 class LanguageModel(nn.Module, ABC, Generic[State]):
-    """A model of token sequences that can also be advanced a few tokens at a time.
+    """The methods that both language models have in common.
 
-    Subclasses embed tokens with `wte`, whose weight is the output layer too, and define `forward`
-    and `initial_state`.
+    It is a model of token sequences that can also be advanced a few tokens at a time. Subclasses
+    embed tokens with `wte`, whose weight is the output layer too, and define `forward` and
+    `initial_state`.
+
+    Examples::
+
+        >>> import torch
+        >>> from ember_ext.models import Ember, EmberConfig, LanguageModel
+        >>> model: LanguageModel = Ember(EmberConfig(n_layer=2, n_embd=64, n_head=4))
+        >>> model.num_parameters(), model.num_lif_parameters()
+        (119192, 24)
+        >>> prompt = torch.randint(65, (1, 5))
+        >>> len(list(model.stream(prompt, max_new_tokens=3)))
+        3
     """
 
     config: ModelConfig

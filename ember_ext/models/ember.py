@@ -124,7 +124,8 @@ class Ember(LanguageModel[EmberState]):
     ) -> tuple[Tensor, Tensor | None, EmberState | None]:
         """Predict the next token; T and the state's length together may reach `block_size`.
 
-        Arguments and results are those of `LanguageModel.forward`.
+        Arguments and results are those of :meth:`LanguageModel.forward()
+        <ember_ext.models.LanguageModel.forward>`.
         """
         self._check_inputs(idx, targets)
         seen = 0 if state is None else self._check_state(state, idx.shape[0])

@@ -130,7 +130,8 @@ class LiquidEmber(LanguageModel[LiquidEmberState]):
     ) -> tuple[Tensor, Tensor | None, LiquidEmberState | None]:
         """Predict the next token; T may exceed `block_size`.
 
-        Arguments and results are those of `LanguageModel.forward`.
+        Arguments and results are those of :meth:`LanguageModel.forward()
+        <ember_ext.models.LanguageModel.forward>`.
         """
         self._check_inputs(idx, targets)
         if state is not None:
