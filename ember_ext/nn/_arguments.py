@@ -37,6 +37,24 @@ def count(layer: str, argument: str, value: Any) -> int:
     return number
 
 
+def check_sizes(layer: str, inputs: Any, units: Any) -> tuple[int | None, Any]:
+    """A liquid layer's `input_size` and `units`, numbers or a wiring; raise unless they fit.
+
+    The number of inputs is None where a wiring, which was built, has it.
+    """
+    is_wiring = isinstance(units, Wiring)
+    if not is_wiring:
+        units = count(layer, "units", units)
+    elif inputs is None and not units.is_built():
+        fail(layer, "units", "a wiring that was built, or input_size given", "neither")
+    elif units.is_built() and inputs not in (None, units.input_dim):
+        expected = f"{units.input_dim}, for which the wiring was built"
+        fail(layer, "input_size", expected, inputs)
+    if inputs is not None or not is_wiring:
+        inputs = count(layer, "input_size", inputs)
+    return inputs, units
+
+
 def check_dtype(layer: str, dtype: object) -> None:
     """Raise unless `dtype`, of a module's parameters, is None or a floating dtype."""
     if dtype is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ember_ext.nn._mixed_memory import input_gates, remember
-from ember_ext.reference.time_loop import over_time
+from ember_ext.reference.time_loop import conditions, over_time
 
 
 class RecordedCells(NamedTuple):
@@ -44,18 +44,15 @@ def record(
         timespans: a number, or a tensor of no dimension or [B, T, 1].
         lengths: [B], or None.
     """
-    spans = fixed = running = None
-    if isinstance(timespans, Tensor):
-        spans, fixed = (timespans, None) if timespans.dim() else (None, timespans)
-    if lengths is not None:
-        running = (torch.arange(x.shape[1], device=x.device) < lengths[:, None]).unsqueeze(-1)
+    dtype = timespans.dtype if isinstance(timespans, Tensor) else x.dtype
+    number, fixed, spans, running = conditions(x, timespans, lengths, dtype)
 
     def step(constants: Any, state: Any, now: Any) -> tuple[Any, Tensor]:
         cell_constants, recurrent, fixed = constants
         h, c = state
         value, gates, span, running = now
         if span is None:
-            span = timespans if fixed is None else fixed
+            span = number if fixed is None else fixed
         seen, seen_c = h, c
         if running is not None:  # a row without steps may have any state
             seen, seen_c = torch.where(running, h, 0), torch.where(running, c, 0)

@@ -15,7 +15,7 @@ import torch
 from ncps.wirings import Wiring
 from torch import Tensor, nn
 
-from ember_ext.nn._arguments import check_dtype, count, creating_on, fail, settle
+from ember_ext.nn._arguments import check_dtype, check_sizes, count, creating_on, fail, settle
 from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._liquid import Advance, LiquidLayer
 from ember_ext.nn._plain import ACTIVATIONS as ACTIVATION_LAYERS
@@ -126,20 +126,11 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
     ) -> None:
         check_dtype("CfC", dtype)
-        if isinstance(units, Wiring):
-            if input_size is None and not units.is_built():
-                fail("CfC", "units", "a wiring that was built, or input_size given", "neither")
-            if units.is_built() and input_size not in (None, units.input_dim):
-                expected = f"{units.input_dim}, for which the wiring was built"
-                fail("CfC", "input_size", expected, input_size)
-        else:
-            units = count("CfC", "units", units)
-            if activation not in ACTIVATIONS:
-                fail("CfC", "activation", f"one of {list(ACTIVATIONS)}", repr(activation))
+        input_size, units = check_sizes("CfC", input_size, units)
+        if not isinstance(units, Wiring) and activation not in ACTIVATIONS:
+            fail("CfC", "activation", f"one of {list(ACTIVATIONS)}", repr(activation))
         if mode not in MODES:
             fail("CfC", "mode", f"one of {list(MODES)}", repr(mode))
-        if input_size is not None or not isinstance(units, Wiring):
-            input_size = count("CfC", "input_size", input_size)
         proj_size, backbone_units, backbone_layers, chunk_size = (
             None if value is None else count("CfC", name, value)
             for name, value in (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ember_ext.nn import cells as _cells  # noqa: F401  (ours take the place of ncps')
 from ember_ext.nn import ltc_cell
-from ember_ext.nn._arguments import check_dtype, count, creating_on, fail, settle
+from ember_ext.nn._arguments import check_dtype, check_sizes, count, creating_on, fail, settle
 from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._laid_out_ltc import LaidOutLTC
 from ember_ext.nn._liquid import Advance, LiquidLayer
@@ -108,11 +108,9 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
     ) -> None:
         check_dtype("LTC", dtype)
-        check_wiring("LTC", "input_size", input_size, units)
-        if not isinstance(units, Wiring):
-            units = count("LTC", "units", units)
-        if input_size is not None or not isinstance(units, Wiring):
-            input_size = count("LTC", "input_size", input_size)
+        input_size, units = check_sizes("LTC", input_size, units)
+        if isinstance(units, Wiring) and units.output_dim is None:
+            fail("LTC", "units", "a wiring with an output_dim", None)
         ode_unfolds, epsilon = ltc_cell.check_solver("LTC", ode_unfolds, epsilon)
         if chunk_size is not None:
             chunk_size = count("LTC", "chunk_size", chunk_size)
@@ -228,16 +226,3 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
             return ltc_cell.map_outputs(cell, y.squeeze(1)), h
 
         return advance
-
-
-def check_wiring(layer: str, argument: str, inputs: int | None, units: Any) -> None:
-    """Raise unless `units`, if it is a wiring, knows its inputs and outputs."""
-    if not isinstance(units, Wiring):
-        return
-    if inputs is None and not units.is_built():
-        fail(layer, "units", f"a wiring that was built, or {argument} given", "neither")
-    if units.is_built() and inputs not in (None, units.input_dim):
-        expected = f"{units.input_dim}, for which the wiring was built"
-        fail(layer, argument, expected, inputs)
-    if units.output_dim is None:
-        fail(layer, "units", "a wiring with an output_dim", None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ember_ext.reference.time_loop import over_time
+from ember_ext.reference.time_loop import conditions, over_time
 
 
 class Affine(NamedTuple):
@@ -146,19 +146,11 @@ def cfc_scan(
         (torch.Size([2, 7, 4]), True)
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    batch, steps, _ = x.shape
     weights = to_dtype(weights, dtype)
     hidden = weights.ff1.bias.shape[0]
-    h = x.new_zeros(batch, hidden, dtype=dtype) if h0 is None else h0.to(dtype)
-    fixed = spans = running = None
-    if isinstance(timespans, Tensor) and timespans.dim() > 0:
-        spans = timespans.to(dtype).reshape(batch, steps, 1)
-    else:
-        fixed = timespans.to(dtype) if isinstance(timespans, Tensor) else timespans
-    if lengths is not None:
-        running = (torch.arange(steps, device=x.device) < lengths[:, None]).unsqueeze(-1)
+    h = x.new_zeros(x.shape[0], hidden, dtype=dtype) if h0 is None else h0.to(dtype)
+    number, fixed, spans, running = conditions(x, timespans, lengths, dtype)
     scale = None if dropout_scale is None else dropout_scale.to(dtype)
-    number = None if isinstance(fixed, Tensor) else fixed
 
     def step(constants: Any, h: Tensor, now: Any) -> tuple[Tensor, Tensor]:
         weights, fixed = constants
@@ -176,7 +168,7 @@ def cfc_scan(
             return new, new
         return torch.where(running, new, h), torch.where(running, new, 0)
 
-    constants = weights, fixed if isinstance(fixed, Tensor) else None
+    constants = weights, fixed
     h, y = over_time(step, h, (x.to(dtype), spans, scale, running), constants, hidden)
     return y.to(x.dtype), h.to(x.dtype)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ember_ext.reference.time_loop import over_time
+from ember_ext.reference.time_loop import conditions, over_time
 
 
 class LTCWeights(NamedTuple):
@@ -165,18 +165,10 @@ def ltc_scan(
         (torch.Size([2, 7, 1]), torch.Size([2, 4]))
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    batch, steps, _ = x.shape
     units = weights.cm.shape[0]
     weights = LTCWeights(*(value.to(dtype) for value in weights))
-    h = x.new_zeros(batch, units, dtype=dtype) if h0 is None else h0.to(dtype)
-    fixed = spans = running = None
-    if isinstance(timespans, Tensor) and timespans.dim() > 0:
-        spans = timespans.to(dtype).reshape(batch, steps, 1)
-    else:
-        fixed = timespans.to(dtype) if isinstance(timespans, Tensor) else timespans
-    if lengths is not None:
-        running = (torch.arange(steps, device=x.device) < lengths[:, None]).unsqueeze(-1)
-    number = None if isinstance(fixed, Tensor) else fixed
+    h = x.new_zeros(x.shape[0], units, dtype=dtype) if h0 is None else h0.to(dtype)
+    number, fixed, spans, running = conditions(x, timespans, lengths, dtype)
     width = units if outputs is None else outputs
 
     def step(constants: Any, h: Tensor, now: Any) -> tuple[Tensor, Tensor]:
@@ -194,6 +186,6 @@ def ltc_scan(
             return new, new.narrow(1, 0, width)
         return torch.where(running, new, h), torch.where(running, new, 0).narrow(1, 0, width)
 
-    constants = weights, synapses, fixed if isinstance(fixed, Tensor) else None
+    constants = weights, synapses, fixed
     h, y = over_time(step, h, (x.to(dtype), spans, running), constants, width)
     return y.to(x.dtype), h.to(x.dtype)

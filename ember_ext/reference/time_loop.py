@@ -1,4 +1,4 @@
-"""`over_time`: a loop over the steps of a sequence that exporters can record for any length."""
+"""A loop over the steps of a sequence that exporters can record for any length."""
 
 from __future__ import annotations
 
@@ -13,6 +13,34 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Step = Callable[[Any, Any, Any], tuple[Any, Tensor]]
 """(constants, state, inputs of one step) -> (next state, output)."""
+
+
+def conditions(
+    x: Tensor, timespans: Tensor | float, lengths: Tensor | None, dtype: torch.dtype
+) -> tuple[float | None, Tensor | None, Tensor | None, Tensor | None]:
+    """What time spans and lengths come to in a loop over the steps of x.
+
+    Args:
+        x: input, [B, T, ...].
+        timespans: a number, or a tensor of no dimension, [B, T] or [B, T, 1].
+        lengths: [B]; None for all T.
+        dtype: of time spans.
+
+    Returns:
+        The time span of every step, as a number or as a tensor; or time spans [B, T, 1]; and
+        [B, T, 1] of whether a row has the step. What there is not is None.
+    """
+    batch, steps = x.shape[:2]
+    number = fixed = spans = running = None
+    if not isinstance(timespans, Tensor):
+        number = timespans
+    elif timespans.dim() == 0:
+        fixed = timespans.to(dtype)
+    else:
+        spans = timespans.to(dtype).reshape(batch, steps, 1)
+    if lengths is not None:
+        running = (torch.arange(steps, device=x.device) < lengths[:, None]).unsqueeze(-1)
+    return number, fixed, spans, running
 
 
 def over_time(
