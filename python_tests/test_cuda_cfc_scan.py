@@ -16,7 +16,7 @@ from ember_ext import reference
 from ember_ext.ops._cfc_checks import MAX_CUDA_LAYERS
 from ember_ext.testing import DTYPES, Sample, check_sample
 from ember_ext.testing.cfc_scan import cfc_samples, cfc_weights, check_padding, flat
-from kernel_costs.cuda_report import LIMITS, WORKLOADS, short_name
+from kernel_costs import LIMITS, WORKLOADS, short_name
 
 on_shim = flat(cuda_shim.cfc_scan.cfc_scan)
 operator = cuda_shim.operator_fixture(on_shim, flat(ember_ext.cfc_scan))

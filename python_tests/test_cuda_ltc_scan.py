@@ -16,7 +16,7 @@ from ember_ext import reference
 from ember_ext.ops import ltc_synapses
 from ember_ext.testing import DTYPES, Sample, check_sample
 from ember_ext.testing.ltc_scan import flat_ltc, ltc_samples, ltc_weights
-from kernel_costs.cuda_report import LTC_NETWORKS, WORKLOADS, LTCNetwork, short_name
+from kernel_costs import LTC_NETWORKS, WORKLOADS, LTCNetwork, short_name
 
 on_shim = flat_ltc(cuda_shim.ltc_scan.ltc_scan)
 operator = cuda_shim.operator_fixture(on_shim, flat_ltc(ember_ext.ltc_scan))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kernel_costs import cuda_report, machine_code
+import kernel_costs
+from kernel_costs import machine_code
 
 SOURCES = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
 
@@ -92,15 +93,15 @@ def test_instructions_of_attention_in_16_bits() -> None:
 
 
 def test_parses_ptxas() -> None:
-    first, second = cuda_report.parse_ptxas(PTXAS)
-    assert first == cuda_report.Kernel("_Z1kPf", 90, 40, 8, 4, 12)
+    first, second = kernel_costs.parse_ptxas(PTXAS)
+    assert first == kernel_costs.Kernel("_Z1kPf", 90, 40, 8, 4, 12)
     assert not first.is_clean
     assert (second.architecture, second.registers, second.is_clean) == (80, 255, True)
 
 
 def test_short_names() -> None:
     name = "void ember::cuda::k<float, true>(ember::P, ember::cuda::Q)"
-    assert cuda_report.short_name(name) == "k<float, true>"
+    assert kernel_costs.short_name(name) == "k<float, true>"
 
 
 @pytest.mark.parametrize(
@@ -116,26 +117,26 @@ def test_short_names() -> None:
 def test_occupancy(
     architecture: int, registers: int, threads: int, shared: int, expected: float
 ) -> None:
-    kernel = cuda_report.Kernel("k", architecture, registers, 0, 0, 0)
-    assert cuda_report.occupancy(kernel, threads, shared) == expected
+    kernel = kernel_costs.Kernel("k", architecture, registers, 0, 0, 0)
+    assert kernel_costs.occupancy(kernel, threads, shared) == expected
 
 
 def test_floor_of_few_blocks() -> None:
-    gpu = cuda_report.Gpu(
+    gpu = kernel_costs.Gpu(
         *("toy", 80, 100),
         bytes=1e12, fp32=1e13, fp64=5e12, block_bytes=1e11, tf32=2e13, half=4e13,
     )  # fmt: skip
-    full = cuda_report.Workload("k", "", 256, 1000, bytes=1e9, operations=1e11)
-    assert cuda_report.floor_seconds(full, gpu) == pytest.approx(1e-2)
+    full = kernel_costs.Workload("k", "", 256, 1000, bytes=1e9, operations=1e11)
+    assert kernel_costs.floor_seconds(full, gpu) == pytest.approx(1e-2)
     few = replace(full, blocks=25)
-    assert cuda_report.floor_seconds(few, gpu) == pytest.approx(4e-2)
-    limit = cuda_report.LIMITS[80].shared_per_block
+    assert kernel_costs.floor_seconds(few, gpu) == pytest.approx(4e-2)
+    limit = kernel_costs.LIMITS[80].shared_per_block
     multiplied = replace(few, products=1e12)
-    assert cuda_report.floor_seconds(multiplied, gpu) == pytest.approx(1e-1)
-    assert cuda_report.floor_seconds(replace(multiplied, tf32=True), gpu) == pytest.approx(2e-1)
+    assert kernel_costs.floor_seconds(multiplied, gpu) == pytest.approx(1e-1)
+    assert kernel_costs.floor_seconds(replace(multiplied, tf32=True), gpu) == pytest.approx(2e-1)
     streamed = replace(few, shared_bytes=limit + 10**5, steps=10**5, elastic=True)
     assert streamed.shared_on(80) == limit
-    assert cuda_report.floor_seconds(streamed, gpu) == pytest.approx(1e-1)
+    assert kernel_costs.floor_seconds(streamed, gpu) == pytest.approx(1e-1)
 
 
 @pytest.mark.slow
@@ -143,15 +144,15 @@ def test_floor_of_few_blocks() -> None:
 @pytest.mark.timeout(900)  # minutes of compiling on two busy cores
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
 def test_no_spills_and_every_typical_launch_fits(source: Path) -> None:
-    kernels = cuda_report.compile_kernels(source, (80, 90))
+    kernels = kernel_costs.compile_kernels(source, (80, 90))
     assert [k for k in kernels if not k.is_clean] == []
     workloads = {
-        w.kernel: w for w in cuda_report.WORKLOADS if w.kernel.startswith(f"{source.stem}_")
+        w.kernel: w for w in kernel_costs.WORKLOADS if w.kernel.startswith(f"{source.stem}_")
     }
     assert {k.name for k in kernels} == set(workloads)
     for kernel in kernels:
         workload = workloads[kernel.name]
         shared = workload.shared_on(kernel.architecture)
-        assert cuda_report.occupancy(kernel, workload.threads, shared) > 0
+        assert kernel_costs.occupancy(kernel, workload.threads, shared) > 0
         # The least of the supported GPUs has 64 KiB of shared memory.
-        assert workload.shared_on(75) <= cuda_report.LIMITS[75].shared_per_block
+        assert workload.shared_on(75) <= kernel_costs.LIMITS[75].shared_per_block

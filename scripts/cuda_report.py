@@ -15,8 +15,9 @@ import csv
 import sys
 from pathlib import Path
 
+import kernel_costs
 from ember_ext._command_line import prepare_output
-from kernel_costs import cuda_report, machine_code
+from kernel_costs import machine_code
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 
@@ -63,7 +64,7 @@ def main() -> int:
         "--arch",
         type=int,
         action="append",
-        choices=cuda_report.ARCHITECTURES,
+        choices=kernel_costs.ARCHITECTURES,
         help="compute capability, such as 80; may be repeated (default: all)",
     )
     parser.add_argument(
@@ -76,16 +77,16 @@ def main() -> int:
         help="where --scores writes its table (default: %(default)s)",
     )
     options = parser.parse_args()
-    architectures = options.arch or cuda_report.ARCHITECTURES
+    architectures = options.arch or kernel_costs.ARCHITECTURES
     sources = sorted(SOURCES.glob("*.cu"))
     try:
         if options.scores:
             return report_scores((options.arch or [90])[0], options.out)
-        kernels = [k for s in sources for k in cuda_report.compile_kernels(s, architectures)]
+        kernels = [k for s in sources for k in kernel_costs.compile_kernels(s, architectures)]
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    typical = {w.kernel: w for w in cuda_report.WORKLOADS}
+    typical = {w.kernel: w for w in kernel_costs.WORKLOADS}
     failed = False
 
     print(f"{'kernel':78} sm   registers  spilled  threads  shared  occupancy")
@@ -93,16 +94,16 @@ def main() -> int:
         workload = typical[kernel.name]
         spilled = kernel.stack + kernel.spill_stores + kernel.spill_loads
         shared = workload.shared_on(kernel.architecture)
-        share = cuda_report.occupancy(kernel, workload.threads, shared)
+        share = kernel_costs.occupancy(kernel, workload.threads, shared)
         failed |= share == 0 or not kernel.is_clean
         row = f"{kernel.name:78} {kernel.architecture:<4} {kernel.registers:9} {spilled:8}"
         print(f"{row} {workload.threads:8} {shared:7} {share:10.0%}")
 
-    gpus = cuda_report.GPUS
+    gpus = kernel_costs.GPUS
     columns = "".join(f"{gpu.name:>16}" for gpu in gpus)
     print(f"\n{'least time, microseconds':78} {'MB':>7} {'GFLOP':>7} {'on units':>8} {columns}")
-    for workload in cuda_report.WORKLOADS:
-        times = "".join(f"{1e6 * cuda_report.floor_seconds(workload, g):16.1f}" for g in gpus)
+    for workload in kernel_costs.WORKLOADS:
+        times = "".join(f"{1e6 * kernel_costs.floor_seconds(workload, g):16.1f}" for g in gpus)
         amounts = f"{workload.bytes / 1e6:7.1f} {workload.operations / 1e9:7.2f}"
         amounts += f" {workload.products / 1e9:8.2f}"
         print(f"{workload.kernel:78} {amounts} {times}   {workload.shape}")

@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from kernel_costs import cuda_report
+import kernel_costs
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent.parent / "csrc"
@@ -266,7 +266,7 @@ def assert_all_kernels_ran(op: str, *, as_reported: bool = False) -> None:
     Args:
         op: the operator's stem.
         as_reported: whether launches take the same for all shapes, which then is what
-            `cuda_report.WORKLOADS` says.
+            `kernel_costs.WORKLOADS` says.
     """
     if compiler() is None:
         pytest.skip("no C++ compiler")
@@ -281,8 +281,8 @@ def assert_all_kernels_ran(op: str, *, as_reported: bool = False) -> None:
         # The shim holds them to the shared memory of sm_75, of which it has the least.
         assert launch.threads <= 1024
     if as_reported:
-        workloads = {w.kernel: w for w in cuda_report.WORKLOADS}
+        workloads = {w.kernel: w for w in kernel_costs.WORKLOADS}
         for launch in launches:
-            workload = workloads[cuda_report.short_name(launch.kernel)]
+            workload = workloads[kernel_costs.short_name(launch.kernel)]
             assert launch.threads == workload.threads, launch
             assert launch.shared_bytes == workload.shared_bytes, launch

@@ -1,1 +1,51 @@
-"""The cost of the CUDA kernels, read from the code that nvcc makes of them."""
+"""The cost of the CUDA kernels before any GPU has run them.
+
+`compile_kernels` asks nvcc and ptxas for registers, shared memory and spills. `occupancy` says how
+many blocks of a kernel share a multiprocessor. `WORKLOADS` are launches of typical size, with the
+bytes and operations that they cannot do without. `floor_seconds` follows from these.
+`kernel_costs.machine_code` reads what the loops of attention issue.
+"""
+
+from kernel_costs.attention_workloads import (
+    attention_workloads,
+    gate_workloads,
+    refractory_workloads,
+)
+from kernel_costs.compiled import (
+    ARCHITECTURES,
+    LIMITS,
+    Kernel,
+    Limits,
+    compile_kernels,
+    occupancy,
+    parse_ptxas,
+    short_name,
+)
+from kernel_costs.floors import GPUS, Gpu, Workload, floor_seconds
+from kernel_costs.scan_workloads import LTC_NETWORKS, LTCNetwork, cfc_workloads, ltc_workloads
+
+WORKLOADS = (
+    *gate_workloads(),
+    *attention_workloads(),
+    *refractory_workloads(),
+    *cfc_workloads(),
+    *ltc_workloads(),
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "GPUS",
+    "LIMITS",
+    "LTC_NETWORKS",
+    "WORKLOADS",
+    "Gpu",
+    "Kernel",
+    "LTCNetwork",
+    "Limits",
+    "Workload",
+    "compile_kernels",
+    "floor_seconds",
+    "occupancy",
+    "parse_ptxas",
+    "short_name",
+]

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernel_costs.cuda_report import short_name
+from kernel_costs.compiled import short_name
 
 KINDS = ("matrix", "exponential", "arithmetic", "shared", "global", "other")
 """Kinds of instructions: of matrix units, of the unit for exponentials and reciprocals, all other
