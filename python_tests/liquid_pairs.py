@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import ncps.torch
 import torch
@@ -13,6 +13,7 @@ from ncps.wirings import NCP, AutoNCP, FullyConnected, Random, Wiring
 from torch import Tensor
 
 from ember_ext import nn
+from ember_ext.testing import assert_close
 
 
 def same_everywhere(value: object) -> str:
@@ -102,3 +103,63 @@ def compute(network: torch.nn.Module, x: Tensor, hx: Any, spans: Tensor | None) 
     weights = [torch.linspace(-1, 1, out.numel()).view(out.shape).to(out) for out in outputs]
     gradients = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
     return [*outputs, *(g for g in gradients if g is not None)]
+
+
+class Call(NamedTuple):
+    """How a layer is called: rows (None for no batch), steps, and what it is given."""
+
+    batch: int | None
+    steps: int
+    state: bool
+    spans: bool
+    chunk_size: int | None
+
+
+@st.composite
+def calls(draw: st.DrawFn, most_steps: int) -> Call:
+    """Calls of up to so many steps."""
+    return Call(
+        draw(st.sampled_from([None, 1, 3, 10])),
+        draw(st.integers(1, most_steps)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.sampled_from([None, 1, 4])),
+    )
+
+
+def check_equals_ncps(single: Any, ours: Any, inputs: int, call: Call, least_span: float) -> None:
+    """Outputs and gradients of a pair of layers: equal in fp64, and as near to it in fp32.
+
+    Args:
+        single: the layer of ncps.
+        ours: ours, with the same weights.
+        inputs: number of features.
+        call: how both are called.
+        least_span: the shortest time span.
+    """
+    batch, steps, state, spans, ours.chunk_size = call
+    if batch is None and not ours.batch_first and not ours.return_sequences:
+        return  # ncps leaves a dimension of size 1 in its output
+    theirs = RowByRow(single)
+    torch.manual_seed(steps)
+    rows = () if batch is None else (batch,)
+    shape = (*rows, steps) if ours.batch_first else (steps, *rows)
+    x = torch.randn(*shape, inputs)
+    states = tuple(torch.randn(*rows, ours.state_size) for _ in range(1 + ours.use_mixed))
+    hx = states if state else None
+    times = least_span + 3 * torch.rand(shape) if spans else None
+    eager = compute(theirs, x, hx, times)
+    actual = compute(ours, x, hx, times)
+    # Zeros of fp32 are ncps' default state; here it is given, so that fp64 stays fp64.
+    double = tuple((h if state else torch.zeros_like(h)).double() for h in states)
+    times = None if times is None else times.double()
+    exact = compute(theirs.double(), x.double(), double, times)
+    precise = compute(ours.double(), x.double(), double, times)
+    for a, b in zip(precise, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    # Sums that cancel have the size of their terms for a yardstick, and all gradients sum the same
+    # few; and among thousands of tensors eager is sometimes right by luck: hence a scale and a
+    # wider floor.
+    scale = max(1.0, *(float(tensor.detach().abs().max()) for tensor in exact))
+    for index, (a, b, c) in enumerate(zip(actual, eager, exact, strict=False)):
+        assert_close(f"tensor {index}", a, b, c.detach(), scale=scale, floor_ulps=64.0)

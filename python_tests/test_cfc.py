@@ -11,13 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from liquid_pairs import RowByRow, compute, draw_wiring, pair_of, same_everywhere
+from liquid_pairs import (
+    Call,
+    calls,
+    check_equals_ncps,
+    draw_wiring,
+    pair_of,
+    same_everywhere,
+)
 from ncps.wirings import AutoNCP, Random
 from torch import Tensor
 from torch.nn.utils import prune
 
 from ember_ext import _native, nn
-from ember_ext.testing import assert_close
 
 MODES = ("default", "pure", "no_gate")
 ACTIVATIONS = ("lecun_tanh", "tanh", "relu", "silu", "gelu")
@@ -50,53 +56,10 @@ def networks(draw: st.DrawFn) -> tuple[int, Any, dict[str, Any]]:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    network=networks(),
-    batch=st.sampled_from([None, 1, 3, 10]),
-    steps=st.integers(1, 19),
-    state=st.booleans(),
-    spans=st.booleans(),
-    chunk_size=st.sampled_from([None, 1, 4]),
-)
-def test_equals_ncps(
-    network: tuple[int, Any, dict[str, Any]],
-    batch: int | None,
-    steps: int,
-    state: bool,
-    spans: bool,
-    chunk_size: int | None,
-) -> None:
+@given(network=networks(), call=calls(most_steps=19))
+def test_equals_ncps(network: tuple[int, Any, dict[str, Any]], call: Call) -> None:
     inputs, units, options = network
-    if batch is None and not options["batch_first"] and not options["return_sequences"]:
-        return  # ncps leaves a dimension of size 1 in its output
-    single, ours = pair(inputs, units, **options)
-    theirs = RowByRow(single)
-    ours.chunk_size = chunk_size
-    torch.manual_seed(steps)
-    rows = () if batch is None else (batch,)
-    shape = (*rows, steps) if options["batch_first"] else (steps, *rows)
-    x = torch.randn(*shape, inputs)
-    hx = None
-    if state:
-        hx = tuple(torch.randn(*rows, ours.state_size) for _ in range(1 + ours.use_mixed))
-    times = 3 * torch.rand(shape) if spans else None
-    eager = compute(theirs, x, hx, times)
-    actual = compute(ours, x, hx, times)
-    # Zeros of fp32 are ncps' default state; here it is given, so that fp64 stays fp64.
-    if hx is None:
-        hx = tuple(torch.zeros(*rows, ours.state_size) for _ in range(1 + ours.use_mixed))
-    double = tuple(h.double() for h in hx)
-    times = None if times is None else times.double()
-    exact = compute(theirs.double(), x.double(), double, times)
-    precise = compute(ours.double(), x.double(), double, times)
-    for a, b in zip(precise, exact, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    # Sums that cancel have the size of their terms for a yardstick, and all gradients sum the same
-    # few; and among thousands of tensors eager is sometimes right by luck: hence a scale and a
-    # wider floor.
-    scale = max(1.0, *(float(tensor.detach().abs().max()) for tensor in exact))
-    for index, (a, b, c) in enumerate(zip(actual, eager, exact, strict=False)):
-        assert_close(f"tensor {index}", a, b, c.detach(), scale=scale, floor_ulps=64.0)
+    check_equals_ncps(*pair(inputs, units, **options), inputs, call, least_span=0.0)
 
 
 def test_dropout_starts_at_the_second_layer() -> None:

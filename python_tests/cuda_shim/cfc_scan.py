@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import cuda_shim
+from cuda_shim.scan_call import ScanCall
 from ember_ext.ops._cfc_packing import raw_arguments
 from ember_ext.reference.cfc_scan import CfCWeights
 
@@ -67,15 +68,13 @@ class Params(ctypes.Structure):
     )
 
 
-class Call:
+class Call(ScanCall):
     """One call of a launcher: what csrc/binding/cfc_scan.cpp fills in."""
 
     def __init__(self, x: Tensor, maps: list[Tensor], hidden: int, chunk: int, options: Any):
-        self.library = cuda_shim.operators().library
-        assert ctypes.sizeof(Params) == self.library.ember_cfc_scan_params_size()
         spans, lengths, dropout_scale, decay, mode, activation = options
         heads = len(maps[-1]) // max(1, hidden)
-        self.p = Params(
+        p = Params(
             dtype=cuda_shim.DTYPE_CODES[x.dtype],
             mode=mode,
             activation=activation,
@@ -88,53 +87,32 @@ class Call:
             chunk=max(0, chunk),
             h_stride=hidden,
         )
+        super().__init__("cfc_scan", p, maps[-1].dtype)
         self.layers = (Layer * len(maps))()
         for layer, matrix in zip(self.layers, maps, strict=True):
             is_heads = matrix is maps[-1]
             layer.inputs = matrix.shape[1] - 1
             layer.segments = heads if is_heads else 1
             layer.units = hidden if is_heads else len(matrix)
-        self.library.ember_cfc_scan_lay_out(ctypes.byref(self.p), self.layers)
+        self.function("lay_out")(ctypes.byref(self.p), self.layers)
         self.inputs = {
             "timespans": spans,
             "lengths": lengths,
             "dropout_scale": dropout_scale,
             "decay": decay,
+            **{f"weight {layer}": matrix for layer, matrix in enumerate(maps)},
         }
-        self.weights = {f"weight {layer}": matrix for layer, matrix in enumerate(maps)}
+
+    def part(self, name: str, field: str) -> tuple[Any, str]:
+        """A layer's number comes after its field."""
+        return self.layers[int(field)], name
 
     def saved_size(self) -> int:
         """As the binding's function of that name."""
         p = self.p
         if p.chunk:
             return int((p.steps + p.chunk - 1) // p.chunk * p.batch * p.hidden)
-        size = self.library.ember_cfc_scan_tape_size
-        size.restype = ctypes.c_int64
-        return int(size(ctypes.byref(p)))
-
-    def run(
-        self, direction: str, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Call the forward or backward launcher and return what it wrote."""
-        backward = direction == "backward"
-        # The workspace's size depends on what is wanted.
-        cuda_shim.fill(self.p, {key: 1 for key in outputs if " " not in key})
-        for index, layer in enumerate(self.layers):
-            layer.grad_weight = 1 if f"grad_weight {index}" in outputs else None
-        self.p.saved = 1 if "saved" in (inputs | outputs) else None
-        size = self.library.ember_cfc_scan_workspace
-        size.restype = ctypes.c_int64
-        elements = size(ctypes.byref(self.p), int(backward))
-        compute = self.weights["weight 0"].dtype
-        outputs = outputs | {"workspace": torch.empty(elements, dtype=compute)}
-
-        def run(addresses: dict[str, int | None]) -> int:
-            for key, address in addresses.items():
-                name, _, layer = key.partition(" ")
-                setattr(self.layers[int(layer)] if layer else self.p, name, address)
-            return int(getattr(self.library, f"ember_cfc_scan_{direction}")(ctypes.byref(self.p)))
-
-        return cuda_shim.operators().call(run, inputs | self.inputs | self.weights, outputs)
+        return int(self.function("tape_size")(ctypes.byref(p)))
 
 
 class _Scan(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import cuda_shim
+from cuda_shim.scan_call import ScanCall
 from ember_ext.ops._ltc_packing import raw_arguments
 from ember_ext.reference.ltc_scan import LTCSynapses, LTCWeights
 
@@ -63,7 +64,7 @@ class Params(ctypes.Structure):
     )
 
 
-class Call:
+class Call(ScanCall):
     """One call of a launcher: what csrc/binding/ltc_scan.cpp fills in."""
 
     def __init__(
@@ -74,12 +75,9 @@ class Call:
         recurrent_weights: Tensor,
         options: tuple[Any, ...],
     ):
-        self.library = cuda_shim.operators().library
-        assert ctypes.sizeof(Params) == self.library.ember_ltc_scan_params_size()
         sensory, recurrent, spans, lengths, unfolds, outputs, eps, chunk = options
         steps = x.shape[1]
-        self.compute = units.dtype
-        self.p = Params(
+        p = Params(
             dtype=cuda_shim.DTYPE_CODES[x.dtype],
             batch=x.shape[0],
             steps=steps,
@@ -90,7 +88,8 @@ class Call:
             eps=eps,
             chunk=min(max(chunk, 0), max(steps, 1)),
         )
-        self.inputs: dict[str, Tensor | None] = {
+        super().__init__("ltc_scan", p, units.dtype)
+        self.inputs = {
             "x": x,
             "timespans": spans,
             "lengths": lengths,
@@ -107,34 +106,11 @@ class Call:
 
     def saved_size(self) -> int:
         """ember::ltc_saved_size."""
-        size = self.library.ember_ltc_scan_saved_size
-        size.restype = ctypes.c_int64
-        return int(size(ctypes.byref(self.p)))
+        return int(self.function("saved_size")(ctypes.byref(self.p)))
 
-    def _set(self, addresses: dict[str, int | None]) -> None:
-        for key, address in addresses.items():
-            name, _, field = key.partition(" ")
-            owner = getattr(self.p, name) if field else self.p
-            setattr(owner, field or name, address)
-
-    def run(
-        self, direction: str, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Call the forward or backward launcher and return what it wrote."""
-        # The workspace's size depends on what is wanted.
-        self._set(dict.fromkeys(inputs | outputs, 1))
-        size = self.library.ember_ltc_scan_workspace
-        size.restype = ctypes.c_int64
-        elements = size(ctypes.byref(self.p), int(direction == "backward"))
-        outputs = outputs | {"workspace": torch.empty(elements, dtype=self.compute)}
-
-        def run(addresses: dict[str, int | None]) -> int:
-            self._set(addresses)
-            return int(getattr(self.library, f"ember_ltc_scan_{direction}")(ctypes.byref(self.p)))
-
-        results = cuda_shim.operators().call(run, inputs | self.inputs, outputs)
-        del results["workspace"]
-        return results
+    def part(self, name: str, field: str) -> tuple[Any, str]:
+        """A field of one list of synapses."""
+        return getattr(self.p, name), field
 
 
 class _Scan(torch.autograd.Function):
