@@ -99,16 +99,10 @@ EMBER_HD float exponential(float x) {
   return p * bit_cast<float>(power);
 }
 
-// The same with 1.5 * 2^52; the Taylor series is enough: at |r| <= ln(2) / 2 its next term is
-// 4e-18.
-EMBER_HD double exponential(double x) {
-  x = clamp(x, -709.0, 708.39);
-  const double rounder = 6755399441055744.0;
-  const double shifted = x * 1.4426950408889634 + rounder;
-  const double n = shifted - rounder;
-  const double r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6;
-  double p = 1.6059043836821613e-10;
-  p = p * r + 2.0876756987868099e-9;
+// e^r for |r| <= ln(2) / 2 in double, or a vector of such: the next term of the series is 4e-18.
+template <typename V>
+EMBER_HD V taylor_exponential(V r) {
+  V p = r * 1.6059043836821613e-10 + 2.0876756987868099e-9;
   p = p * r + 2.5052108385441719e-8;
   p = p * r + 2.7557319223985891e-7;
   p = p * r + 2.7557319223985893e-6;
@@ -121,6 +115,17 @@ EMBER_HD double exponential(double x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
+  return p;
+}
+
+// The same with 1.5 * 2^52.
+EMBER_HD double exponential(double x) {
+  x = clamp(x, -709.0, 708.39);
+  const double rounder = 6755399441055744.0;
+  const double shifted = x * 1.4426950408889634 + rounder;
+  const double n = shifted - rounder;
+  const double r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6;
+  const double p = taylor_exponential(r);
   const uint64_t power = (bit_cast<uint64_t>(shifted) + 1023u) << 52;
   return p * bit_cast<double>(power);
 }

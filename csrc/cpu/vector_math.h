@@ -102,19 +102,7 @@ EMBER_HD Vector<double> exponential(Vector<double> x, double most) {
   const double rounder = 6755399441055744.0 + 1023.0;
   const Vector<double> shifted = x * 1.4426950408889634 + rounder;
   const Vector<double> r = minus_multiple_of_ln2<double>(x, shifted - rounder);
-  Vector<double> p = r * 1.6059043836821613e-10 + 2.0876756987868099e-9;
-  p = p * r + 2.5052108385441719e-8;
-  p = p * r + 2.7557319223985891e-7;
-  p = p * r + 2.7557319223985893e-6;
-  p = p * r + 2.4801587301587302e-5;
-  p = p * r + 1.9841269841269841e-4;
-  p = p * r + 1.3888888888888889e-3;
-  p = p * r + 8.3333333333333333e-3;
-  p = p * r + 4.1666666666666667e-2;
-  p = p * r + 0.16666666666666667;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
+  const Vector<double> p = taylor_exponential(r);
   return p * bit_cast<Vector<double>>(bit_cast<VectorBits<double>>(shifted) << 52);
 }
 
