@@ -1,4 +1,4 @@
-// What the CfC scan's CPU kernels share: where rows lie in the tapes, and how threads share work.
+// Shared by the CfC scan's CPU kernels: where rows lie in the tapes, and how threads share work.
 //
 // Every thread takes some rows of the batch through all steps of a chunk, without waiting for the
 // others. A step multiplies the rows [1, x_t, h_{t-1}] by the packed weights, panel by panel: a
@@ -37,18 +37,18 @@ struct CfcStep {
   int64_t slot, grad_slot;
 };
 
-// What several threads can do at once, each for some of a layer's units: one step of a layer,
-// forward or backward, or the inputs' part of the first layer's products for `steps` steps.
+// A piece of work that several threads can share, each for some of a layer's units: one step of a
+// layer, forward or backward, or the inputs' part of the first layer's products for `steps` steps.
 struct CfcJob {
   enum Kind : int8_t { layer_step, layer_gradients, inputs_part } kind;
   int32_t layer;
   CfcStep step;
-  // Whether what the derivatives need is kept, and whether the inputs' part is there already.
+  // Whether to keep the values that the derivatives need, and whether the inputs' part is done.
   bool keep = false, resumes = false;
   int32_t steps = 1;
 };
 
-// Where the rows of a pass lie in its tapes, and what holds for a row in a step.
+// The tapes of a pass: where its rows lie in them, and the properties of a row in a step.
 template <typename C>
 struct CfcTapes {
   CfcTapes(const CfcScanParams& params, bool backward)

@@ -1,5 +1,5 @@
-// The CfC scan's way through the steps of a stretch of time, layer by layer: the forward pass, and
-// what the backward pass computes again of it.
+// The CfC scan's way through the steps of a stretch of time, layer by layer. The forward pass takes
+// it, and the backward pass where it computes steps again.
 #pragma once
 
 #include "cfc_scan.h"
@@ -7,7 +7,8 @@
 namespace ember {
 inline namespace EMBER_ISA {
 
-// Steps of the rows [begin, end), from slot 0 on. Whether what the derivatives need is kept.
+// Steps of the rows [begin, end), from slot 0 on. `keep` says whether to keep the values that the
+// derivatives need.
 struct CfcStretch {
   int64_t first, steps;
   int32_t begin, end;

@@ -25,7 +25,8 @@ class CfcWeightGradients {
     for (int64_t i = 0; i < size; ++i) sums_[i] = 0;
   }
 
-  // Those of the gradient tape's first `steps` slots, for rows from `slot` of the tape on.
+  // Adds the gradients of `steps` slots: the first of the gradient tape, and of the tape those from
+  // `slot` on.
   void add(const ThreadPool& pool, int64_t slot, int64_t steps) const {
     C* grad = sums_;
     for (int64_t l = 0; l < p_.num_layers; ++l) {
@@ -51,7 +52,7 @@ class CfcWeightGradients {
   // A tile is three vectors of columns by four rows, or with twice as many registers two by twelve.
   static constexpr int tile_vectors = vector_sums < 24 ? 3 : 2;
   static constexpr int tile_rows = vector_sums / tile_vectors;
-  // What a thread takes at once is `tile_vectors` columns by so many units.
+  // A thread takes `tile_vectors` columns by so many units at once.
   static constexpr int64_t group_units = 32;
 
   void add_layer(const ThreadPool& pool, int64_t l, int64_t slot, int64_t steps, C* grad) const {

@@ -33,8 +33,8 @@ struct Panels {
   int64_t begin, end;
 };
 
-// What the sums of a product begin with; the alternative is a function (panel, first row, rows,
-// sums [N, rows, lanes]) that writes it.
+// Says that the sums of a product begin with 0. The alternative is a function (panel, first row,
+// rows, sums [N, rows, lanes]) that writes their first values.
 struct FromZero {};
 
 // out[n][r][lane] = sum over the row a + r * lda of its values times panel[value][n][lane], added

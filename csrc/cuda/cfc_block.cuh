@@ -1,5 +1,5 @@
-// What a block of the CfC scan's recurrent kernels works with: the plan of a launch, the block's
-// rows of the batch, and the product of these rows by a matrix.
+// Shared by the CfC scan's recurrent kernels on a GPU: the plan of a launch, a block's rows of the
+// batch, and the product of these rows by a matrix.
 #pragma once
 
 #include "../common/cfc_scan.h"

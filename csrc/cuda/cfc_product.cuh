@@ -1,5 +1,5 @@
-// Products of two matrices for the CfC scan, and sums of their parts: what is not recurrent is done
-// by them for a whole chunk of steps. The order of the sums depends on the shape alone.
+// Products of two matrices for the CfC scan, and sums of their parts. They do the work that is not
+// recurrent, for a whole chunk of steps. The order of the sums depends on the shape alone.
 #pragma once
 
 #include "../common/types.h"

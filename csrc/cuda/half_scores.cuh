@@ -1,5 +1,5 @@
-// What the kernels of lif_attention_half.cuh share: gates and scores of 16-bit types, which of the
-// scores exist, which weights dropout keeps, and the shared memory of a block.
+// Shared by the kernels of LIF attention of 16-bit types: gates and scores, the masks of scores
+// that exist and of weights that dropout keeps, and the shared memory of a block.
 #pragma once
 
 #include "attention_fragments.cuh"

@@ -1,4 +1,4 @@
-// What the kernels of refractory LIF attention share: heads with their thresholds, tiles of scores,
+// Shared by the kernels of refractory LIF attention: heads with their thresholds, tiles of scores,
 // and sums over queries.
 #pragma once
 
