@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,7 +23,11 @@ import torch
 from torch.autograd import forward_ad
 from torch.jit import TracerWarning as TracerWarning  # type: ignore[attr-defined]
 
-_INSTALL_HINT = "install ember-ext again (in a clone: `pip install --force-reinstall --no-deps .`)"
+_INSTALL_HINT = (
+    "the kernels do not build on Windows: use WSL"
+    if sys.platform == "win32"
+    else "install ember-ext again (in a clone: `pip install --force-reinstall --no-deps .`)"
+)
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 library: ctypes.PyDLL | None = None
@@ -32,7 +37,13 @@ build_info: dict[str, str] = {}
 """How the library was built: version, torch, compiler, cuda, cuda_architectures, cuda_operators; {}
 if missing."""
 
-_ISAS = ("baseline", "avx2", "avx512")
+isas: tuple[str, ...] = {
+    "x86_64": ("baseline", "avx2", "avx512"),
+    "AMD64": ("baseline", "avx2", "avx512"),
+    "aarch64": ("neon",),
+    "arm64": ("neon",),
+}.get(platform.machine(), ("baseline",))
+"""The instruction sets that CPU kernels are built for on this architecture, the best one last."""
 
 _INT = ctypes.c_int64
 _INTS = ctypes.POINTER(_INT)
@@ -45,7 +56,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 """The functions of the CPU's library that are called directly: types of results and arguments."""
 
 isa = ""
-"""The instruction set of the CPU kernels: "baseline", "avx2" or "avx512"; empty without."""
+"""The one of `isas` that the CPU kernels use; empty if there are no kernels."""
 
 unavailable: dict[str, str] = {}
 """Why there are no compiled kernels, for each device type ("cpu", "cuda") without them."""
@@ -236,8 +247,8 @@ def load(version: str) -> None:
         _warn_of_missing_kernels("cpu", None)
         return
     wanted = os.environ.get("EMBER_EXT_ISA", "")
-    if wanted and wanted.lower() not in _ISAS:
-        names = ", ".join(_ISAS)
+    if wanted and wanted.lower() not in isas:
+        names = ", ".join(isas)
         warnings.warn(
             f"ember_ext: EMBER_EXT_ISA must be one of {names}, got {wanted}; using {isa}",
             stacklevel=2,

@@ -370,7 +370,7 @@ for dtype in (torch.float64, torch.float32):
 
 
 @needs_kernels
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "neon"])
 def test_long_sums_of_equal_terms(isa: str, run_with_isa: Callable[[str, str], None]) -> None:
     """Roundings of equal terms do not cancel: uniform attention over many keys, or queries."""
     run_with_isa(isa, LONG_SUMS)

@@ -101,7 +101,7 @@ void launch(const Launcher& launcher, const Tensor& on, const char* name) {
   const int32_t device = on.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const cudaError_t status = launcher(static_cast<cudaStream_t>(stream));
   STD_TORCH_CHECK(status == cudaSuccess, "ember_ext: ", name, ": ", cudaGetErrorString(status));
 }
@@ -110,7 +110,7 @@ void launch(const Launcher& launcher, const Tensor& on, const char* name) {
 
 inline ThreadPool torch_threads() {
   return {[](int64_t n, int64_t grain, ThreadPool::Task task, void* context) {
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, task, context));
+            TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, task, context));
           },
           [] {
             uint32_t index = 0;

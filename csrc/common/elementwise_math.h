@@ -26,6 +26,32 @@ EMBER_HD To bit_cast(From from) {
   return to;
 }
 
+#if defined(__aarch64__) && !defined(__CUDACC__)
+// For vectors gcc 12 makes eight instructions of a choice by x > high, since it turns the
+// comparison into one that holds for NaN. These forms take one or two for each bound.
+
+// Returns NaN for NaN.
+EMBER_HD float clamp(float x, float low, float high) {
+  const float inside = __builtin_fmaxf(__builtin_fminf(x, high), low);
+  return x == x ? inside : x;
+}
+EMBER_HD double clamp(double x, double low, double high) {
+  const double inside = __builtin_fmax(__builtin_fmin(x, high), low);
+  return x == x ? inside : x;
+}
+
+// 0 where x < limit, and `value` elsewhere.
+EMBER_HD float zero_below(float limit, float x, float value) {
+  const uint32_t below = x < limit ? ~uint32_t(0) : 0;
+  return bit_cast<float>(bit_cast<uint32_t>(value) & ~below);
+}
+EMBER_HD double zero_below(double limit, double x, double value) {
+  const uint64_t below = x < limit ? ~uint64_t(0) : 0;
+  return bit_cast<double>(bit_cast<uint64_t>(value) & ~below);
+}
+
+#else
+
 // Returns NaN for NaN.
 EMBER_HD float clamp(float x, float low, float high) {
   x = x > high ? high : x;
@@ -35,6 +61,8 @@ EMBER_HD double clamp(double x, double low, double high) {
   x = x > high ? high : x;
   return x < low ? low : x;
 }
+
+#endif
 
 EMBER_HD float absolute(float x) {
   return __builtin_fabsf(x);

@@ -229,7 +229,12 @@ struct RowStats {
 // exp(x) for x <= 0 that is 0 below the normal numbers, where `exponential` may be subnormal.
 template <typename C>
 EMBER_HD C decay(C x) {
-  return x < C(sizeof(C) == 4 ? -87.33 : -708.39) ? C(0) : exponential(x);
+  const C limit = C(sizeof(C) == 4 ? -87.33 : -708.39);
+#ifdef __aarch64__
+  return zero_below(limit, x, exponential(x));
+#else
+  return x < limit ? C(0) : exponential(x);
+#endif
 }
 
 template <typename C>

@@ -30,17 +30,17 @@ bool machine_has(Isa isa) {
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && machine_has_f16c();
     default:
-      return true;
+      return isa == Isa::EMBER_LEAST_ISA;
   }
 #else
-  return isa == Isa::baseline;
+  return isa == Isa::EMBER_LEAST_ISA;
 #endif
 }
 
 Isa choose() {
   const char* wanted = std::getenv("EMBER_EXT_ISA");
-  Isa best = Isa::baseline;
-  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+  Isa best = Isa::EMBER_LEAST_ISA;
+  for (Isa isa : {Isa::EMBER_LEAST_ISA, Isa::avx2, Isa::avx512}) {
     if (!machine_has(isa)) continue;
     if (wanted && !strcasecmp(wanted, isa_name(isa))) return isa;
     best = isa;
@@ -61,6 +61,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::avx2:
       return "avx2";
+    case Isa::neon:
+      return "neon";
     default:
       return "baseline";
   }

@@ -5,15 +5,24 @@
 
 namespace ember {
 
-enum class Isa : int32_t { baseline, avx2, avx512 };
+// x86 has baseline, avx2 and avx512; aarch64, where every processor has NEON, has neon; any other
+// architecture has baseline.
+enum class Isa : int32_t { baseline, avx2, avx512, neon };
 
-// The one named by the environment variable EMBER_EXT_ISA ("baseline", "avx2" or "avx512", in
-// letters of either case), or, if that names none that this machine has, the best that it has.
-// Decided once, at the first call.
+// The one named by the environment variable EMBER_EXT_ISA (isa_name(), in letters of either case),
+// or, if that names none that this machine has, the best that it has. Decided once, at the first
+// call.
 Isa selected_isa();
 const char* isa_name(Isa isa);
 
 }  // namespace ember
+
+// The set that every machine of the architecture has.
+#ifdef EMBER_AARCH64
+#define EMBER_LEAST_ISA neon
+#else
+#define EMBER_LEAST_ISA baseline
+#endif
 
 #ifdef EMBER_X86
 #define EMBER_DECLARE_X86_KERNELS(name, Params) \
@@ -37,7 +46,7 @@ const char* isa_name(Isa isa);
 // of that name for the selected instruction set. Use at global scope.
 #define EMBER_CPU_KERNEL(name, Params)                        \
   namespace ember {                                           \
-  namespace baseline {                                        \
+  namespace EMBER_LEAST_ISA {                                 \
   void name(const Params&, const ThreadPool&);                \
   }                                                           \
   EMBER_DECLARE_X86_KERNELS(name, Params)                     \
@@ -46,7 +55,7 @@ const char* isa_name(Isa isa);
     switch (selected_isa()) {                                 \
       EMBER_X86_CASES(name)                                   \
       default:                                                \
-        return baseline::name(p, pool);                       \
+        return EMBER_LEAST_ISA::name(p, pool);                \
     }                                                         \
   }                                                           \
   }                                                           \

@@ -330,8 +330,7 @@ EMBER_HD void open_synapses(const LtcList<C>& list, int64_t j, const C* v, Vecto
 }
 
 // Vectors of rows that a group has at most.
-template <typename C>
-constexpr int ltc_max_vectors = vector_bytes == 16 ? 2 : 2;
+constexpr int ltc_max_vectors = 2;
 
 // Splits the batch into groups of whole vectors of rows, and calls body(R as a constant, rows) for
 // those in [begin, end).
@@ -342,7 +341,7 @@ struct LtcGroups {
   // At least `least` groups, if there are as many vectors.
   LtcGroups(int64_t batch_, int64_t least) : batch(batch_) {
     vectors = (batch + lanes<C> - 1) / lanes<C>;
-    count = (vectors + ltc_max_vectors<C> - 1) / ltc_max_vectors<C>;
+    count = (vectors + ltc_max_vectors - 1) / ltc_max_vectors;
     count = count < least ? least : count;
     count = count < vectors ? count : vectors;
   }

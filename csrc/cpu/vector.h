@@ -16,9 +16,20 @@ constexpr int vector_sums = 24;  // running sums that a micro-kernel keeps in re
 #elif defined(__AVX2__)
 constexpr int vector_bytes = 32;
 constexpr int vector_sums = 12;
+#elif defined(__aarch64__)
+constexpr int vector_bytes = 16;
+// Of 32 registers. gcc loads all factors of a term first, which would spill some of 24 sums.
+constexpr int vector_sums = 20;
 #else
 constexpr int vector_bytes = 16;
 constexpr int vector_sums = 12;
+#endif
+
+// Whether a multiplication and the addition of its product are one instruction, rounded once.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool fuses_multiply_add = true;
+#else
+constexpr bool fuses_multiply_add = false;
 #endif
 
 template <typename C>

@@ -14,6 +14,8 @@
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../common/elementwise_math.h"
@@ -22,7 +24,7 @@
 namespace ember {
 inline namespace EMBER_ISA {
 
-// Within [low, high]; NaN stays NaN: x86 returns the second operand then.
+// Within [low, high]; NaN stays NaN: x86 returns the second operand then, and Arm the NaN.
 template <typename C>
 EMBER_HD Vector<C> clamp_vector(Vector<C> x, C low, C high) {
   const Vector<C> bottom = Vector<C>{} + low, top = Vector<C>{} + high;
@@ -43,6 +45,12 @@ EMBER_HD Vector<C> clamp_vector(Vector<C> x, C low, C high) {
     return Vector<C>(_mm_max_ps(bottom, _mm_min_ps(top, x)));
   } else {
     return Vector<C>(_mm_max_pd(bottom, _mm_min_pd(top, x)));
+  }
+#elif defined(__aarch64__)
+  if constexpr (sizeof(C) == 4) {
+    return Vector<C>(vmaxq_f32(bottom, vminq_f32(top, x)));
+  } else {
+    return Vector<C>(vmaxq_f64(bottom, vminq_f64(top, x)));
   }
 #else
   x = x > top ? top : x;
@@ -69,11 +77,11 @@ EMBER_HD Vector<C> gather_vector(const C* from, const int32_t* index) {
 template <typename C>
 EMBER_HD Vector<C> minus_multiple_of_ln2(Vector<C> x, Vector<C> n) {
   if constexpr (sizeof(C) == 4) {
-#if defined(__FMA__)
-    return x - n * 0.69314718f;
-#else
-    return (x - n * 0.693359375f) + n * 2.12194440e-4f;
-#endif
+    if constexpr (fuses_multiply_add) {
+      return x - n * 0.69314718f;
+    } else {
+      return (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    }
   } else {
     return (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6;
   }
