@@ -15,9 +15,20 @@ from ncps.wirings import AutoNCP
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map
 
+import ember_ext
 from ember_ext import accelerate
-from ember_ext.nn import LTC, CfC, CfCCell, LIFGate, LIFSelfAttention, LTCCell, WiredCfCCell
+from ember_ext.nn import (
+    LTC,
+    AttentionCache,
+    CfC,
+    CfCCell,
+    LIFGate,
+    LIFSelfAttention,
+    LTCCell,
+    WiredCfCCell,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
@@ -134,6 +145,49 @@ def test_what_is_done_to_exported_programs(
     for shape in ((2, 9, 4), (4, 130, 4)):
         x = torch.randn(shape)
         assert_close(module(x), model(x))
+
+
+NAMED_TUPLES = [
+    kind
+    for module in (ember_ext.ops, ember_ext.nn, ember_ext.models)
+    for kind in map(vars(module).get, module.__all__)
+    if isinstance(kind, type) and issubclass(kind, tuple)
+]
+
+
+@pytest.mark.parametrize("kind", NAMED_TUPLES)
+def test_programs_with_named_tuples_are_saved(kind: Any) -> None:
+    class Doubled(nn.Module):
+        def forward(self, value: Any) -> Any:
+            return tree_map(lambda x: 2 * x, value)
+
+    value = kind(*torch.randn(len(kind._fields), 3).unbind())
+    program = torch.export.export(Doubled(), (value,))
+    doubled = save_and_load(program)(value)
+    assert type(doubled) is kind
+    assert all(torch.equal(a, 2 * b) for a, b in zip(doubled, value, strict=True))
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    assert type(torch.load(file, weights_only=True)) is kind
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("refractory", [None, "causal"])
+def test_a_step_of_attention_with_a_cache_is_saved(refractory: Any) -> None:
+    layer = LIFSelfAttention(4, 2, refractory=refractory).eval()
+    empty = torch.empty(3, 2, 0, 2)
+    loads = None
+    if refractory:
+        loads = ember_ext.ops.RefractoryState(torch.empty(3, 2, 0), torch.empty(3, 0))
+    x = torch.randn(3, 9, 4)
+    cache = layer(x[:, :8], AttentionCache(empty, empty, loads)).cache
+    program = torch.export.export(layer, (x[:, 8:], cache))
+    actual, expected = save_and_load(program)(x[:, 8:], cache), layer(x[:, 8:], cache)
+    assert type(actual) is type(expected)
+    assert_close(actual.output, expected.output)
+    assert_close(actual.cache.key, expected.cache.key)
+    assert_close(expected.output, layer(x)[:, 8:])
 
 
 def test_fx_takes_the_modules_as_leaves() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -126,6 +127,15 @@ def test_earlier_pickles_load(build: Callable[[], torch.nn.Module]) -> None:
         if isinstance(module, nn.LIFParameters):
             assert torch.equal(module.threshold, other.threshold)  # type: ignore[arg-type]
     assert all(torch.equal(loaded.state_dict()[n], v) for n, v in source.state_dict().items())
+
+
+def test_earlier_pickles_have_another_name_for_looking_ahead() -> None:
+    layer = nn.LIFSelfAttention(6, 2, refractory="look_ahead")
+    old = copy.deepcopy(layer)
+    old.refractory = "paper"  # type: ignore[assignment]
+    loaded, x = pickle.loads(pickle.dumps(old)), torch.randn(1, 4, 6)
+    assert loaded.refractory == "look_ahead"
+    assert torch.equal(loaded(x), layer(x))
 
 
 def test_a_state_dict_of_both_kinds_is_refused() -> None:

@@ -560,6 +560,13 @@ def test_module_refuses_a_cache_of_another_shape(
         module(torch.zeros(2, 5, 6), cache)
 
 
+def test_module_refuses_what_is_not_a_cache() -> None:
+    keys = torch.zeros(2, 2, 0, 3)
+    pair: Any = (keys, keys)
+    with pytest.raises(TypeError, match="cache must be an AttentionCache, got tuple"):
+        nn.LIFSelfAttention(6, 2)(torch.zeros(2, 5, 6), pair)
+
+
 @pytest.mark.parametrize("refractory", ["causal", "look_ahead"])
 def test_refractory_module_refuses_a_cache_without_loads(refractory: Any) -> None:
     module, x = nn.LIFSelfAttention(6, 2, refractory=refractory), torch.randn(2, 3, 6)

@@ -17,6 +17,7 @@ from ember_ext.nn._lean import Dropout
 from ember_ext.nn.lif_attention import SelfAttention
 from ember_ext.ops import lif_attention
 from ember_ext.ops._checks import check_shape, fail
+from ember_ext.ops._export import make_saveable
 from ember_ext.reference.refractory_lif_attention import RefractoryMode, RefractoryState
 
 EmberCondition = Literal["standard", "lif", "lif-fixed", "lif-refractory", "qwen-gate"]
@@ -80,6 +81,9 @@ class EmberState(NamedTuple):
     def length(self) -> int:
         """Number of tokens seen."""
         return self.layers[0].key.shape[2]
+
+
+make_saveable(EmberState)
 
 
 class Ember(LanguageModel[EmberState]):

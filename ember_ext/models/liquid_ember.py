@@ -12,6 +12,7 @@ from ember_ext.models._base import MLP, LanguageModel, ModelConfig
 from ember_ext.nn import LTC, CfC, LIFGate
 from ember_ext.nn._lean import Dropout
 from ember_ext.ops._checks import check_shape
+from ember_ext.ops._export import make_saveable
 
 LiquidEmberCondition = Literal["standard", "lif"]
 CellName = Literal["cfc", "ltc"]
@@ -83,6 +84,9 @@ class LiquidEmberState(NamedTuple):
     def detach(self) -> LiquidEmberState:
         """Cut the state from the graph, for truncated back-propagation through time."""
         return LiquidEmberState(tuple(h.detach() for h in self.hidden))
+
+
+make_saveable(LiquidEmberState)
 
 
 class LiquidEmber(LanguageModel[LiquidEmberState]):

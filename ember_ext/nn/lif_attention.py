@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ember_ext.nn._arguments import check_dtype, count
 from ember_ext.nn._lean import Dropout
 from ember_ext.nn.lif_gate import LIFParameters, PresetName
 from ember_ext.ops._checks import fail
+from ember_ext.ops._export import make_saveable
 from ember_ext.reference.lif_attention import (
     attention_probabilities,
     gate_probabilities,
@@ -150,6 +151,9 @@ class AttentionOutput(NamedTuple):
     """The gated weights before dropout, [B, n_head, T, S + T]; None unless `need_weights`."""
 
 
+make_saveable(AttentionCache, AttentionOutput)
+
+
 def causal_probabilities(query: Tensor, key: Tensor) -> Tensor:
     """The softmax of causal attention, [B, n_head, T, S + T]."""
     return attention_probabilities(query, key, visible_keys(query, key, None, True), None)
@@ -226,7 +230,7 @@ class SelfAttention(nn.Module):
             weights.
 
         Raises:
-            TypeError: `x` is not a tensor.
+            TypeError: `x` is not a tensor, or `cache` not an `AttentionCache`.
             ValueError: `x` or the cache has another shape, or lacks the loads that refractory
                 thresholds need.
         """
@@ -292,7 +296,10 @@ class SelfAttention(nn.Module):
         """The weights of `attend` before dropout, [B, n_head, T, S + T]."""
         return causal_probabilities(query, key)
 
-    def _check_cache(self, cache: AttentionCache, key: Tensor) -> None:
+    def _check_cache(self, cache: object, key: Tensor) -> None:
+        if not isinstance(cache, AttentionCache):
+            kind = type(cache).__name__
+            fail(f"nn.{type(self).__name__}", "cache", "an AttentionCache", kind, TypeError)
         batch, heads, _, size = key.shape
         seen = cache.key.shape[2] if cache.key.dim() == 4 else "S"
         for field in ("key", "value"):
@@ -454,6 +461,11 @@ class LIFSelfAttention(SelfAttention):
             past=past,
         )
         return w
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.__dict__.get("refractory") == "paper":  # its name in earlier versions
+            self.refractory = "look_ahead"
 
     def extra_repr(self) -> str:
         """The arguments that tell one layer from another."""

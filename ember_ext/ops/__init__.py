@@ -8,6 +8,7 @@ kernels have gradients, and derivatives of any order are those of the definition
 
 from ember_ext import _native
 from ember_ext.ops import _flops
+from ember_ext.ops._export import make_saveable
 from ember_ext.ops.cfc_scan import cfc_scan
 from ember_ext.ops.lif_attention import lif_attention
 from ember_ext.ops.lif_gate import lif_gate
@@ -33,5 +34,6 @@ __all__ = [
     "refractory_lif_attention",
 ]
 
+make_saveable(Affine, AttentionSummary, CfCWeights, LTCSynapses, LTCWeights, RefractoryState)
 if _native.has("cpu"):
     _flops.register()
