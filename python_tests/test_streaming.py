@@ -294,6 +294,15 @@ def test_a_streamer_is_a_copy(name: str) -> None:
     assert not streamer.step(x.requires_grad_(), hx, 0.7)[0].requires_grad
 
 
+@pytest.mark.parametrize("kind", [nn.CfC, nn.LTC])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_streamer_is_copied_and_pickled(kind: Any, copied: Any) -> None:
+    streamer = kind(3, AutoNCP(8, 2)).streamer()
+    x, h = torch.randn(2, 3), torch.randn(2, 8)
+    for actual, expected in zip(copied(streamer).step(x, h), streamer.step(x, h), strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_step_follows(change: Callable[[Any], None], name: str) -> None:

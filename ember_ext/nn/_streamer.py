@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class Streamer:
         x = weight.new_zeros(1, self._layer._features)
         h = weight.new_zeros(1, int(self._layer.state_size))
         self._laid_out = None if layer.use_mixed else self._layer._packed_for(x, h)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Laid-out weights belong to this process, so a copy lays out its own.
+        return type(self), (self._layer,)
 
     def __repr__(self) -> str:
         return f"Streamer of {self._layer!r}"
