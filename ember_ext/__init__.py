@@ -16,7 +16,8 @@ __version__ = "0.1.0"
 
 from ember_ext import _native
 
-_native.load(__version__)
+if _native.library is None:  # it is there where the package is reloaded
+    _native.load(__version__)
 
 # Argument checks look at shapes. A trace may forget them, because its result takes other shapes.
 warnings.filterwarnings("ignore", category=_native.TracerWarning, module="ember_ext")

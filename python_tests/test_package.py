@@ -43,6 +43,20 @@ def test_kernels_are_found_from_the_clone_and_from_elsewhere(tmp_path: Path) -> 
         assert result.stderr == ""
 
 
+RELOAD = """
+import importlib, ember_ext
+importlib.reload(ember_ext)
+print(ember_ext._native.has("cpu"), "cpu" in ember_ext._native.unavailable)
+"""
+
+
+@needs_kernels
+def test_a_reloaded_package_keeps_its_kernels() -> None:
+    result = run_python(RELOAD)
+    assert result.stdout.split() == ["True", "False"]
+    assert result.stderr == ""
+
+
 FALLBACK = """
 import sys, torch
 {break_it}
