@@ -102,14 +102,14 @@ def runs(device_type: str, op: str) -> bool:
 def use_reference() -> Iterator[None]:
     """Run the PyTorch definitions in `ember_ext.reference` and not the compiled kernels.
 
-    This is the way out wherever something works with PyTorch's own operators only: a second
-    derivative, a device or an exporter without our kernels, a number in doubt. Operators and
-    modules keep their arguments, checks and results, and are slower. The context nests, it is a
-    decorator as well, and compiled functions follow it. :func:`~ember_ext.decelerate` turns
+    Use it for tools that work with PyTorch's own operators only, such as an exporter that does not
+    know the kernels, or to check a result that you doubt. Operators and modules keep their
+    arguments, checks and results, and are slower. Contexts may be nested, the context is also a
+    decorator, and compiled functions follow it. :func:`~ember_ext.decelerate` turns
     accelerated modules back for good.
 
-    The context holds for all threads of the process. Whatever the backward pass computes again,
-    such as by `torch.utils.checkpoint`, must run within it too.
+    The context holds for all threads of the process. If the backward pass computes something again,
+    as with `torch.utils.checkpoint`, run the backward pass within the context too.
 
     Examples::
 

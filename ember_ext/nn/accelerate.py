@@ -164,10 +164,11 @@ def accelerate(model: nn.Module) -> Acceleration:
 def decelerate(model: nn.Module) -> Deceleration:
     """Turn every CfC, LTC and cell of `ember_ext.nn` in `model` into that of ncps, in place.
 
-    This undoes :func:`~ember_ext.accelerate`, and works for layers that were built as ours too. The
+    This undoes :func:`~ember_ext.accelerate`. It also works for layers of `ember_ext.nn`. The
     modules stay the same objects, with their parameters, hooks and state-dict keys. The model then
-    needs ncps and no `ember_ext`, also where it is unpickled. What our classes add, such as `step`,
-    is gone. :func:`~ember_ext.use_reference` keeps it, and runs the definitions for a while.
+    needs ncps and no `ember_ext`, even if it is pickled and loaded elsewhere. It has lost what our
+    classes add, such as `step`. :func:`~ember_ext.use_reference` keeps that, and runs the
+    definitions within a context.
 
     Args:
         model: any module; it may itself be one of them.

@@ -1,8 +1,8 @@
-"""The definition of every operator in plain PyTorch, to which kernels and tests are held.
+"""The definitions of all operators in plain PyTorch, with which the tests compare the kernels.
 
-They need nothing but torch, run in any floating dtype and on any device, and are differentiable by
-autograd. They are readable and slow. :func:`~ember_ext.use_reference` runs them in place of the
-compiled kernels.
+They need nothing but torch, run in any floating dtype and on any device, and autograd can
+differentiate them. They are readable and slow. :func:`~ember_ext.use_reference` runs them in place
+of the compiled kernels.
 """
 
 from ember_ext.reference.cfc_scan import cfc_scan

@@ -68,7 +68,7 @@ def lif_attention(
     bf16 and fp16 are computed in fp32 and rounded once, at the end. Dropout needs a seed.
 
     Args:
-        query: as there, like all arguments but the last.
+        query: [B, H, Tq, D]. All arguments but the last are those of the operator.
         key: [B, G, Tk, D].
         value: [B, G, Tk, D].
         threshold: [H].
@@ -79,7 +79,7 @@ def lif_attention(
         is_causal: whether the last query stands at the last key. Default: False.
         scale: multiplies the scores. Default: 1 / sqrt(D).
         eps: added to the sum of a row. Default: 1e-8.
-        seed: int64 scalar tensor. Default: None, which dropout does not take.
+        seed: int64 scalar tensor. Default: None. With `dropout_p` above 0 it is required.
         return_weights: also return the weights before dropout. Default: False.
 
     Returns:
