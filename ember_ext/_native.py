@@ -197,7 +197,8 @@ def _open(name: str) -> ctypes.PyDLL:
 
 def _register(opened: ctypes.PyDLL) -> None:
     message = ctypes.create_string_buffer(1024)
-    if opened.ember_ext_register(message, ctypes.c_size_t(len(message))):
+    register = _function(opened, "ember_ext_register")
+    if register(message, ctypes.c_size_t(len(message))):
         raise OSError(message.value.decode())
 
 
@@ -259,7 +260,7 @@ def load(version: str) -> None:
             stacklevel=2,
         )
     if not build_info["cuda"]:
-        unavailable["cuda"] = "ember-ext was built without CUDA; see EMBER_CUDA in the README"
+        unavailable["cuda"] = "ember-ext was built without CUDA; see EMBER_CUDA in docs/install.md"
     elif torch.version.cuda is None:
         unavailable["cuda"] = f"this torch ({torch.__version__}) has no CUDA"
     else:

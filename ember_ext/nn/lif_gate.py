@@ -124,7 +124,9 @@ class LIFParameters(GateParameters):
 
     The learnable parameters are raw values, which may be any number. The operators take effective
     ones, which are the properties `threshold`, `leak` and `steepness`. These are differentiable and
-    cannot be set. State dicts of earlier versions, which lack the `raw_`, load as they are.
+    cannot be set. They are computed at each access, so filling one in place, as in
+    `gates.leak.fill_(0.5)`, may change nothing: change the raw value. State dicts of earlier
+    versions, which lack the `raw_`, load as they are.
 
     Args:
         num_units: how many gates; each has its own threshold, leak and steepness.
