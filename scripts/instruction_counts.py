@@ -2,6 +2,9 @@
 
     python scripts/instruction_counts.py LIBRARY ... [--out counts.csv]
 
+bench/results/instruction_counts.csv comes from build/*/libember_ext_ops.so and from the one that
+scripts/test_aarch64.sh builds, both by gcc 12.
+
 Takes unstripped operator libraries or object files for x86-64 or aarch64, as they lie in the build
 folder, and disassembles them with binutils' objdump. In each kernel of `KERNELS` it looks for the
 innermost loop that does the most of the kernel's own work. The work is counted in units that do not
@@ -57,7 +60,8 @@ KERNELS = (
            r"multiply<float, true, \d+>", "multiply-add", 1, "multiply-add"),
     Kernel("attention: softmax of a row", r"softmax_row<float>", "store", 1, "weight"),
     Kernel("lif_attention: forward, gate of a row",
-           r"[^_]forward_row<float>|lif_attention_forward.*float", "division", 1, "weight"),
+           r"\bforward_row<float>|(?<!refractory_)lif_attention_forward\(",
+           "division", 1, "weight"),
     Kernel("lif_attention: backward, gate of a row",
            r"\)::backward_row<float>", "division", 1, "weight"),
     Kernel("cfc_scan: product of rows, three heads",
@@ -65,13 +69,11 @@ KERNELS = (
     Kernel("cfc_scan: product of one row, three heads",
            r"product_of_panels<float, 3, \d+, false>", "multiply-add", 1, "multiply-add"),
     Kernel("cfc_scan: cells, two tanh and a sigmoid",
-           r"gated<false|heads?_step|cells<3|dispatch_heads", "division", 3, "cell"),
+           r"\bgated<false|cfc_layer|CfcLayer|heads|cells<3", "division", 3, "cell"),
     Kernel("cfc_scan: gradients of the weights",
-           r"(outer_product|weight_grad).*float", "multiply-add", 1, "multiply-add"),
+           r"CfcWeightGradients<float>", "multiply-add", 1, "multiply-add"),
     Kernel("ltc_scan: synapses of a batch",
            r"LtcSolver<float, 2>::solve", "division", 0.5, "synapse"),
-    Kernel("ltc_scan: synapses of a row",
-           r"LtcRowSolver<float>::run", "division", 0.5, "synapse"),
 )  # fmt: skip
 
 
