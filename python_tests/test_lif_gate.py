@@ -378,7 +378,7 @@ def test_module_errors() -> None:
         nn.LIFGate(3, preset="published")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"nn\.LIFGate: norm must be None, 'l1' or 'l2', got 'l3'"):
         nn.LIFGate(3, norm="l3")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"nn\.LIFGate: num_units must be an integer, got 3.0"):
+    with pytest.raises(TypeError, match=r"nn\.LIFGate: num_units must be an integer, got float"):
         nn.LIFGate(3.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_units must be >= 0"):
         nn.LIFGate(-1)
