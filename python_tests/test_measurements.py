@@ -75,7 +75,7 @@ def test_conditions_that_fit_several_rows_or_none_are_errors() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in measurements.RESULTS.rglob("*.csv") if "instructions" not in path.name],
+    [path for path in measurements.RESULTS.rglob("*.csv") if "instruction" not in path.name],
     ids=lambda path: path.relative_to(measurements.RESULTS).as_posix(),
 )
 def test_every_measurement_names_its_machine(path: Path) -> None:
