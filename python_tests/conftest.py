@@ -24,7 +24,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Distribute the whole suite; this runs before pytest-xdist reads its options."""
     option = config.option
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    selected = option.keyword or option.markexpr or option.lf or option.usepdb
+    # `lf` is missing with `-p no:cacheprovider`.
+    last_failed = getattr(option, "lf", False)
+    selected = option.keyword or option.markexpr or last_failed or option.usepdb
     if not whole or selected or hasattr(config, "workerinput"):
         return
     if config.pluginmanager.hasplugin("xdist") and option.numprocesses is None:

@@ -82,7 +82,7 @@ install_torch() {
   say "torch $1 for aarch64 and what the tests need, in $site"
   rm -rf "$site"
   uv pip install --python-platform aarch64-manylinux_2_28 --python-version "${python#python}" \
-    --only-binary :all: --target "$site" "torch==$1" ncps numpy hypothesis pytest pytest-timeout
+    --only-binary :all: --target "$site" "torch==$1" ncps numpy hypothesis pytest pytest-timeout sybil
   touch "$site/complete"
 }
 install_torch "$oldest"
