@@ -42,8 +42,8 @@ class ReproduceArguments:
     """
 
     suite: SuiteName = "quick"
-    """"quick" takes minutes, "xs" is the paper's small scale (hours), "paper" its own (days on a
-    CPU)."""
+    """"quick" takes minutes, "xs" is the paper's small scale (hours), "stated" the CfC of the sizes
+    that its text states (an hour a run), "paper" what its authors trained (days on a CPU)."""
     out: Path | None = None
     """The folder. Default: runs/reproduce-SUITE."""
     seeds: tuple[int, ...] = ()
