@@ -16,7 +16,6 @@ earlier runs are kept.
 from __future__ import annotations
 
 import copy
-import csv
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,21 +33,27 @@ import ember_ext
 from benchmarking import (
     Case,
     Clock,
-    open_device,
     parse_options,
     peak_megabytes,
-    relative_error,
-    run_cases,
     training_step,
-    with_earlier,
-    write_csv,
 )
-from ember_ext import _native, reference
+from ember_ext import reference
 from ember_ext._command_line import at_least
-from ember_ext._machine import processor
 from ember_ext.models import LiquidEmber, LiquidEmberConfig
 from ember_ext.nn.cfc import _weights
-from plots import plot_csv
+from liquid import (
+    MODES,
+    at_best_threads,
+    compare_networks,
+    compare_steps,
+    held_to_ncps,
+    hundred_steps,
+    measure,
+    our_name,
+    pass_of,
+    training_call,
+    write_memory,
+)
 
 INPUTS, UNITS, MOTOR = 128, 192, 128
 NETWORKS: dict[str, Any] = {
@@ -65,7 +70,6 @@ SMALL_NETWORKS = tuple(name for name in NETWORKS if name not in MAIN_NETWORKS)
 MAIN = (64, 256)
 SWEEP = [(1, 16), (1, 256), (1, 4096), (8, 256), (64, 16), (256, 64), (16, 4096)]
 SMALL_SWEEP = [(1, 256), (32, 100), (256, 64)]
-MODES = ("forward", "forward+backward")
 CHUNKS = (0, 128, 64, 32, 16)
 MODEL_CHUNKS = (0, 64)
 
@@ -88,13 +92,6 @@ class Options:
     compare: bool = True
     """Also time ncps and our reference, which take most of the time."""
     out: Path = Path("bench/results")
-
-
-def our_name(device: torch.device) -> str:
-    """What our contender is called: on a CPU, with its instruction set."""
-    if device.type != "cpu":
-        return "ember_ext"
-    return f"ember_ext {_native.isa or 'reference'}"
 
 
 def cell_sizes(network: ember_ext.nn.CfC) -> list[tuple[int, int]]:
@@ -135,52 +132,6 @@ def arithmetic_alone(network: ember_ext.nn.CfC, rows: int, mode: str) -> Callabl
     return run
 
 
-def forward_call(network: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """Inference of a whole batch."""
-
-    def run() -> Any:
-        with torch.no_grad():
-            return network(x)
-
-    return run
-
-
-def training_call(network: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """Forward and backward, to the input and all weights."""
-    x = x.clone().requires_grad_()
-    leaves = [x, *(p for p in network.parameters() if p.requires_grad)]
-
-    def run() -> Any:
-        y, _ = network(x)
-        return torch.autograd.grad(y, leaves, torch.ones_like(y))
-
-    return run
-
-
-def at_best_threads(call: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """`call` at one thread or at all, whichever is faster on a CPU."""
-    if device != "cpu":
-        return call
-    threads = torch.get_num_threads()
-
-    def at(count: int) -> Callable[[], Any]:
-        def run() -> Any:
-            torch.set_num_threads(count)
-            try:
-                return call()
-            finally:
-                torch.set_num_threads(threads)
-
-        return run
-
-    def best_of_two(run: Callable[[], Any]) -> float:
-        return min(Clock().seconds(run) for _ in range(2))
-
-    choices = {count: at(count) for count in {1, threads}}
-    call()
-    return choices[min(choices, key=lambda count: best_of_two(choices[count]))]
-
-
 class Reference(nn.Module):
     """A network that runs our reference, sharing another's weights."""
 
@@ -211,7 +162,7 @@ def cfc_case(name: str, batch: int, steps: int, mode: str, options: Options) -> 
     """The contenders for one network and size."""
     theirs, ours = networks(name, options.device)
     x = torch.randn(batch, steps, INPUTS, device=options.device)
-    make = forward_call if mode == "forward" else training_call
+    make = pass_of(mode)
     calls = {}
     if options.compare:
         calls["ncps"] = at_best_threads(make(theirs, x), options.device)
@@ -221,34 +172,8 @@ def cfc_case(name: str, batch: int, steps: int, mode: str, options: Options) -> 
 
     work = multiply_adds(ours, mode) * batch * steps
     config = f"{name} [{batch}, {steps}, {INPUTS}] -> {ours.state_size}"
-    verify = functools.partial(compare_networks, name, theirs, ours, x)
+    verify = functools.partial(compare_networks, name, theirs, ours, x, 64)
     return Case(config, mode, calls, verify, gigaflops=2e-9 * work)
-
-
-def compare_networks(
-    name: str, theirs: nn.Module, ours: ember_ext.nn.CfC, x: Tensor
-) -> dict[str, float]:
-    """`held_to_ncps` for some rows and steps of a network's input."""
-    few = x[:4, :64]
-    # ncps' own default state is fp32.
-    zeros = few.new_zeros(len(few), ours.state_size, dtype=torch.float64)
-    state = (zeros, zeros) if ours.use_mixed else zeros
-    exact, _ = copy.deepcopy(theirs).double()(few.double(), state)
-    return held_to_ncps(name, exact, theirs(few)[0], ours(few)[0])
-
-
-def held_to_ncps(name: str, exact: Tensor, theirs: Tensor, ours: Tensor) -> dict[str, float]:
-    """The errors of what ncps and we computed, against what fp64 gives.
-
-    Raises:
-        AssertionError: ours is worse than twice theirs.
-    """
-    errors = {"ncps": relative_error(theirs, exact.detach())}
-    name_of_ours = our_name(ours.device)
-    errors[name_of_ours] = relative_error(ours, exact.detach())
-    if not errors[name_of_ours] <= 2 * errors["ncps"] + 1e-6:
-        raise AssertionError(f"{name}: {errors}")
-    return errors
 
 
 def rnn_case(kind: type[nn.RNNBase], gates: int, mode: str, device: str) -> Case:
@@ -256,7 +181,7 @@ def rnn_case(kind: type[nn.RNNBase], gates: int, mode: str, device: str) -> Case
     batch, steps = MAIN
     network = kind(INPUTS, UNITS, batch_first=True).to(device)
     x = torch.randn(batch, steps, INPUTS, device=device)
-    make = forward_call if mode == "forward" else training_call
+    make = pass_of(mode)
     macs = gates * UNITS * (INPUTS + UNITS) * batch * steps * (1 if mode == "forward" else 3)
     name = kind.__name__
     config = f"{name} [{batch}, {steps}, {INPUTS}] -> {UNITS}"
@@ -274,23 +199,15 @@ def step_case(name: str, options: Options) -> Case:
         for matrix, vector in products:
             torch.mv(matrix, vector)
 
-    def repeated(call: Callable[[], Any]) -> Callable[[], None]:
-        # A single step is too short for the clock.
-        def run() -> None:
-            with torch.no_grad():
-                for _ in range(100):
-                    call()
+    calls = (
+        {"ncps": hundred_steps(lambda: theirs(x[:, None], h), options.device)}
+        if options.compare
+        else {}
+    )
+    calls[our_name(x.device)] = hundred_steps(lambda: ours.step(x, h), options.device)
+    calls["its products alone"] = hundred_steps(bare, options.device)
 
-        return at_best_threads(run, options.device)
-
-    calls = {"ncps": repeated(lambda: theirs(x[:, None], h))} if options.compare else {}
-    calls[our_name(x.device)] = repeated(lambda: ours.step(x, h))
-    calls["its products alone"] = repeated(bare)
-
-    def verify() -> dict[str, float]:
-        exact, _ = copy.deepcopy(theirs).double()(x[:, None].double(), h.double())
-        return held_to_ncps(name, exact[:, 0], theirs(x[:, None], h)[0][:, 0], ours.step(x, h)[0])
-
+    verify = functools.partial(compare_steps, name, theirs, ours, x, h)
     return Case(f"{name}, 100 steps of [1, {INPUTS}]", "forward", calls, verify)
 
 
@@ -298,10 +215,10 @@ def mixed_case(name: str, mode: str, options: Options) -> Case:
     """With an LSTM cell between the steps."""
     theirs, ours = networks(name, options.device, mixed_memory=True)
     x = torch.randn(*MAIN, INPUTS, device=options.device)
-    make = forward_call if mode == "forward" else training_call
+    make = pass_of(mode)
     calls = {"ncps": at_best_threads(make(theirs, x), options.device)} if options.compare else {}
     calls[our_name(x.device)] = at_best_threads(make(ours, x), options.device)
-    verify = functools.partial(compare_networks, name, theirs, ours, x)
+    verify = functools.partial(compare_networks, name, theirs, ours, x, 64)
     return Case(f"{name}, mixed memory {[*MAIN, INPUTS]}", mode, calls, verify)
 
 
@@ -427,31 +344,12 @@ def memory_table(console: Console, path: Path) -> None:
     for line in lines:
         table.add_row(*line)
     console.print(table)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        names = (*columns[:3], "peak of all", *columns[4:5], "time of all", "device", "threads")
-        writer.writerow(names)
-        where = processor(torch.device("cpu")), torch.get_num_threads()
-        writer.writerows((*line, *where) for line in lines)
+    write_memory(path, (*columns[:3], "peak of all", *columns[4:5], "time of all"), lines)
 
 
 def main(options: Options) -> None:
     """Verify, time, print, write."""
-    device = open_device(options.device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=120)
-    what = set(options.what)
-    for stem, wanted, make in (
-        ("cfc", what - {"sweep", "memory"}, cases),
-        ("cfc_sweep", what & {"sweep"}, sweep_cases),
-    ):
-        if wanted:
-            rows = run_cases("cfc_scan", make(options), device=device, seconds=options.seconds)
-            path = options.out / f"{stem}.csv"
-            write_csv(with_earlier(rows, path), path)
-            plot_csv(path, path.with_suffix(".png"))
-    if "memory" in options.what and device.type == "cpu":
-        memory_table(console, options.out / "cfc_memory.csv")
+    measure("cfc", options, cases, sweep_cases, memory_table)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ earlier runs are kept.
 from __future__ import annotations
 
 import copy
-import csv
 import ctypes
 import functools
 import subprocess
@@ -37,27 +36,24 @@ from torch import Tensor, nn
 import ember_ext
 from benchmarking import (
     Case,
-    Row,
-    open_device,
     parse_options,
     peak_megabytes,
-    run_cases,
-    with_earlier,
-    write_csv,
-)
-from cfc_bench import (
-    at_best_threads,
-    forward_call,
-    held_to_ncps,
-    our_name,
-    training_call,
 )
 from ember_ext import _native
 from ember_ext._command_line import at_least
-from ember_ext._machine import processor
-from plots import plot_csv
+from liquid import (
+    MODES,
+    at_best_threads,
+    compare_networks,
+    compare_steps,
+    hundred_steps,
+    measure,
+    our_name,
+    pass_of,
+    training_call,
+    write_memory,
+)
 
-MODES = ("forward", "forward+backward")
 NETWORKS: dict[str, tuple[Wiring, int]] = {
     "AutoNCP(19, 4)": (AutoNCP(19, 4), 20),
     "AutoNCP(32, 4)": (AutoNCP(32, 4), 20),
@@ -185,7 +181,7 @@ def ltc_case(name: str, batch: int, steps: int, mode: str, options: Options) -> 
     theirs, ours = networks(name, options.device)
     inputs = NETWORKS[name][1]
     x = torch.randn(batch, steps, inputs, device=options.device)
-    make = forward_call if mode == "forward" else training_call
+    make = pass_of(mode)
     calls: dict[str, Callable[[], Any]] = {}
     factors: dict[str, float] = {}
     if options.compare:
@@ -199,20 +195,8 @@ def ltc_case(name: str, batch: int, steps: int, mode: str, options: Options) -> 
     if alone:
         calls["its sigmoids alone"] = alone
     config = f"{name} {[batch, steps, inputs]}"
-    verify = functools.partial(compare_networks, name, theirs, ours, x)
+    verify = functools.partial(compare_networks, name, theirs, ours, x, 16)
     return Case(config, mode, calls, verify, factors=factors)
-
-
-def compare_networks(
-    name: str, theirs: nn.Module, ours: ember_ext.nn.LTC, x: Tensor
-) -> dict[str, float]:
-    """`held_to_ncps` for some rows and steps of a network's input."""
-    few = x[:4, :16]
-    # ncps' own default state is fp32.
-    state = few.new_zeros(len(few), theirs.state_size, dtype=torch.float64)
-    with torch.no_grad():
-        exact, _ = copy.deepcopy(theirs).double()(few.double(), state)
-        return held_to_ncps(name, exact, theirs(few)[0], ours(few)[0])
 
 
 def step_case(name: str, options: Options) -> Case:
@@ -223,25 +207,15 @@ def step_case(name: str, options: Options) -> Case:
     tiny = ember_ext.nn.LTC(1, 1, ode_unfolds=1).to(options.device)
     nothing, none = x[:, :1], h[:, :1]
 
-    def repeated(call: Callable[[], Any]) -> Callable[[], None]:
-        # A single step is too short for the clock.
-        def run() -> None:
-            with torch.no_grad():
-                for _ in range(100):
-                    call()
+    calls = (
+        {"ncps": hundred_steps(lambda: theirs(x[:, None], h), options.device)}
+        if options.compare
+        else {}
+    )
+    calls[our_name(x.device)] = hundred_steps(lambda: ours.step(x, h), options.device)
+    calls["a step of one unit"] = hundred_steps(lambda: tiny.step(nothing, none), options.device)
 
-        return at_best_threads(run, options.device)
-
-    calls = {"ncps": repeated(lambda: theirs(x[:, None], h))} if options.compare else {}
-    calls[our_name(x.device)] = repeated(lambda: ours.step(x, h))
-    calls["a step of one unit"] = repeated(lambda: tiny.step(nothing, none))
-
-    def verify() -> dict[str, float]:
-        with torch.no_grad():
-            exact, _ = copy.deepcopy(theirs).double()(x[:, None].double(), h.double())
-            step, _ = ours.step(x, h)
-            return held_to_ncps(name, exact[:, 0], theirs(x[:, None], h)[0][:, 0], step)
-
+    verify = functools.partial(compare_steps, name, theirs, ours, x, h)
     return Case(f"{name}, 100 steps of [1, {x.shape[1]}]", "forward", calls, verify)
 
 
@@ -292,32 +266,12 @@ def memory_table(console: Console, path: Path) -> None:
     for line in lines:
         table.add_row(*line)
     console.print(table)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow((*columns, "device", "threads"))
-        where = processor(torch.device("cpu")), torch.get_num_threads()
-        writer.writerows((*line, *where) for line in lines)
+    write_memory(path, columns, lines)
 
 
 def main(options: Options) -> None:
     """Verify, time, print, write."""
-    device = open_device(options.device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=120)
-    what = set(options.what)
-    for stem, wanted, make in (
-        ("ltc", what - {"sweep", "memory"}, cases),
-        ("ltc_sweep", what & {"sweep"}, sweep_cases),
-    ):
-        if wanted:
-            rows: list[Row] = run_cases(
-                "ltc_scan", make(options), device=device, seconds=options.seconds
-            )
-            path = options.out / f"{stem}.csv"
-            write_csv(with_earlier(rows, path), path)
-            plot_csv(path, path.with_suffix(".png"))
-    if "memory" in options.what and device.type == "cpu":
-        memory_table(console, options.out / "ltc_memory.csv")
+    measure("ltc", options, cases, sweep_cases, memory_table)
 
 
 if __name__ == "__main__":
