@@ -12,8 +12,11 @@ from synthetic_results import SEEDS, Effect, synthetic_results
 
 from ember_ext.paper.claims.judging import Finding, NotTestableError, Rule, differs, every
 from ember_ext.paper.claims.verdicts import Claim, claims
+from ember_ext.paper.formatting import p_value
 from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import RunResult
+from ember_ext.paper.statistics.correction import holm
+from ember_ext.paper.statistics.power import detectable_difference, power
 
 SUPPORTED, REFUTED, UNTESTABLE = "supported", "not supported", "not testable at this scale"
 
@@ -503,3 +506,48 @@ def test_every_rule_must_hold() -> None:
     assert every(rule(True), rule(None), rule(False))(finished) == Finding(False, "found False")
     with pytest.raises(NotTestableError, match="cannot tell"):
         every(rule(True), rule(None))(finished)
+
+
+def test_verdicts_come_with_their_tests() -> None:
+    """The p of the evidence, corrected for all claims that are judged, and what would be found."""
+    effects = {"lif": Effect(loss=-0.006), "qwen-gate": Effect(loss=0.01)}
+    found = judged(synthetic_results(effects))
+    family = sum(claim.judged for claim in found.values())
+    loss = found["loss-transformer"]
+    (test,) = loss.tests
+    assert (test.n, test.p, loss.p) == (3, loss.p, test.p)
+    assert f"paired t p = {p_value(loss.p)}" in loss.evidence
+    assert test.published == -0.75
+    assert test.detectable == detectable_difference(test.sd, 3)
+    assert test.base is not None
+    assert test.sd is not None
+    assert test.published_power == power(0.0075 * test.base, test.sd, 3)
+    values = [claim.p for claim in found.values() if claim.judged]
+    assert family > sum(p is not None for p in values) > 3
+    corrected = [claim.holm_p for claim in found.values() if claim.judged]
+    assert corrected == holm(values)
+    assert min(p for p in corrected if p is not None) == family * min(
+        p for p in values if p is not None
+    )
+    # All parts have to hold, so the least sure one decides.
+    best = found["best-condition"]
+    assert len(best.tests) == 4
+    assert best.p == max(test.p or 0 for test in best.tests)
+    for claim in found.values():
+        if not claim.judged:
+            assert (claim.tests, claim.p, claim.holm_p) == ((), None, None)
+
+
+def test_claims_about_what_was_not_run() -> None:
+    """A size that lacks a backbone says nothing of it; a missing condition is another thing."""
+    cfc = judged(synthetic_results(backbone="cfc", variants=("standard", "lif", "null")))
+    of_transformers = [c for c in cfc.values() if c.statement.startswith("Transformer")]
+    assert of_transformers
+    assert not any(claim.was_run for claim in of_transformers)
+    assert not cfc["parameter-ratio"].was_run
+    assert not cfc["seed-stability"].was_run
+    assert cfc["universal-hierarchy"].was_run
+    assert cfc["loss-text-gate-cfc"].was_run
+    assert all(c.was_run for c in cfc.values() if c.statement.startswith("CfC"))
+    assert not any(claim.was_run for claim in claims([]))
+    assert all(c.was_run or not c.judged for c in judged(synthetic_results()).values())

@@ -27,6 +27,15 @@ def percent(value: float | None, digits: int = 2) -> str:
     return DASH if value is None else f"{value:+.{digits}f}%"
 
 
+def share(value: float | None) -> str:
+    """A part of the whole, in whole percent; never 100 % or 0 % unless it is."""
+    if value is None:
+        return DASH
+    if 0.995 <= value < 1 - 1e-9:
+        return ">99%"
+    return "<1%" if 1e-9 < value < 0.005 else f"{value:.0%}"
+
+
 def p_value(value: float | None) -> str:
     """A p value, with the digits that mean something."""
     if value is None:

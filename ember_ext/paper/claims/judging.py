@@ -18,6 +18,7 @@ from ember_ext.paper.runs.finished import BASELINE, FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.comparisons import Measure, best_loss, compare, measure_noise
 from ember_ext.paper.statistics.paired import MIN_PAIRS, p_against_zero
+from ember_ext.paper.statistics.power import detectable_difference, power
 
 SIGNIFICANCE = 0.05
 
@@ -32,20 +33,63 @@ CRITICAL_WINDOW = 200
 
 
 @dataclass(frozen=True)
+class SeedTest:
+    """A test over seeds that a finding rests on.
+
+    Attributes:
+        what: which numbers are compared.
+        n: number of seeds.
+        p: two-sided; None where all differences are one number other than 0.
+        difference: mean of the differences; None if the test is of something else than a mean.
+        sd: their standard deviation (ddof 1); None as `difference`.
+        base: mean of what it is compared with; None if that is 0.
+        published: the effect that the paper reports, in percent of the base, if it reports one.
+        digits: of the numbers in tables.
+    """
+
+    what: str
+    n: int
+    p: float | None
+    difference: float | None = None
+    sd: float | None = None
+    base: float | None = None
+    published: float | None = None
+    digits: int = 5
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest true difference that it finds with a power of 80 %; None without an sd."""
+        return detectable_difference(self.sd, self.n)
+
+    @property
+    def published_power(self) -> float | None:
+        """The chance of finding an effect as large as the published one, if there is one."""
+        if self.published is None or self.base is None or not self.sd:
+            return None
+        return power(self.published / 100 * self.base, self.sd, self.n)
+
+
+@dataclass(frozen=True)
 class Finding:
     """The finding of a rule.
 
     Attributes:
         holds: whether the claim does.
         evidence: the numbers behind it.
+        tests: those that it rests on, of all parts.
     """
 
     holds: bool
     evidence: str
+    tests: tuple[SeedTest, ...] = ()
 
 
 class NotTestableError(Exception):
     """These runs cannot answer; the text says why, with what numbers there are."""
+
+
+class NotRunError(NotTestableError):
+    """No run is of the backbone that the claim is about."""
 
 
 Rule = Callable[[FinishedRuns], Finding]
@@ -60,13 +104,16 @@ def every(*rules: Rule) -> Rule:
             try:
                 findings.append(rule(finished))
             except NotTestableError as reason:
-                reasons.append(str(reason))
+                reasons.append(reason)
+        tests = tuple(dict.fromkeys(test for finding in findings for test in finding.tests))
         failed = [finding.evidence for finding in findings if not finding.holds]
         if failed:
-            return Finding(False, "; ".join(dict.fromkeys(failed)))
+            return Finding(False, "; ".join(dict.fromkeys(failed)), tests)
         if reasons:
-            raise NotTestableError("; ".join(dict.fromkeys(reasons)))
-        return Finding(True, "; ".join(dict.fromkeys(f.evidence for f in findings)))
+            was_run = findings or not all(isinstance(reason, NotRunError) for reason in reasons)
+            kind = NotTestableError if was_run else NotRunError
+            raise kind("; ".join(dict.fromkeys(map(str, reasons))))
+        return Finding(True, "; ".join(dict.fromkeys(f.evidence for f in findings)), tests)
 
     return judge
 
@@ -83,7 +130,8 @@ def need_runs(
     for variant in variants:
         found.append({run.seed for run in finished.runs(backbone, variant)})
         if not found[-1]:
-            raise NotTestableError(f"no run of {backbone} {variant}")
+            kind = NotTestableError if backbone in finished.backbones else NotRunError
+            raise kind(f"no run of {backbone} {variant}")
     common = len(set.intersection(*found))
     if common < seeds:
         names = " and ".join(variants)
@@ -99,11 +147,11 @@ def need_config(finished: FinishedRuns, backbone: str) -> dict[str, Any]:
     """The configuration of a backbone's runs.
 
     Raises:
-        NotTestableError: it has none.
+        NotRunError: it has none.
     """
     config = finished.config(backbone)
     if config is None:
-        raise NotTestableError(f"no run of {backbone}")
+        raise NotRunError(f"no run of {backbone}")
     return config
 
 
@@ -181,15 +229,27 @@ def differs(
         )
         if comparison.n < MIN_PAIRS:
             raise NotTestableError(f"{seeds_missing(comparison.n)}; {evidence}")
+        printed = published.LOSSES[backbone].get(variant) if measure is best_loss else None
+        test = SeedTest(
+            f"{backbone}, {name}: {variant} against {base}",
+            comparison.n,
+            comparison.t_p,
+            comparison.difference,
+            float(np.std(comparison.differences, ddof=1)),
+            comparison.base.mean or None,
+            printed.percent if printed and base == BASELINE else None,
+            digits + 1,
+        )
         if sign * comparison.difference <= 0:
-            return Finding(False, evidence)
+            return Finding(False, evidence, (test,))
         if comparison.t_p is not None and comparison.t_p >= SIGNIFICANCE:
-            return Finding(False, evidence)
+            return Finding(False, evidence, (test,))
         if floor is None or floor.n < MIN_PAIRS:
             raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
         if abs(comparison.difference) <= floor.rms:
-            return Finding(False, f"{evidence}; on average no more than rounding does to one pair")
-        return Finding(True, evidence)
+            evidence += "; on average no more than rounding does to one pair"
+            return Finding(False, evidence, (test,))
+        return Finding(True, evidence, (test,))
 
     return judge
 
@@ -208,4 +268,6 @@ def rises_on_average(
         f"p = {p_value(p)}, Spearman {signed(correlation, 2)}"
     )
     rising = mean > 0 and correlation is not None and correlation >= MIN_SPEARMAN
-    return Finding(rising and (p is None or p < SIGNIFICANCE), evidence)
+    sd = float(np.std(rises, ddof=1))
+    test = SeedTest(f"{what}: last minus first layer", len(rises), p, mean, sd, digits=digits + 1)
+    return Finding(rising and (p is None or p < SIGNIFICANCE), evidence, (test,))

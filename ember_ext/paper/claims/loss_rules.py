@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from ember_ext.paper import published
@@ -11,6 +12,7 @@ from ember_ext.paper.claims.judging import (
     Finding,
     NotTestableError,
     Rule,
+    SeedTest,
     differs,
     need_config,
     need_resolution,
@@ -99,8 +101,10 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
             f"{backbone}, sd of {variant}'s best val loss: {', '.join(listed)}; Pitman-Morgan "
             f"against {BASELINE} p = {p_value(p)}"
         )
+        spread = f"{backbone}, variance of the best val loss: {variant} against {BASELINE}"
+        tests = (SeedTest(spread, seeds, p),)
         if any(n >= MIN_SPREAD_SEEDS or (p is not None and p < SIGNIFICANCE) for n, p in smaller):
-            return Finding(False, evidence)
+            return Finding(False, evidence, tests)
         if smaller:
             fewest = min(n for n, _ in smaller)
             raise NotTestableError(
@@ -115,13 +119,13 @@ def least_spread(backbone: str, variant: str, others: Sequence[str]) -> Rule:
         if p >= SIGNIFICANCE:
             if seeds < MIN_SPREAD_SEEDS:
                 raise NotTestableError(f"{seeds_missing(seeds, MIN_SPREAD_SEEDS)}; {evidence}")
-            return Finding(False, evidence)
+            return Finding(False, evidence, tests)
         null = compare(finished, backbone, NULL)
         if null is None or null.n < MIN_PAIRS or null.other.sd is None or null.base.sd is None:
             raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
         noise = abs(null.other.sd - null.base.sd)
         evidence += f"; sds of {NULL} and {BASELINE} differ by {noise:.4f}"
-        return Finding(difference > noise, evidence)
+        return Finding(difference > noise, evidence, tests)
 
     return judge
 
@@ -135,7 +139,8 @@ def refractory_lowers(finished: FinishedRuns) -> Finding:
         if mode == "look_ahead"
         else "look at the past only, while the published ones look ahead"
     )
-    return Finding(finding.holds, f"{finding.evidence}; thresholds of mode {mode!r} {look}")
+    evidence = f"{finding.evidence}; thresholds of mode {mode!r} {look}"
+    return dataclasses.replace(finding, evidence=evidence)
 
 
 def critical_period(backbone: str) -> Rule:
@@ -217,6 +222,7 @@ def _at_paper_scale(finished: FinishedRuns, backbone: str) -> None:
 
 
 def _extra(finished: FinishedRuns, backbone: str, variant: str) -> int:
+    need_config(finished, backbone)
     extra = extra_parameters(finished, backbone, variant)
     if extra is None:
         raise NotTestableError(f"no run of {backbone} {BASELINE} or {variant}")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ember_ext.paper.claims.catalogue import SPECS, Spec
-from ember_ext.paper.claims.judging import NotTestableError
+from ember_ext.paper.claims.judging import NotRunError, NotTestableError, SeedTest
 from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import RunResult
+from ember_ext.paper.statistics.correction import holm
 
 Verdict = Literal["supported", "not supported", "not testable at this scale"]
+
+UNTESTABLE: Verdict = "not testable at this scale"
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,11 @@ class Claim:
         verdict: by the criterion.
         evidence: the numbers behind the verdict, or why there is none.
         criterion: what has to hold for "supported", and for a verdict at all.
+        tests: those that a verdict rests on; none where there is no verdict, or no test.
+        p: the largest of theirs, because a claim of several parts holds only if all of them do.
+            None without a test.
+        holm_p: the same, corrected for the number of claims that these runs judge.
+        was_run: whether any run is of a backbone that the claim is about.
     """
 
     key: str
@@ -33,6 +42,15 @@ class Claim:
     verdict: Verdict
     evidence: str
     criterion: str
+    tests: tuple[SeedTest, ...] = ()
+    p: float | None = None
+    holm_p: float | None = None
+    was_run: bool = True
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is a verdict."""
+        return self.verdict != UNTESTABLE
 
 
 def claims(results: Sequence[RunResult]) -> list[Claim]:
@@ -45,16 +63,21 @@ def claims(results: Sequence[RunResult]) -> list[Claim]:
         ResultError: see `FinishedRuns`.
     """
     finished = FinishedRuns(results)
-    return [_judge(spec, finished) for spec in SPECS]
+    found = [_judge(spec, finished) for spec in SPECS]
+    corrected = iter(holm([claim.p for claim in found if claim.judged]))
+    return [
+        dataclasses.replace(claim, holm_p=next(corrected)) if claim.judged else claim
+        for claim in found
+    ]
 
 
 def _judge(spec: Spec, finished: FinishedRuns) -> Claim:
-    verdict: Verdict
+    said = (spec.key, spec.statement, spec.source)
     try:
         finding = spec.rule(finished)
     except NotTestableError as reason:
-        verdict, evidence = "not testable at this scale", str(reason)
-    else:
-        verdict = "supported" if finding.holds else "not supported"
-        evidence = finding.evidence
-    return Claim(spec.key, spec.statement, spec.source, verdict, evidence, spec.criterion)
+        was_run = not isinstance(reason, NotRunError)
+        return Claim(*said, UNTESTABLE, str(reason), spec.criterion, was_run=was_run)
+    verdict: Verdict = "supported" if finding.holds else "not supported"
+    p = max((test.p for test in finding.tests if test.p is not None), default=None)
+    return Claim(*said, verdict, finding.evidence, spec.criterion, finding.tests, p)

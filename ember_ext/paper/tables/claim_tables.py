@@ -1,0 +1,84 @@
+"""Tables about the claims as a whole: their number, and the power of their tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ember_ext.paper.claims import Claim
+from ember_ext.paper.claims.judging import SIGNIFICANCE, SeedTest
+from ember_ext.paper.formatting import DASH, number, p_value, percent, share, signed
+from ember_ext.paper.tables.table import Table
+
+
+def claim_tables(claims: Sequence[Claim]) -> list[Table]:
+    """Tables S4 and S5, of claims that were judged together."""
+    return [correction_table(claims), power_table(claims)]
+
+
+def correction_table(claims: Sequence[Claim]) -> Table:
+    """Table S4: the p of every claim with a verdict, corrected for the number of them."""
+    judged = [claim for claim in claims if claim.judged]
+    rows = [
+        (
+            claim.key,
+            claim.verdict,
+            str(len(claim.tests) or DASH),
+            p_value(claim.p),
+            p_value(claim.holm_p),
+            DASH if claim.holm_p is None else "yes" if claim.holm_p < SIGNIFICANCE else "no",
+        )
+        for claim in judged
+    ]
+    notes = (
+        f"These runs judge {len(judged)} claims. Of {len(judged)} claims that are all false, some "
+        "would still have p < .05 by chance. Holm's method corrects for that. A claim that is "
+        "decided without a test counts in the number of claims, and has no p.",
+        "The p of a claim with several tests is the largest of theirs, because all parts have to "
+        "hold. The tests are two-sided: a small p is no support if the sign is the wrong one. "
+        "The verdicts go by the p without the correction, as the criteria say.",
+    )
+    columns = ("Claim", "Verdict", "Tests", "p", "p (Holm)", "Below .05 after Holm")
+    return Table("S4", "Claims, corrected for their number", columns, tuple(rows), notes)
+
+
+def power_table(claims: Sequence[Claim]) -> Table:
+    """Table S5: the smallest effect that each t-test behind a verdict would have found."""
+    tests = dict.fromkeys(
+        test for claim in claims for test in claim.tests if test.detectable is not None
+    )
+    notes = (
+        "Detectable is the smallest true difference that the t-test would have found (two-sided "
+        "p < .05) with a power of 80%, given the number of seeds and the observed sd of the "
+        "differences. The sd of few differences is itself uncertain: with 3 seeds the true one may "
+        "be half of it or six times as large.",
+        "The published effect is the one that the paper reports for its own sizes. The last column "
+        "is the power for an effect of as many percent.",
+    )
+    columns = (
+        "Test",
+        "Seeds",
+        "Difference",
+        "sd of differences",
+        "p",
+        "Detectable",
+        "Detectable, %",
+        "Published effect",
+        "Power for it",
+    )
+    return Table("S5", "Power of the tests", columns, tuple(map(_power_row, tests)), notes)
+
+
+def _power_row(test: SeedTest) -> tuple[str, ...]:
+    found = test.detectable
+    relative = None if found is None or not test.base else 100 * found / abs(test.base)
+    return (
+        test.what,
+        str(test.n),
+        signed(test.difference, test.digits),
+        number(test.sd, test.digits),
+        p_value(test.p),
+        number(found, test.digits),
+        DASH if relative is None else f"{relative:.2f}%",
+        percent(test.published),
+        share(test.published_power),
+    )
