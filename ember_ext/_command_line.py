@@ -33,6 +33,9 @@ def at_least(least: int) -> Expectation:
     )
 
 
+ABOVE_ZERO = Expectation("finite and above 0", lambda value: value > 0 and math.isfinite(value))
+
+
 def within(least: int, most: int) -> Expectation:
     """A number from `least` to `most`."""
     return Expectation(f"from {least} to {most}", lambda value: least <= value <= most)

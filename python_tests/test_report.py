@@ -18,6 +18,7 @@ from synthetic_results import SEEDS, Effect, synthetic_results
 
 from ember_ext.paper.claims.verdicts import Verdict, claims
 from ember_ext.paper.figures.style import MADE_FOR
+from ember_ext.paper.formatting import p_value
 from ember_ext.paper.report import ReportContext, write_report
 from ember_ext.paper.report.content import page_content
 from ember_ext.paper.report.facts import duration
@@ -123,8 +124,13 @@ def test_page_can_be_read_by_all(page: Page) -> None:
 def test_claims_come_with_verdict_and_numbers(folder: Path, page: Page) -> None:
     judged = claims(runs())
     markdown = (folder / "report.md").read_text(encoding="utf-8")
+    tested = page_content(Findings.of(runs()), CONTEXT)["tested"]
+    assert sum(map(bool, tested.values())) == sum(bool(claim.tests) for claim in judged) > 2
     for claim in judged:
-        stated = f"{claim.verdict} {claim.statement} ({claim.source}) {claim.evidence} Criterion"
+        stated = (
+            f"{claim.verdict} {claim.statement} ({claim.source}) {claim.evidence} "
+            f"{tested[claim.key]} Criterion"
+        )
         assert " ".join(stated.split()) in page.text
         assert f"- **{claim.verdict}**: {escape_markdown(claim.statement)}" in markdown
     counts = Counter(claim.verdict for claim in judged)
@@ -139,6 +145,22 @@ def test_claims_come_with_verdict_and_numbers(folder: Path, page: Page) -> None:
         assert classes[name] == 1 + counts[verdict] > 1
     stored = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
     assert [claim["verdict"] for claim in stored["claims"]] == [c.verdict for c in judged]
+
+
+def test_p_values_come_corrected_and_with_their_power(page: Page) -> None:
+    found = {claim.key: claim for claim in claims(runs())}
+    loss = found["loss-transformer"]
+    (test,) = loss.tests
+    assert test.base is not None
+    assert test.detectable is not None
+    family = sum(claim.judged for claim in found.values())
+    assert (
+        f"p = {p_value(loss.p)}, corrected for the {family} claims judged here (Holm) "
+        f"{p_value(loss.holm_p)}. These seeds would have found a true difference of "
+        f"{test.detectable:.5f} ({100 * test.detectable / test.base:.2f}%, 3 seeds) with a power "
+        "of 80%." in page.text
+    )
+    assert "would have found true differences of" in page.text
 
 
 def test_tables_are_whole(folder: Path, page: Page) -> None:

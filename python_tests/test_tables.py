@@ -9,12 +9,22 @@ import pytest
 from synthetic_results import SEEDS, Effect, synthetic_results
 
 from ember_ext.paper import published
+from ember_ext.paper.claims import claims
 from ember_ext.paper.data.sources import TINY_SHA256
-from ember_ext.paper.formatting import DASH, noise_text, number, p_value, percent, signed
+from ember_ext.paper.formatting import (
+    DASH,
+    noise_text,
+    number,
+    p_value,
+    percent,
+    share,
+    signed,
+)
 from ember_ext.paper.runs.finished import NEWER_MEASURES
 from ember_ext.paper.runs.results import ResultError, RunResult
 from ember_ext.paper.statistics.paired import NoiseFloor
 from ember_ext.paper.tables.catalogue import Table, tables
+from ember_ext.paper.tables.claim_tables import claim_tables
 
 NUMBERS = ["3.1", "3.2", "3.3a", "3.3b", "3.4", "3.5", "3.6", "4.2", "S1", "S2", "S3"]
 
@@ -339,3 +349,32 @@ def test_noise_in_words() -> None:
         "noise floor 0.00021 (RMS of 2 null pairs; largest 0.00040)"
     )
     assert noise_text(NoiseFloor(1, 0.0, 0.0)) == "noise floor 0 to the 7 digits kept (1 null pair)"
+
+
+def test_claims_have_tables_of_their_own() -> None:
+    effects = {"lif": Effect(loss=-0.006), "qwen-gate": Effect(loss=0.01)}
+    judged = claims(synthetic_results(effects))
+    correction, power = claim_tables(judged)
+    assert [table.number for table in (correction, power)] == ["S4", "S5"]
+    with_verdict = [claim for claim in judged if claim.judged]
+    assert [cells[:2] for cells in correction.rows] == [(c.key, c.verdict) for c in with_verdict]
+    assert f"judge {len(with_verdict)} claims" in correction.notes[0]
+    for claim, cells in zip(with_verdict, correction.rows, strict=True):
+        assert cells[3:5] == (p_value(claim.p), p_value(claim.holm_p))
+        sure = {None: DASH, True: "yes", False: "no"}
+        assert cells[5] == sure[None if claim.holm_p is None else claim.holm_p < 0.05]
+    names = [cells[0] for cells in power.rows]
+    assert len(set(names)) == len(names) > 5
+    cells = row(power, "transformer, best val loss: lif against standard")
+    (test,) = next(claim for claim in judged if claim.key == "loss-transformer").tests
+    assert cells["Seeds"] == "3"
+    assert cells["Detectable"] == f"{test.detectable:.5f}"
+    assert cells["Published effect"] == "-0.75%"
+    assert cells["Power for it"] == share(test.published_power)
+    assert row(power, "transformer, best val loss: lif against qwen-gate")["Power for it"] == DASH
+    assert [len(table.rows) for table in claim_tables(claims([]))] == [0, 0]
+
+
+def test_shares_are_whole_only_if_they_are() -> None:
+    values = (None, 0, 1e-4, 0.006, 0.5, 0.994, 0.996, 1)
+    assert [*map(share, values)] == [DASH, "0%", "<1%", "1%", "50%", "99%", ">99%", "100%"]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Scale = Literal["paper", "xs", "other"]
+Scale = Literal["paper", "stated", "xs", "other"]
 
 SEEDS = (42, 668, 1337)
 
@@ -194,6 +194,13 @@ _SIZES: dict[tuple[str, Scale], dict[str, Any]] = {
         "block_size": 256,
         "steps": 3000,
     },
+    ("cfc", "stated"): {
+        "n_layer": 4,
+        "n_embd": 128,
+        "cfc_units": 192,
+        "block_size": 256,
+        "steps": 3000,
+    },
     ("transformer", "xs"): {
         "n_layer": 2,
         "n_head": 4,
@@ -212,10 +219,13 @@ _SIZES: dict[tuple[str, Scale], dict[str, Any]] = {
 
 
 def scale_of(config: Mapping[str, Any]) -> Scale:
-    """Which published runs a configuration has the sizes and the length of, by those themselves."""
-    scales: tuple[Scale, ...] = ("paper", "xs")
+    """Which published runs a configuration has the sizes and the length of, by those themselves.
+
+    "stated" is what the paper's text says of its CfC, of which no runs are published.
+    """
+    scales: tuple[Scale, ...] = ("paper", "stated", "xs")
     for scale in scales:
-        sizes = _SIZES[config["backbone"], scale]
-        if all(config.get(field) == value for field, value in sizes.items()):
+        sizes = _SIZES.get((config["backbone"], scale))
+        if sizes and all(config.get(field) == value for field, value in sizes.items()):
             return scale
     return "other"

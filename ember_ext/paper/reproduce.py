@@ -14,6 +14,7 @@ from typing import Any, Literal
 import tyro
 
 from ember_ext._command_line import (
+    ABOVE_ZERO,
     FlagError,
     at_least,
     prepare_output,
@@ -25,12 +26,16 @@ from ember_ext.paper.data import CorpusError, load_text
 from ember_ext.paper.report import ReportContext, write_report
 from ember_ext.paper.runs.console import GridConsole
 from ember_ext.paper.runs.executors import Executor, LocalExecutor, SubmititExecutor
-from ember_ext.paper.runs.grid import Grid
-from ember_ext.paper.runs.results import ResultError, read_results
-from ember_ext.paper.runs.suites import SuiteName, plan
+from ember_ext.paper.runs.gathering import suite_results, take_over
+from ember_ext.paper.runs.grid import Grid, OutOfTime
+from ember_ext.paper.runs.results import ResultError, RunResult, read_results
+from ember_ext.paper.runs.suites import SUITES, SuiteName, plan
 from ember_ext.paper.runs.worker import GridFolder
 from ember_ext.paper.training import ConfigError, RunError, StopRequested, resolve_device
 from ember_ext.paper.training.config import Backbone
+
+OUT_OF_TIME = 75
+"""The exit code where --minutes are over: "try again later" of BSD's sysexits.h."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,17 @@ class ReproduceArguments:
     """Processes of this machine, or jobs of Slurm (needs the extra "cluster")."""
     slurm: tuple[str, ...] = ()
     """NAME=VALUE options for submitit, such as slurm_partition=gpu timeout_min=240."""
+    minutes: float | None = None
+    """Stop after this time, with checkpoints, as on Ctrl-C. The same call goes on later. The exit
+    code is 75 then. Default: until all is done."""
+    drop_checkpoints: bool = False
+    """Remove the checkpoints of each run once its result is written. The folder then holds only
+    what is needed to go on."""
+    collect: tuple[Path, ...] = ()
+    """Folders of this suite whose finished results are copied here first, without checkpoints."""
+    beside: tuple[str, ...] = ()
+    """SUITE=FOLDER of other suites that were run, such as quick=runs/reproduce-quick. The report
+    sets all sizes side by side."""
     report_only: bool = False
     """Draw the report from what is there, and train nothing."""
 
@@ -78,10 +94,12 @@ def reproduce_main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, FlagError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    words = [word for word in arguments if word != "--report-only"]
-    command = shlex.join(["python", "scripts/reproduce.py", *words])
+    command = shlex.join(["python", "scripts/reproduce.py", *_lasting(arguments)])
     try:
         return _reproduce(options, command)
+    except OutOfTime as stop:
+        print(f"{stop}; continue with: {command}")
+        return OUT_OF_TIME
     except StopRequested as stop:
         print(f"{stop}; continue with: {command}")
         return stop.exit_code
@@ -90,8 +108,23 @@ def reproduce_main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _lasting(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those that are about one call and change nothing that it leaves."""
+    words, skipping = [], False
+    for word in arguments:
+        if word.startswith("--"):
+            skipping = word == "--collect"
+        if not skipping and word != "--report-only":
+            words.append(word)
+    return words
+
+
 def _check(options: ReproduceArguments) -> None:
     require("--jobs", options.jobs, at_least(1))
+    require("--minutes", options.minutes, ABOVE_ZERO)
+    _beside(options)
+    if options.minutes is not None and options.executor != "local":
+        raise ConfigError("--minutes needs --executor local; a job of Slurm has timeout_min")
     require_distinct("--seeds", options.seeds)
     require_distinct("--conditions", options.conditions)
     require_distinct("--backbones", options.backbones)
@@ -115,6 +148,10 @@ def _reproduce(options: ReproduceArguments, command: str) -> int:
         data=data,
     )
     names = [spec.name for spec in specs]
+    others = [_other_size(suite, path) for suite, path in _beside(options)]
+    if options.collect:
+        new = take_over(options.suite, folder, options.collect)
+        print(f"results taken over: {len(new)}")
     failures: dict[str, str] = {}
     with GridConsole() as console:
         note = console.console.print
@@ -129,7 +166,12 @@ def _reproduce(options: ReproduceArguments, command: str) -> int:
         if not options.report_only:
             folder.plan(names)
             folder.results.mkdir(exist_ok=True)
-            grid.run(_executor(options, folder, device, len(specs)), console)
+            grid.run(
+                _executor(options, folder, device, len(specs)),
+                console,
+                seconds=None if options.minutes is None else 60 * options.minutes,
+                drop_checkpoints=options.drop_checkpoints,
+            )
             failures = grid.failures
     for name, message in failures.items():
         print(f"{name} failed: {message}", file=sys.stderr)
@@ -139,9 +181,31 @@ def _reproduce(options: ReproduceArguments, command: str) -> int:
         failed=folder.failures() | failures,
         command=command,
     )
-    report = write_report(folder.path, read_results(folder.results), context)
+    report = write_report(folder.path, read_results(folder.results), context, others)
     print(f"report: {report}")
     return 1 if failures else 0
+
+
+def _beside(options: ReproduceArguments) -> list[tuple[SuiteName, Path]]:
+    """The suites and folders that --beside names."""
+    found: dict[SuiteName, Path] = {}
+    for word in options.beside:
+        suite, equals, path = word.partition("=")
+        if suite not in SUITES or not equals or not path:
+            raise ConfigError(
+                f"--beside must be SUITE=FOLDER with a suite of {list(SUITES)}, got {word!r}"
+            )
+        if suite == options.suite or suite in found:
+            raise ConfigError(f"--beside must name other suites, each once, got {suite!r} again")
+        found[suite] = Path(path)
+    return list(found.items())
+
+
+def _other_size(suite: SuiteName, path: Path) -> tuple[ReportContext, list[RunResult]]:
+    folder = GridFolder(path)
+    names = [spec.name for spec in plan(suite, device="cpu")]
+    planned = tuple(folder.planned_with(names))
+    return ReportContext(suite=suite, planned=planned), suite_results(suite, folder)
 
 
 def _executor(options: ReproduceArguments, folder: GridFolder, device: str, runs: int) -> Executor:

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from ember_ext.paper.claims import Verdict
+from ember_ext.paper.claims import Claim, Verdict
+from ember_ext.paper.claims.judging import SeedTest
 from ember_ext.paper.figures.style import MADE_FOR
+from ember_ext.paper.formatting import number, p_value
 from ember_ext.paper.labels import BACKBONE_LABELS, VARIANT_LABELS, variant_label
 from ember_ext.paper.report.facts import facts
-from ember_ext.paper.report.findings import Findings, ReportContext, unplanned
+from ember_ext.paper.report.findings import Findings, ReportContext, Size, unplanned
+from ember_ext.paper.report.sizes import size_tables, stacked_tables
 from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import ResultError
 from ember_ext.paper.tables.table import gate_label
@@ -29,10 +32,19 @@ class _GridRow:
     states: tuple[str, ...]
 
 
-def page_content(findings: Findings, context: ReportContext) -> dict[str, Any]:
-    """The values that both templates need."""
+def page_content(
+    findings: Findings, context: ReportContext, sizes: Sequence[Size] = ()
+) -> dict[str, Any]:
+    """The values that both templates need.
+
+    Args:
+        findings: those of the report's own suite.
+        context: that suite.
+        sizes: all sizes that the report sets side by side, its own among them; none if it does not.
+    """
     finished = findings.finished
     counts = Counter(claim.verdict for claim in findings.claims)
+    judged = sum(claim.judged for claim in findings.claims)
     done = {run.name for run in finished.results}
     others = unplanned(finished, context)
     names = [*context.planned, *others]
@@ -46,6 +58,7 @@ def page_content(findings: Findings, context: ReportContext) -> dict[str, Any]:
         "failed": sorted(context.failed.items()),
         "figures_made_for": MADE_FOR,
         "claims": findings.claims,
+        "tested": {claim.key: _tested(claim, judged) for claim in findings.claims},
         "supported": counts["supported"],
         "verdicts": [(verdict, counts[verdict]) for verdict in get_args(Verdict)],
         "facts": facts(finished, context),
@@ -54,7 +67,33 @@ def page_content(findings: Findings, context: ReportContext) -> dict[str, Any]:
         # The paper has tables of its own numbers, and lacks those that start with S.
         "tables": [table for table in findings.tables if not table.number.startswith("S")],
         "statistics": [table for table in findings.tables if table.number.startswith("S")],
+        "sizes": size_tables(sizes) if sizes else [],
+        "stacked": stacked_tables(sizes) if sizes else [],
     }
+
+
+def _tested(claim: Claim, judged: int) -> str:
+    """The claim's p, corrected, and the power of its tests; empty if it rests on no test."""
+    if not claim.tests:
+        return ""
+    text = ""
+    if claim.p is not None:
+        text = (
+            f"p = {p_value(claim.p)}, corrected for the {judged} claims judged here (Holm) "
+            f"{p_value(claim.holm_p)}. "
+        )
+    found = [_detectable(test) for test in claim.tests if test.detectable is not None]
+    if not found:
+        return text.strip()
+    what = "a true difference of" if len(found) == 1 else "true differences of"
+    return f"{text}These seeds would have found {what} {', '.join(found)} with a power of 80%."
+
+
+def _detectable(test: SeedTest) -> str:
+    found = test.detectable
+    assert found is not None
+    relative = f"{100 * found / abs(test.base):.2f}%, " if test.base else ""
+    return f"{number(found, test.digits)} ({relative}{test.n} seeds)"
 
 
 def _parts(name: str) -> tuple[str, str, int]:

@@ -9,6 +9,7 @@ from ember_ext.paper.claims import Claim, claims
 from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.tables import Table, tables
+from ember_ext.paper.tables.claim_tables import claim_tables
 from ember_ext.paper.tables.table import variants_in_order
 
 
@@ -44,7 +45,16 @@ class Findings:
         Raises:
             ResultError: see `FinishedRuns`.
         """
-        return cls(FinishedRuns(results), claims(results), tables(results))
+        judged = claims(results)
+        return cls(FinishedRuns(results), judged, [*tables(results), *claim_tables(judged)])
+
+
+@dataclass(frozen=True)
+class Size:
+    """The paper at one size: a suite, its runs, and what follows from them."""
+
+    context: ReportContext
+    findings: Findings
 
 
 def ordered(finished: FinishedRuns) -> list[RunResult]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
-from ember_ext.paper.report.findings import Findings, ReportContext, ordered
+from ember_ext.paper.report.findings import Findings, ReportContext, Size, ordered
+from ember_ext.paper.report.sizes import size_tables, sizes_as_data, stacked_tables
 from ember_ext.paper.runs.finished import BASELINE, FinishedRuns
 from ember_ext.paper.statistics.comparisons import (
     LOSS_MEASURES,
@@ -18,8 +20,16 @@ from ember_ext.paper.statistics.crossover import find_crossovers
 from ember_ext.paper.statistics.depth import PROFILE_MEASURES, depth_profiles
 
 
-def numbers(findings: Findings, context: ReportContext) -> dict[str, Any]:
-    """Everything that the report says in numbers, as plain data, without times."""
+def numbers(
+    findings: Findings, context: ReportContext, sizes: Sequence[Size] = ()
+) -> dict[str, Any]:
+    """Everything that the report says in numbers, as plain data, without times.
+
+    Args:
+        findings: those of the report's own suite.
+        context: that suite.
+        sizes: all sizes that the report sets side by side, its own among them; none if it does not.
+    """
     finished = findings.finished
     runs = [
         {
@@ -33,7 +43,7 @@ def numbers(findings: Findings, context: ReportContext) -> dict[str, Any]:
         }
         for run in ordered(finished)
     ]
-    return {
+    content = {
         "suite": context.suite,
         "planned": list(context.planned),
         "runs": runs,
@@ -43,6 +53,11 @@ def numbers(findings: Findings, context: ReportContext) -> dict[str, Any]:
             backbone: _statistics(finished, backbone) for backbone in finished.backbones
         },
     }
+    if sizes:
+        shown = [*size_tables(sizes), *stacked_tables(sizes)]
+        content["sizes"] = sizes_as_data(sizes)
+        content["size_tables"] = [dataclasses.asdict(table) for table in shown]
+    return content
 
 
 def _statistics(finished: FinishedRuns, backbone: str) -> dict[str, Any]:

@@ -31,8 +31,9 @@ from ember_ext.paper.figures import Drawing, draw_figures, write_figures
 from ember_ext.paper.figures.style import rendered
 from ember_ext.paper.files import write_atomically
 from ember_ext.paper.report.content import page_content
-from ember_ext.paper.report.findings import Findings, ReportContext
+from ember_ext.paper.report.findings import Findings, ReportContext, Size
 from ember_ext.paper.report.numbers import numbers, to_json
+from ember_ext.paper.report.sizes import in_order
 from ember_ext.paper.runs.results import RunResult
 
 __all__ = ["ReportContext", "write_report"]
@@ -41,7 +42,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(
-    folder: str | os.PathLike[str], results: Sequence[RunResult], context: ReportContext
+    folder: str | os.PathLike[str],
+    results: Sequence[RunResult],
+    context: ReportContext,
+    beside: Sequence[tuple[ReportContext, Sequence[RunResult]]] = (),
 ) -> Path:
     """Write all files of a report, and replace those of an earlier one.
 
@@ -49,6 +53,7 @@ def write_report(
         folder: where to; it is made if it is missing.
         results: those of the finished runs; the report says which are missing.
         context: the suite that they belong to.
+        beside: other suites and their results. With any, the report sets size beside size.
 
     Returns:
         The path of report.html.
@@ -58,11 +63,13 @@ def write_report(
         OSError: a file cannot be written.
     """
     findings = Findings.of(results)
+    others = [Size(about, Findings.of(runs)) for about, runs in beside]
+    sizes = in_order([Size(context, findings), *others]) if others else []
     drawings = draw_figures(findings.finished)
-    content = page_content(findings, context)
+    content = page_content(findings, context, sizes)
     folder = Path(folder)
     write_figures(folder / "figures", drawings)
-    write_atomically(folder / "numbers.json", to_json(numbers(findings, context)))
+    write_atomically(folder / "numbers.json", to_json(numbers(findings, context, sizes)))
     write_atomically(
         folder / "report.md", _markdown(content, drawings).encode("utf-8", "backslashreplace")
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any, Literal, Protocol
 from ember_ext.paper.data import Corpus
 from ember_ext.paper.records import RecordError, check_record, parse_json
 from ember_ext.paper.runs.executors import Executor, Job
-from ember_ext.paper.runs.results import read_result
+from ember_ext.paper.runs.results import RunResult, read_result
 from ember_ext.paper.runs.suites import RunSpec
 from ember_ext.paper.runs.worker import GridFolder
 from ember_ext.paper.training import ConfigError, StopRequested, TrainConfig
 from ember_ext.paper.training.config import differing_fields
+from ember_ext.paper.training.console import duration
 from ember_ext.paper.training.signals import StopSignals
 
 RunState = Literal["waiting", "running", "done", "failed"]
@@ -55,6 +56,13 @@ class Overview(Protocol):
         """The runs stand like this; called twice a second."""
 
 
+class OutOfTime(Exception):  # noqa: N818 - stopping is no error
+    """The time that a grid was given is over; what was under way goes on next time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"stopped after {duration(seconds)}")
+
+
 class Grid:
     """The runs of a suite in a folder.
 
@@ -80,27 +88,37 @@ class Grid:
         if not path.exists():
             return
         result = read_result(path)
-        try:
-            recorded = TrainConfig(**result.config)
-        except (ConfigError, TypeError) as error:
-            raise ConfigError(
-                f"{path} must be the result of a run of this version, got another's config: {error}"
-            ) from None
-        differences = differing_fields(recorded, status.spec.config)
+        differences = differences_of(result, status.spec, path)
         if corpus is not None and result.corpus.get("sha256") != corpus.sha256:
             differences["corpus"] = (result.corpus["name"], corpus.name)
         if differences:
-            named = ", ".join(f"{f} was {a!r} and is {b!r}" for f, (a, b) in differences.items())
-            raise ConfigError(f"{path} is of another configuration ({named}): choose another --out")
+            raise ConfigError(f"{other_configuration(path, differences)}: choose another --out")
         status.state, status.step = "done", status.spec.config.steps
         status.val_loss = result.final()
 
-    def run(self, executor: Executor, overview: Overview) -> None:
+    def run(
+        self,
+        executor: Executor,
+        overview: Overview,
+        *,
+        seconds: float | None = None,
+        drop_checkpoints: bool = False,
+    ) -> None:
         """Carry out all that is not done. A run that fails does not keep the others from going on.
+
+        Args:
+            executor: starts the runs.
+            overview: told of the progress.
+            seconds: the time after which runs under way are stopped. Default: none.
+            drop_checkpoints: remove those of every run that has a result.
 
         Raises:
             StopRequested: SIGINT or SIGTERM; the runs under way were stopped, and go on next time.
+            OutOfTime: the seconds are over; likewise.
         """
+        started = time.monotonic()
+        if drop_checkpoints:
+            self._drop_checkpoints()
         waiting = [status for status in self.statuses if status.state == "waiting"]
         running: list[tuple[RunStatus, Job]] = []
         with StopSignals() as signals:
@@ -108,12 +126,16 @@ class Grid:
                 while waiting or running:
                     if signals.received:
                         raise StopRequested(signals.received)
+                    if seconds is not None and time.monotonic() - started >= seconds:
+                        raise OutOfTime(seconds)
                     while waiting and len(running) < executor.jobs:
                         status = waiting.pop(0)
                         status.state = "running"
                         running.append((status, executor.start(status.spec, self.folder.path)))
                     for status, job in running:
                         self._refresh(status, job)
+                    if drop_checkpoints:
+                        self._drop_checkpoints([s for s, _ in running])
                     running = [(s, job) for s, job in running if s.state == "running"]
                     overview.update(self.statuses)
                     if running:
@@ -123,6 +145,11 @@ class Grid:
                     job.stop()
                 for _, job in running:
                     job.wait()
+
+    def _drop_checkpoints(self, statuses: Sequence[RunStatus] | None = None) -> None:
+        for status in self.statuses if statuses is None else statuses:
+            if status.state == "done":
+                self.folder.run(status.spec.name).drop_checkpoints()
 
     @property
     def failures(self) -> dict[str, str]:
@@ -155,6 +182,27 @@ class Grid:
             if error.exists()
             else f"it ended without a result; see {self.folder.log(name)}"
         )
+
+
+def differences_of(result: RunResult, spec: RunSpec, path: Path) -> dict[str, tuple[Any, Any]]:
+    """The fields in which a result and a run of that name would differ, with both values.
+
+    Raises:
+        ConfigError: the result, which is at `path`, has a configuration that no run can have.
+    """
+    try:
+        recorded = TrainConfig(**result.config)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(
+            f"{path} must be the result of a run of this version, got another's config: {error}"
+        ) from None
+    return differing_fields(recorded, spec.config)
+
+
+def other_configuration(path: Path, differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """What is wrong with a result that is not of the run that was asked for."""
+    named = ", ".join(f"{f} was {a!r} and is {b!r}" for f, (a, b) in differences.items())
+    return f"{path} is of another configuration ({named})"
 
 
 class _Tail:

@@ -150,6 +150,11 @@ def _scale_notes(finished: FinishedRuns, backbone: str) -> list[str]:
             "Our runs have the authors' xs sizes. The paper's table is of a larger model, so "
             "compare our losses with the column of the authors' xs runs."
         )
+    elif scale == "stated":
+        notes.append(
+            "Our runs have the sizes that the paper's text states. The published losses come from "
+            "a wider CfC, so they do not compare with ours."
+        )
     elif scale == "other":
         notes.append(
             "Our runs have neither the paper's nor the authors' xs sizes and length. Their losses "

@@ -292,6 +292,11 @@ class RunFolder:
             check_model(model, tensors)
         restore(model, tensors)
 
+    def drop_checkpoints(self) -> None:
+        """Remove the weights and the optimiser's state; a run without them starts anew."""
+        for path in (self.last, self.best):
+            path.unlink(missing_ok=True)
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the outcome."""
         self._write_json(self.summary, summary)
