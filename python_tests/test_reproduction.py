@@ -61,6 +61,9 @@ def test_plan_covers_every_condition_and_pairs_them() -> None:
         if suite != "stated":
             gates = ("standard", "lif", "lif-fixed", "lif-refractory", "qwen-gate")
             conditions |= {("transformer", gate) for gate in gates}
+        if suite in ("xs", "paper"):
+            added = ("lif-temporal", "lif-persistent", "sigmoid")
+            conditions |= {("transformer", gate) for gate in added}
         assert {(r.config.backbone, r.config.condition) for r in runs} >= conditions
         for run in runs:
             pair = f"{run.config.backbone}-standard-seed{run.config.seed}"

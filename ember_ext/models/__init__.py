@@ -5,8 +5,10 @@ weights wherever their conditions share them.
 """
 
 from ember_ext.models._base import LanguageModel
+from ember_ext.models._gates import MembraneGate, PersistenceParameters
 from ember_ext.models.ember import Ember, EmberConfig, EmberState
 from ember_ext.models.liquid_ember import LiquidEmber, LiquidEmberConfig, LiquidEmberState
+from ember_ext.reference.persistent_lif_attention import PersistenceState
 
 __all__ = [
     "Ember",
@@ -16,4 +18,7 @@ __all__ = [
     "LiquidEmber",
     "LiquidEmberConfig",
     "LiquidEmberState",
+    "MembraneGate",
+    "PersistenceParameters",
+    "PersistenceState",
 ]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ember_ext.nn._lean import Dropout, gelu_linear
-from ember_ext.nn.lif_gate import LIFParameters, PresetName
+from ember_ext.nn.lif_gate import GateParameters, LIFParameters, PresetName
 from ember_ext.ops._checks import fail, is_readable
 
 State = TypeVar("State")
@@ -232,7 +232,8 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
 
     def num_lif_parameters(self) -> int:
         """Count the learnable parameters that the LIF mechanism adds."""
-        return sum(p.numel() for gate in self.gates().values() for p in gate.parameters())
+        gates = (module for module in self.modules() if isinstance(module, GateParameters))
+        return sum(p.numel() for gate in gates for p in gate.parameters())
 
     @property
     def _name(self) -> str:

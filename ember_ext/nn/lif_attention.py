@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,15 @@ from ember_ext.reference.lif_attention import (
     gate_probabilities,
     visible_keys,
 )
+from ember_ext.reference.persistent_lif_attention import PersistenceState
 from ember_ext.reference.refractory_lif_attention import (
     RefractoryMode,
     RefractoryState,
     refractory_weights,
 )
+
+LayerState = RefractoryState | PersistenceState
+"""What thresholds need to know of the tokens before."""
 
 REFRACTORY_RAW = -2.0
 """Initial raw strength of the refractory couplings: 0.127 within a layer, 0.119 across layers."""
@@ -122,9 +126,10 @@ class AttentionCache(NamedTuple):
     """[B, n_head, S, head_dim]"""
     value: Tensor
     """[B, n_head, S, head_dim]"""
-    loads: RefractoryState | None
+    loads: LayerState | None
     """With refractory thresholds, the attention drawn by each key so far: an
-    `ember_ext.ops.RefractoryState`, whose sums are of no elements where S = 0."""
+    `ember_ext.ops.RefractoryState`, whose sums are of no elements where S = 0. With persistent
+    heads, an `ember_ext.models.PersistenceState`."""
 
 
 class AttentionOutput(NamedTuple):
@@ -277,8 +282,8 @@ class SelfAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         previous_load: Tensor | None,
-        past: RefractoryState | None,
-    ) -> tuple[Tensor, Tensor | None, RefractoryState | None]:
+        past: LayerState | None,
+    ) -> tuple[Tensor, Tensor | None, LayerState | None]:
         """Attention of each head, [B, n_head, T, head_dim]; this layer's load; its running sums."""
         raise NotImplementedError
 
@@ -291,7 +296,7 @@ class SelfAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         previous_load: Tensor | None,
-        past: RefractoryState | None,
+        past: LayerState | None,
     ) -> Tensor:
         """The weights of `attend` before dropout, [B, n_head, T, S + T]."""
         return causal_probabilities(query, key)
@@ -411,8 +416,8 @@ class LIFSelfAttention(SelfAttention):
         key: Tensor,
         value: Tensor,
         previous_load: Tensor | None,
-        past: RefractoryState | None,
-    ) -> tuple[Tensor, Tensor | None, RefractoryState | None]:
+        past: LayerState | None,
+    ) -> tuple[Tensor, Tensor | None, LayerState | None]:
         """See `SelfAttention.attend`."""
         gates = self.gate._values()
         if not isinstance(self.gate, RefractoryParameters):
@@ -435,7 +440,7 @@ class LIFSelfAttention(SelfAttention):
             is_causal=True,
             mode=self.refractory,
             previous_load=previous_load,
-            past=past,
+            past=cast("RefractoryState | None", past),  # the operator looks
         )
 
     def weights(
@@ -443,7 +448,7 @@ class LIFSelfAttention(SelfAttention):
         query: Tensor,
         key: Tensor,
         previous_load: Tensor | None,
-        past: RefractoryState | None,
+        past: LayerState | None,
     ) -> Tensor:
         """See `SelfAttention.weights`."""
         gates = self.gate._values()
@@ -458,7 +463,7 @@ class LIFSelfAttention(SelfAttention):
             *gates,
             mode=self.refractory,
             previous_load=previous_load,
-            past=past,
+            past=cast("RefractoryState | None", past),
         )
         return w
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LATER_FIELDS: Mapping[str, Any] = {"cell": "cfc"}
+LATER_FIELDS: Mapping[str, Any] = {"cell": "cfc", "persistence_mode": "causal"}
 """Fields that configurations of earlier versions lack, and the values that their runs had."""
 
 _RENAMED_VALUES = {

@@ -170,7 +170,11 @@ def gate_probabilities(
     p: Tensor, threshold: Tensor, leak: Tensor, steepness: Tensor, eps: float
 ) -> Tensor:
     """w = p (f + λ (1 - f)) with f = σ(k (p - θ)), divided by its row's sum plus eps."""
-    fire = fire_mask(p, threshold, steepness)
+    return gate_fired(p, fire_mask(p, threshold, steepness), leak, eps)
+
+
+def gate_fired(p: Tensor, fire: Tensor, leak: Tensor, eps: float) -> Tensor:
+    """The weights of `gate_probabilities`, given f."""
     w = p * (fire + leak * (1 - fire))
     return w / (w.sum(-1, keepdim=True) + eps)
 

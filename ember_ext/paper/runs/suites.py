@@ -30,10 +30,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lif-text": {"condition": "lif", "gate_preset": "text"},
     # Standard once more, equal up to rounding, shows how far two runs part for no reason.
     "null": {"condition": "standard", "init_noise": 1e-7},
+    # What section 6.3 of the paper leaves for later: gates that remember across layers.
+    "lif-temporal": {"condition": "lif-temporal"},
+    "lif-persistent": {"condition": "lif-persistent"},
+    # LIF once more, by other operations, shows the same.
+    "sigmoid": {"condition": "sigmoid"},
 }
 """The variants that are trained, and the fields of `TrainConfig` that define them."""
 
 _TRANSFORMER = tuple(VARIANTS)
+_QUICK = ("standard", "lif", "lif-fixed", "lif-refractory", "qwen-gate", "null")
 _CFC = ("standard", "lif", "lif-text", "null")
 
 
@@ -60,7 +66,7 @@ SUITES: dict[SuiteName, Suite] = {
     "quick": Suite(
         "quick",
         {
-            "transformer": tuple(v for v in _TRANSFORMER if v != "lif-text"),
+            "transformer": _QUICK,
             "cfc": tuple(v for v in _CFC if v != "lif-text"),
         },
         {"transformer": {**_GATE, "steps": 1000}, "cfc": _GATE},

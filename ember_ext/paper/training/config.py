@@ -16,14 +16,16 @@ import tyro
 
 from ember_ext import _native
 from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
+from ember_ext.models.ember import EmberCondition
 from ember_ext.models.liquid_ember import CellName
 from ember_ext.nn.lif_gate import PresetName
 from ember_ext.paper.earlier import current_fields
 from ember_ext.paper.records import RecordError, parse_json
+from ember_ext.reference.persistent_lif_attention import PersistenceMode
 from ember_ext.reference.refractory_lif_attention import RefractoryMode
 
 Backbone = Literal["transformer", "cfc"]
-Condition = Literal["standard", "lif", "lif-fixed", "lif-refractory", "qwen-gate"]
+Condition = EmberCondition
 Preset = Literal["auto", "quick", "xs", "paper"]
 
 
@@ -70,6 +72,8 @@ class TrainConfig:
     """Start and normalisation of the gates: the paper's text, or its released code."""
     refractory_mode: RefractoryMode = "causal"
     """Whether refractory thresholds look at the past only, or also at the future as published."""
+    persistence_mode: PersistenceMode = "causal"
+    """The same for thresholds that follow what heads have fired in earlier layers."""
 
     init_noise: float = 0.0
     """Relative noise on the initial weights: 1e-7 gives the same run up to rounding, to see how far
