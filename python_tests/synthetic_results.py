@@ -24,7 +24,10 @@ TRANSFORMER_VARIANTS = (
 )
 CFC_VARIANTS = ("standard", "lif", "lif-text", "null")
 
-GATED = ("lif", "lif-fixed", "lif-refractory", "lif-text")
+LATER_VARIANTS = ("lif-temporal", "lif-persistent", "sigmoid")
+"""What the paper leaves for later, and not in its tables."""
+
+GATED = ("lif", "lif-fixed", "lif-refractory", "lif-text", *LATER_VARIANTS)
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,13 @@ def synthetic_run(
                 **_layers(backbone, variant, effect, run_noise, grown, n_layer, n_head, block_size),
             }
         )
-    per_unit = {"lif": 3, "lif-text": 3, "lif-refractory": 5}.get(variant, 0)
+    per_unit = {"lif-fixed": 0, "lif-refractory": 5, "lif-persistent": 5}.get(
+        variant, 3 if variant in GATED else 0
+    )
     units = n_head if backbone == "transformer" else n_embd
-    extra = n_layer * (units * per_unit + (n_embd**2 if variant == "qwen-gate" else 0))
+    extra = n_layer * (
+        units * per_unit + {"qwen-gate": n_embd**2, "lif-temporal": 3}.get(variant, 0)
+    )
     condition = {"lif-text": "lif", "null": "standard"}.get(variant, variant)
     return RunResult(
         variant=variant,
@@ -103,6 +110,7 @@ def synthetic_run(
             "preset": "xs",
             "gate_preset": "text" if variant == "lif-text" else "released",
             "refractory_mode": "causal",
+            "persistence_mode": "causal",
             "seed": seed,
             "steps": steps,
             "eval_interval": eval_interval,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_results import SEEDS, Effect, synthetic_results
+from synthetic_results import LATER_VARIANTS, SEEDS, Effect, synthetic_results
 
 from ember_ext.paper.claims.judging import Finding, NotTestableError, Rule, differs, every
 from ember_ext.paper.claims.verdicts import Claim, claims
@@ -551,3 +551,55 @@ def test_claims_about_what_was_not_run() -> None:
     assert all(c.was_run for c in cfc.values() if c.statement.startswith("CfC"))
     assert not any(claim.was_run for claim in claims([]))
     assert all(c.was_run or not c.judged for c in judged(synthetic_results()).values())
+
+
+def later_results(**effects: Effect) -> list[RunResult]:
+    """Runs of the conditions that the paper leaves for later, and of those they are held to."""
+    variants = ("standard", "lif", "null", *LATER_VARIANTS)
+    named = {name.replace("_", "-"): effect for name, effect in effects.items()}
+    return synthetic_results(named, variants=variants)
+
+
+@pytest.mark.parametrize(
+    ("key", "condition"),
+    [("temporal-better", "lif_temporal"), ("persistent-better", "lif_persistent")],
+)
+def test_memory_across_layers_has_to_beat_lif_too(key: str, condition: str) -> None:
+    better, worse = Effect(loss=-0.006), Effect(loss=0.006)
+    assert verdicts(later_results(**{condition: better}), key) == [SUPPORTED]
+    assert verdicts(later_results(**{condition: worse}), key) == [REFUTED]
+    assert verdicts(later_results(**{condition: better, "lif": better}), key) == [REFUTED]
+    without = [run for run in later_results() if run.variant != condition.replace("_", "-")]
+    assert verdicts(without, key) == [UNTESTABLE]
+
+
+def test_evidence_says_which_way_persistent_heads_look() -> None:
+    results = later_results(lif_persistent=Effect(loss=-0.006))
+    evidence = judged(results)["persistent-better"].evidence
+    assert "mode 'causal' looks at the past only" in evidence
+    for run in results:
+        run.config["persistence_mode"] = "look_ahead"
+    evidence = judged(results)["persistent-better"].evidence
+    assert "mode 'look_ahead' looks ahead, so this is not the loss of a language model" in evidence
+
+
+@pytest.mark.parametrize(
+    ("sigmoid", "noise", "verdict"),
+    [
+        (Effect(noise=1e-5), 2e-3, SUPPORTED),
+        (Effect(loss=0.02), 2e-3, REFUTED),
+        (Effect(noise=0.02), 1e-4, REFUTED),
+        (Effect(), 0.0, REFUTED),
+        (Effect(noise=1e-5), 0.0, SUPPORTED),
+    ],
+)
+def test_a_control_within_the_noise(sigmoid: Effect, noise: float, verdict: str) -> None:
+    effects = {"standard": Effect(noise=0), "lif": Effect(noise=0), "null": Effect(noise=noise)}
+    assert verdicts(later_results(**effects, sigmoid=sigmoid), "sigmoid-is-lif") == [verdict]
+
+
+def test_a_control_without_null_pairs() -> None:
+    results = [run for run in later_results() if run.variant != "null"]
+    claim = judged(results)["sigmoid-is-lif"]
+    assert claim.verdict == UNTESTABLE
+    assert "fewer than 3 null pairs" in claim.evidence

@@ -23,7 +23,18 @@ VARIANT_LABELS = {
 }
 """The name of each variant in tables, in the order of their rows."""
 
+LATER_LABELS = {
+    "transformer": {
+        "lif-persistent": "LIF-persistent",
+        "lif-temporal": "LIF-temporal",
+        "sigmoid": "Sigmoid (LIF again)",
+    },
+    "cfc": {},
+}
+"""The names of variants that the paper's tables lack, which have rows only where they were run."""
+
 
 def variant_label(backbone: str, variant: str) -> str:
     """The name of a variant, without its gate preset; its own if it has no other."""
-    return VARIANT_LABELS[backbone].get(variant, variant)
+    labels = {**LATER_LABELS[backbone], **VARIANT_LABELS[backbone]}
+    return labels.get(variant, variant)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from scipy import stats
+
 from ember_ext.paper import published
 from ember_ext.paper.claims.judging import (
     CRITICAL_WINDOW,
@@ -14,6 +16,7 @@ from ember_ext.paper.claims.judging import (
     Rule,
     SeedTest,
     differs,
+    every,
     need_config,
     need_resolution,
     need_runs,
@@ -29,7 +32,7 @@ from ember_ext.paper.statistics.comparisons import (
 )
 from ember_ext.paper.statistics.crossover import find_crossovers
 from ember_ext.paper.statistics.heads import gate_units
-from ember_ext.paper.statistics.paired import MIN_PAIRS
+from ember_ext.paper.statistics.paired import MIN_PAIRS, noise_floor
 
 MAX_START_PERCENT = 0.1
 """Percent of the baseline's loss within which a gate that is open leaves it before training."""
@@ -44,6 +47,9 @@ MIN_SPREAD_SEEDS = 6
 """Fewest seeds from which two spreads that a test cannot tell apart count as alike."""
 
 PARAMETER_RATIO = 8000
+
+SMALLEST_LOSS = 5e-5
+"""Half a unit in the last of the four digits to which the paper gives losses."""
 
 
 def wins_every_seed(backbone: str, variant: str) -> Rule:
@@ -141,6 +147,54 @@ def refractory_lowers(finished: FinishedRuns) -> Finding:
     )
     evidence = f"{finding.evidence}; thresholds of mode {mode!r} {look}"
     return dataclasses.replace(finding, evidence=evidence)
+
+
+def lowers_both(variant: str) -> Rule:
+    """The rule that a variant of the Transformer's LIF has a lower loss than Standard and LIF."""
+    return every(*(differs("transformer", variant, -1, base=base) for base in (BASELINE, LIF)))
+
+
+def persistence_lowers(finished: FinishedRuns) -> Finding:
+    """Whether persistent heads have a lower loss than Standard and LIF, and where they look."""
+    finding = lowers_both("lif-persistent")(finished)
+    mode = finished.runs("transformer", "lif-persistent")[0].config.get("persistence_mode")
+    look = (
+        "looks ahead, so this is not the loss of a language model"
+        if mode == "look_ahead"
+        else "looks at the past only, while that of the released code looks ahead"
+    )
+    evidence = f"{finding.evidence}; memory of mode {mode!r} {look}"
+    return dataclasses.replace(finding, evidence=evidence)
+
+
+def within_noise(backbone: str, variant: str, base: str) -> Rule:
+    """The rule that a variant differs from a base as runs do that only rounding sets apart.
+
+    It holds unless an F-test finds the mean square of their differences in the best val loss above
+    that of the null pairs, with p < .05. Differences below the digits of the paper are none.
+    """
+
+    def judge(finished: FinishedRuns) -> Finding:
+        need_runs(finished, backbone, base, variant)
+        comparison = compare(finished, backbone, variant, base=base)
+        assert comparison is not None
+        floor, own = measure_noise(finished, backbone), noise_floor(comparison.differences)
+        assert own is not None
+        listed = ", ".join(signed(difference, 5) for difference in comparison.differences)
+        evidence = (
+            f"{backbone}: {variant} minus {base} by seed: {listed}, RMS {number(own.rms, 5)}; "
+            f"{noise_text(floor)}"
+        )
+        if floor is None or floor.n < MIN_PAIRS:
+            raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
+        if own.rms <= max(floor.rms, SMALLEST_LOSS):
+            return Finding(True, evidence)
+        if floor.rms == 0:
+            return Finding(False, evidence)
+        p = float(stats.f.sf((own.rms / floor.rms) ** 2, own.n, floor.n))
+        return Finding(p >= SIGNIFICANCE, f"{evidence}; one-sided F-test p = {p_value(p)}")
+
+    return judge
 
 
 def critical_period(backbone: str) -> Rule:
