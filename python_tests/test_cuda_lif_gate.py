@@ -9,6 +9,7 @@ import cuda_shim
 import cuda_shim.lif_gate
 import pytest
 import torch
+from torch import Tensor
 
 import ember_ext
 from ember_ext import reference
@@ -55,16 +56,43 @@ def test_every_size_of_team(operator: Any, dtype: torch.dtype, norm: str | None)
         )
 
 
-def test_many_rows_to_a_team(operator: Any) -> None:
+# Rows of whole vectors also of 16-bit types: fewer lanes than a warp has, warps that are no power
+# of two, more columns than backward holds in fp32, and as many as it holds at most.
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_in_registers(operator: Any, dtype: torch.dtype, norm: str) -> None:
+    for shape in ((70, 24), (3, 776), (2, 2056), (1, 4096)):
+        check_sample(operator, reference.lif_gate, sample(shape, dtype, norm=norm))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns"), [(torch.float64, 260), (torch.bfloat16, 264)], ids=str
+)
+def test_many_rows_to_a_team(operator: Any, dtype: torch.dtype, columns: int) -> None:
     """More rows than 1024 blocks take at once."""
-    check_sample(operator, reference.lif_gate, sample((2060, 260), torch.float64, norm="l2"))
+    check_sample(operator, reference.lif_gate, sample((2060, columns), dtype, norm="l2"))
+
+
+def without_offset(*, x_offset: int, **arguments: Any) -> Tensor:
+    return reference.lif_gate(**arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_are_not_aligned(dtype: torch.dtype) -> None:
+    """Such as those of a slice; they cannot be accessed by 16 bytes."""
+    if cuda_shim.compiler() is None:
+        pytest.skip("no C++ compiler")
+    for shape, norm in (((5, 264), "l2"), ((3, 40), "l1"), ((9, 40), None)):
+        one = sample(shape, dtype, norm=norm)
+        shifted = replace(one, options={**one.options, "x_offset": 1})
+        check_sample(cuda_shim.lif_gate.lif_gate, without_offset, shifted)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_extreme_rows(operator: Any, norm: str | None) -> None:
     """Rows of zeros, of squares that overflow and underflow; a norm keeps all of them finite."""
     for dtype, huge in ((torch.float32, 1e30), (torch.float64, 1e300), (torch.float16, 6e4)):
-        for columns in (16, 515):
+        for columns in (16, 515, 520):
             one = sample((6, columns), dtype, norm=norm)
             x = one.tensors["x"]
             x[1] = 0

@@ -42,17 +42,77 @@ LifGatePlan plan_for(const LifGateParams& p) {
   return plan;
 }
 
+// For rows of which a thread has `columns`.
+LifGateRowsPlan rows_plan_for(const LifGateParams& p, int columns) {
+  LifGateRowsPlan plan{};
+  const int64_t lanes = ceil_div(p.cols, columns);
+  plan.team = 1;
+  while (plan.team < kWarp && plan.team < lanes) plan.team *= 2;
+  if (lanes > kWarp) plan.team = int(ceil_div(lanes, kWarp)) * kWarp;
+  plan.threads = plan.team > kWarp ? plan.team : kLifGateThreads;
+  // As for the other kernels; what a block leaves of partial sums counts beside its rows.
+  const int64_t teams = plan.threads / plan.team, rounds = p.rows / (teams * 1024);
+  plan.rounds = int(rounds < 1 ? 1 : rounds > 64 ? 64 : rounds);
+  plan.row_blocks = ceil_div(p.rows, teams * plan.rounds);
+  return plan;
+}
+
+// Whether rows have the shape that lif_gate_rows.cuh is for.
+template <typename T>
+bool rows_are_held(const LifGateParams& p, int columns) {
+  return sizeof(T) < 8 && p.norm != Norm::none && p.unit_rows == 0 &&
+         p.cols % (16 / int(sizeof(T))) == 0 && p.cols <= int64_t(columns) * kLifGateRowThreads<T>;
+}
+
+// Whether they can be accessed by 16 bytes, too.
+bool rows_are_aligned(const LifGateParams& p) {
+  return aligned(p.x) && aligned(p.y) && aligned(p.grad_y) && aligned(p.grad_x) &&
+         aligned(p.threshold) && aligned(p.leak) && aligned(p.steepness) &&
+         aligned(p.partial_gradients);
+}
+
 template <typename T, bool normed, bool per_column>
 cudaError_t forward(const LifGateParams& p, cudaStream_t stream) {
+  if constexpr (normed && per_column && sizeof(T) < 8) {
+    if (rows_are_held<T>(p, kLifGateForwardColumns) && rows_are_aligned(p)) {
+      const LifGateRowsPlan plan = rows_plan_for(p, kLifGateForwardColumns);
+      return launch(lif_gate_rows_forward_kernel<T>, plan.row_blocks, plan.threads,
+                    lif_gate_rows_shared<T>(plan.threads, kLifGateForwardColumns, 1), stream, p,
+                    plan);
+    }
+  }
   const LifGatePlan plan = plan_for<T>(p);
   const size_t exchange = normed ? 2 * plan.threads / kWarp * sizeof(compute_t<T>) : 0;
   return launch(lif_gate_forward_kernel<T, normed, per_column>, plan.row_blocks * plan.tiles,
                 plan.threads, exchange, stream, p, plan);
 }
 
+// Adds up the partial sums that a backward kernel has left.
+template <typename C>
+cudaError_t sum_gradients(const LifGateParams& p, int64_t outer, int64_t inner,
+                          cudaStream_t stream) {
+  if (!p.grad_parameters) return cudaSuccess;
+  // 8 outputs beside each other are the least that memory gives out.
+  const int64_t count = 3 * p.units;
+  const int outputs = inner == 1 ? 8 : 1;
+  return launch(lif_gate_sum_kernel<C>, ceil_div(count, outputs), kLifGateSumThreads,
+                kLifGateSumThreads * sizeof(double), stream,
+                static_cast<const C*>(p.partial_gradients), outer, count, inner,
+                kLifGateSumThreads / outputs, static_cast<C*>(p.grad_parameters));
+}
+
 template <typename T, bool normed, bool per_column>
 cudaError_t backward(const LifGateParams& p, cudaStream_t stream) {
   using C = compute_t<T>;
+  if constexpr (normed && per_column && sizeof(T) < 8) {
+    if (rows_are_held<T>(p, kLifGateBackwardColumns) && rows_are_aligned(p)) {
+      const LifGateRowsPlan plan = rows_plan_for(p, kLifGateBackwardColumns);
+      const cudaError_t status = launch(
+          lif_gate_rows_backward_kernel<T>, plan.row_blocks, plan.threads,
+          lif_gate_rows_shared<T>(plan.threads, kLifGateBackwardColumns, 2), stream, p, plan);
+      return status == cudaSuccess ? sum_gradients<C>(p, plan.row_blocks, 1, stream) : status;
+    }
+  }
   const LifGatePlan plan = plan_for<T>(p);
   const bool adds_teams = per_column && plan.team < plan.threads;
   const size_t exchange =
@@ -60,14 +120,7 @@ cudaError_t backward(const LifGateParams& p, cudaStream_t stream) {
   const cudaError_t status =
       launch(lif_gate_backward_kernel<T, normed, per_column>, plan.row_blocks * plan.tiles,
              plan.threads, exchange * sizeof(C), stream, p, plan);
-  if (status != cudaSuccess || !p.grad_parameters) return status;
-  // 8 outputs beside each other are the least that memory gives out.
-  const int64_t count = 3 * p.units;
-  const int outputs = plan.inner == 1 ? 8 : 1;
-  return launch(lif_gate_sum_kernel<C>, ceil_div(count, outputs), kLifGateSumThreads,
-                kLifGateSumThreads * sizeof(double), stream,
-                static_cast<const C*>(p.partial_gradients), plan.outer, count, plan.inner,
-                kLifGateSumThreads / outputs, static_cast<C*>(p.grad_parameters));
+  return status == cudaSuccess ? sum_gradients<C>(p, plan.outer, plan.inner, stream) : status;
 }
 
 // Calls `body` with the template arguments of the kernels that `p` takes.
@@ -93,8 +146,14 @@ cudaError_t dispatch(const LifGateParams& p, const Body& body) {
 int64_t lif_gate_partial_gradients(const LifGateParams& p) {
   int64_t elements = 0;
   dispatch_dtype(p.dtype, [&](auto* element) {
-    const auto plan = plan_for<std::remove_pointer_t<decltype(element)>>(p);
+    using T = std::remove_pointer_t<decltype(element)>;
+    const auto plan = plan_for<T>(p);
     elements = plan.outer * 3 * p.units * plan.inner;
+    // Pointers, which may not be set yet, say which kernel it will be: enough for either.
+    if (rows_are_held<T>(p, kLifGateBackwardColumns)) {
+      const int64_t held = rows_plan_for(p, kLifGateBackwardColumns).row_blocks * 3 * p.units;
+      elements = held > elements ? held : elements;
+    }
   });
   return elements;
 }

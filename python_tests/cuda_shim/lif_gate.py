@@ -50,6 +50,15 @@ def _describe(x: Tensor, norm: str | None, unit_dim: int, eps: float) -> Params:
     return p
 
 
+def _behind(x: Tensor, elements: int) -> tuple[Tensor, int]:
+    """x behind so many other elements, and the bytes that these take."""
+    if not elements:
+        return x, 0
+    return torch.cat([x.new_full((elements,), float("nan")), x.flatten()]), (
+        elements * x.element_size()
+    )
+
+
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -61,14 +70,15 @@ class _Gate(torch.autograd.Function):
         *options: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, threshold, leak, steepness)
-        ctx.options = options
-        shim, p = cuda_shim.operators(), _describe(x, *options)
+        ctx.x_offset, *ctx.options = options
+        shim, p = cuda_shim.operators(), _describe(x, *ctx.options)
+        shifted, bytes_before = _behind(x, ctx.x_offset)
 
         def run(addresses: dict[str, int | None]) -> int:
-            cuda_shim.fill(p, addresses)
+            cuda_shim.fill(p, {**addresses, "x": (addresses["x"] or 0) + bytes_before})
             return int(shim.library.ember_lif_gate_forward(ctypes.byref(p)))
 
-        inputs = {"x": x, "threshold": threshold, "leak": leak, "steepness": steepness}
+        inputs = {"x": shifted, "threshold": threshold, "leak": leak, "steepness": steepness}
         return shim.call(run, dict(inputs), {"y": x})["y"]
 
     @staticmethod
@@ -83,14 +93,16 @@ class _Gate(torch.autograd.Function):
             outputs["grad_parameters"] = torch.empty(3, leak.numel(), dtype=leak.dtype)
             outputs["partial_gradients"] = leak.new_empty(partials(ctypes.byref(p)))
 
+        shifted, bytes_before = _behind(x, ctx.x_offset)
+
         def run(addresses: dict[str, int | None]) -> int:
-            cuda_shim.fill(p, addresses)
+            cuda_shim.fill(p, {**addresses, "x": (addresses["x"] or 0) + bytes_before})
             return int(shim.library.ember_lif_gate_backward(ctypes.byref(p)))
 
-        inputs = {"x": x, "threshold": threshold, "leak": leak, "steepness": steepness}
+        inputs = {"x": shifted, "threshold": threshold, "leak": leak, "steepness": steepness}
         results = shim.call(run, {"grad_y": grad_y, **inputs}, outputs)
         parameters = results.get("grad_parameters", (None, None, None))
-        return results["grad_x"], *parameters, None, None, None
+        return results["grad_x"], *parameters, None, None, None, None
 
 
 def lif_gate(
@@ -102,8 +114,9 @@ def lif_gate(
     norm: str | None = None,
     unit_dim: int = -1,
     eps: float = 1e-8,
+    x_offset: int = 0,
 ) -> Tensor:
-    """As ember_ext.ops.lif_gate."""
+    """As ember_ext.ops.lif_gate; x begins `x_offset` elements behind an aligned address."""
     compute = torch.promote_types(x.dtype, torch.float32)
     gate = [p.to(compute) for p in (threshold, leak, steepness)]
-    return _Gate.apply(x, *gate, norm, unit_dim, eps)  # type: ignore[no-any-return]
+    return _Gate.apply(x, *gate, x_offset, norm, unit_dim, eps)  # type: ignore[no-any-return]

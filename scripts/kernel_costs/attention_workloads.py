@@ -41,6 +41,20 @@ def gate_workloads() -> Iterator[Workload]:
                     (65 if normed else 45) * elements,
                     fp64,
                 )
+    for kind in ("float", "__nv_bfloat16", "__half"):
+        width = KINDS[kind]
+        for name, held, arrays, work in (("forward", 16, 1, 20), ("backward", 8, 2, 45)):
+            # csrc/cuda/lif_gate.cu, rows_plan_for(); lif_gate_rows.cuh, lif_gate_rows_shared().
+            lanes = -(-columns // held)
+            threads = 128 if lanes <= 32 else -(-lanes // 32) * 32
+            yield Workload(
+                f"lif_gate_rows_{name}_kernel<{kind}>",
+                f"gate {[batch, tokens, columns]}, l2",
+                threads,
+                threads // 32 * 12 * 4 + threads * 3 * held * arrays * width,
+                (1 + arrays) * width * elements + 12 * columns,
+                work * elements,
+            )
     for compute_kind in ("double", "float"):
         # 512 blocks have left sums of their rows; 8 outputs take one.
         terms = 512 * 3 * columns
