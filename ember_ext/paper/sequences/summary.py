@@ -1,0 +1,101 @@
+"""What a study's results say together: table.csv and accuracy.png in its folder.
+
+They are made anew from the results alone, and the same results give the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+
+from ember_ext.paper.figures.style import rendered
+from ember_ext.paper.files import write_atomically
+from ember_ext.paper.formatting import DASH, p_value
+from ember_ext.paper.sequences.figures import vowels_figure, xor_figure
+from ember_ext.paper.sequences.labels import CELL_LABELS, sampling_label
+from ember_ext.paper.sequences.published import XOR_ACCURACY
+from ember_ext.paper.sequences.results import SequenceResult, paired, select
+from ember_ext.paper.sequences.statistics import spread
+from ember_ext.paper.sequences.study import CONDITIONS, Condition, StudyFolder
+from ember_ext.paper.sequences.tasks import TaskName
+from ember_ext.paper.statistics.paired import compare_paired
+
+Row = dict[str, str]
+
+
+def write_summary(task: TaskName, results: Sequence[SequenceResult], folder: StudyFolder) -> None:
+    """Write the table and the figure of a study with one result or more."""
+    rows = table(task, results)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder.path / "table.csv", text.getvalue().encode())
+    figure = vowels_figure(results) if task == "vowels" else xor_figure(results)
+    write_atomically(folder.path / "accuracy.png", rendered(figure, "png"))
+
+
+def table(task: TaskName, results: Sequence[SequenceResult]) -> list[Row]:
+    """A row for each condition of a study that has a result."""
+    rows = []
+    for condition in CONDITIONS[task]:
+        chosen = select(results, condition.cell, condition.gate, condition.drop)
+        if not chosen:
+            continue
+        row = _common(chosen)
+        if task == "vowels":
+            row |= _gate_effect(results, condition)
+        else:
+            known = XOR_ACCURACY.get(condition.cell)
+            row["published"] = f"{known.mean:.2f} ± {known.sd:.2f}" if known else DASH
+        rows.append(row | _cost(chosen))
+    return rows
+
+
+def _common(results: Sequence[SequenceResult]) -> Row:
+    first = results[0]
+    found = spread([result.accuracy for result in results])
+    sd = DASH if found.sd is None else f"{found.sd:.2f}"
+    low, high = found.interval or (None, None)
+    interval = DASH if low is None or high is None else f"{low:.2f} to {min(high, 100.0):.2f}"
+    return {
+        "cell": CELL_LABELS[first.cell],
+        "gate": "LIF" if first.gate else "none",
+        "sampling": sampling_label(first.drop),
+        "seeds": str(found.n),
+        "accuracy": f"{found.mean:.2f}",
+        "sd": sd,
+        "interval": interval,
+    }
+
+
+def _gate_effect(results: Sequence[SequenceResult], condition: Condition) -> Row:
+    """What the gate changes, over the seeds that were run with and without it."""
+    effect, p = DASH, DASH
+    if condition.gate:
+        base = select(results, condition.cell, False, condition.drop)
+        other = select(results, condition.cell, True, condition.drop)
+        without, with_gate = paired(base, other)
+        if without:
+            comparison = compare_paired(without, with_gate)
+            effect = f"{comparison.difference:+.2f}"
+            if comparison.t_interval is not None:
+                low, high = comparison.t_interval
+                effect += f" [{low:+.2f}, {high:+.2f}]"
+            p = p_value(comparison.t_p)
+    return {"effect": effect, "p": p}
+
+
+def _cost(results: Sequence[SequenceResult]) -> Row:
+    first = results[0]
+    seconds = statistics.median(float(r.outcome["seconds_per_epoch"]) for r in results)
+    updates = statistics.median(int(r.outcome["updates"]) for r in results)
+    machines = sorted({str(r.outcome["machine"]) for r in results})
+    return {
+        "updates": f"{updates:,.0f}",
+        "parameters": f"{first.outcome['parameters']:,}",
+        "epoch": f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms",
+        "device": " / ".join(machine.split(", torch")[0] for machine in machines),
+    }

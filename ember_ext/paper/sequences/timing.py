@@ -1,0 +1,147 @@
+"""The time of an epoch of XOR, with our layers and with those of ncps in turns.
+
+A busy machine slows both alike. Before anything is timed, both must give the same loss and the same
+gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ember_ext import decelerate
+from ember_ext._machine import machine
+from ember_ext.paper.files import write_atomically
+from ember_ext.paper.sequences.batches import Sampler
+from ember_ext.paper.sequences.labels import CELL_LABELS
+from ember_ext.paper.sequences.models import CONTINUOUS, CellName, SequenceClassifier
+from ember_ext.paper.sequences.series import SeriesSet
+from ember_ext.paper.sequences.settings import model_settings, training_settings
+from ember_ext.paper.sequences.tasks import xor_task
+from ember_ext.paper.sequences.training import initial_model
+
+ROUNDS = 15
+"""Updates of each contender, in turns; the median counts."""
+
+Row = dict[str, str]
+
+
+class _OfNcps(nn.Module):
+    """A layer of ncps behind the call of ours.
+
+    It takes no lengths, so it runs over the padding, which changes no earlier output. It takes time
+    spans of each row only if every unit has one of its own, and those are equal here.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, timespans: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        spans = timespans[..., None].expand(-1, -1, self.layer.state_size)
+        y, state = self.layer(x, timespans=spans)
+        return y, state
+
+
+def as_ncps(model: SequenceClassifier) -> SequenceClassifier:
+    """A copy of a classifier whose layers are those of ncps, with the same weights."""
+    theirs = copy.deepcopy(model)
+    decelerate(theirs)
+    theirs.layers = nn.ModuleList(_OfNcps(layer) for layer in theirs.layers)
+    return theirs
+
+
+def time_epochs(
+    rows: int = 100_000, rounds: int = ROUNDS, notify: Callable[[str], None] = print
+) -> list[Row]:
+    """Time an update with each continuous cell; an epoch is as many as the study's.
+
+    Args:
+        rows: streams of an epoch.
+        rounds: updates that are timed.
+        notify: called with a line for each cell.
+
+    Returns:
+        A row for each cell, times in milliseconds.
+
+    Raises:
+        AssertionError: ours and ncps disagree.
+    """
+    task = xor_task(rows=rows)
+    return [_time_cell(task.train, cell, rounds, notify) for cell in CONTINUOUS]
+
+
+def write_times(path: Path, rows: list[Row]) -> None:
+    """Write the rows as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def _time_cell(
+    series: SeriesSet, cell: CellName, rounds: int, notify: Callable[[str], None]
+) -> Row:
+    config = training_settings("xor", cell)
+    ours = initial_model(model_settings("xor", cell, series.channels, 2), seed=0)
+    models = {"ember-ext": ours, "ncps": as_ncps(ours)}
+    # Batches without a curriculum, of all lengths, as they come at the end of one.
+    sampler = Sampler(series.lengths, config.batch_size, curriculum=0.0)
+    batches = [series.subset(r) for r in sampler.epoch(torch.Generator().manual_seed(0))]
+    _compare(models, batches[0])
+    steps = {name: _stepper(model, config.learning_rate) for name, model in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(batches[number % len(batches)])
+            if number:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    epochs = {name: sampler.batches * statistics.median(s) for name, s in seconds.items()}
+    ratio = epochs["ncps"] / epochs["ember-ext"]
+    notify(f"{cell}: {epochs['ember-ext']:.1f} s an epoch, ncps {epochs['ncps']:.1f} s")
+    parts = machine(torch.device("cpu")).split(", ")
+    return {
+        "cell": CELL_LABELS[cell],
+        "units": str(ours.config.units),
+        "ember-ext": f"{epochs['ember-ext']:.1f} s",
+        "ncps": f"{epochs['ncps']:.1f} s",
+        "speedup": f"{ratio:.1f}x",
+        "updates": str(sampler.batches),
+        "device": ", ".join(parts[:3]),
+    }
+
+
+def _stepper(model: nn.Module, learning_rate: float) -> Callable[[SeriesSet], None]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate)
+
+    def step(batch: SeriesSet) -> None:
+        loss = F.cross_entropy(model(batch.x, batch.timespans, batch.lengths), batch.labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _compare(models: dict[str, SequenceClassifier], batch: SeriesSet) -> None:
+    found = []
+    for model in models.values():
+        loss = F.cross_entropy(model(batch.x, batch.timespans, batch.lengths), batch.labels)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([loss.detach(), *gradients])
+        model.zero_grad(set_to_none=True)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
