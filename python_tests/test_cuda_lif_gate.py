@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +72,16 @@ def test_rows_in_registers(operator: Any, dtype: torch.dtype, norm: str) -> None
 def test_many_rows_to_a_team(operator: Any, dtype: torch.dtype, columns: int) -> None:
     """More rows than 1024 blocks take at once."""
     check_sample(operator, reference.lif_gate, sample((2060, columns), dtype, norm="l2"))
+
+
+def test_rows_without_asynchronous_copies() -> None:
+    """GPUs of sm_75 have none."""
+    if cuda_shim.compiler() is None:
+        pytest.skip("no C++ compiler")
+    operator = functools.partial(cuda_shim.lif_gate.lif_gate, architecture=75)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for shape in ((70, 24), (5, 264)):
+            check_sample(operator, reference.lif_gate, sample(shape, dtype, norm="l2"))
 
 
 def without_offset(*, x_offset: int, **arguments: Any) -> Tensor:

@@ -76,6 +76,21 @@ def test_it_says_how_many_claims_hold() -> None:
     ) == 1  # fmt: skip
 
 
+def test_its_counts_of_instructions_are_those_of_the_files() -> None:
+    import measurements
+
+    def instructions(file: str, where: str) -> float:
+        rows = measurements.select(measurements.read(file), where)
+        assert len(rows) == 3
+        return sum(float(row["instructions"]) for row in rows)
+
+    shape = "shape=attention [64, 6, 256, 64], causal; kernel~bfloat16"
+    now = instructions("kernel_instructions.csv", f"{shape}; gpu~H200; kernel~_half_")
+    before = instructions("h200/kernel_instructions.csv", f"{shape}; kernel!~refractory")
+    text = " ".join(README.split())
+    assert f"{now:.0f} instructions a score, where the kernels that ran issued {before:.0f}" in text
+
+
 def test_what_it_links_to_is_there() -> None:
     links = re.findall(r'\]\(([^)#]+)|(?:src|srcset)="([^"]+)"', README)
     files = [link or source for link, source in links]

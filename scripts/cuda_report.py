@@ -1,11 +1,18 @@
-"""Report what nvcc makes of the CUDA kernels, and the times below which they cannot run.
+r"""Report what nvcc makes of the CUDA kernels, and the times below which they cannot run.
 
     python scripts/cuda_report.py                    # every architecture; takes minutes
     python scripts/cuda_report.py --arch 80 --arch 90
-    python scripts/cuda_report.py --scores           # what attention in bf16 issues per score
+    python scripts/cuda_report.py --instructions     # what the kernels' loops issue, for sm_90
 
-Needs nvcc and no GPU, and for --scores nvdisasm (pip install nvidia-cuda-nvdisasm). Fails if a
-kernel spills registers or a typical launch does not fit.
+Needs nvcc and no GPU, and for --instructions nvdisasm (pip install nvidia-cuda-nvdisasm). Fails if
+a kernel spills registers or a typical launch does not fit.
+
+bench/results/kernel_instructions.csv is what --instructions writes. The file of that name in
+bench/results/h200 compares the model with measured times. It is of the sources that were measured:
+
+    git archive 8b4f471 csrc/cuda csrc/common | tar -x -C OLD
+    python scripts/cuda_report.py --instructions --sources OLD/csrc/cuda \
+        --measured bench/results/h200/kernels.csv --out bench/results/h200/kernel_instructions.csv
 """
 
 from __future__ import annotations
@@ -17,41 +24,34 @@ from pathlib import Path
 
 import kernel_costs
 from ember_ext._command_line import prepare_output
-from kernel_costs import machine_code
+from kernel_costs import instructions, launch_times, machine_code
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 
 
-def report_scores(architecture: int, out: Path) -> int:
-    """Print and write what the loops of attention in 16 bits issue, and return the exit code."""
-    kernels = machine_code.disassemble(SOURCES / "lif_attention.cu", architecture)
-    rows = machine_code.attention_rows(machine_code.whole_tile_loops(kernels))
-    with out.open("w", newline="") as file:
+def report_instructions(
+    sources: list[Path], architecture: int, measured: Path | None, out: Path
+) -> int:
+    """Print and write what the kernels' loops issue, and return the exit code."""
+    times = None if measured is None else launch_times.read_measured(measured)
+    gpus = machine_code.UNITS if times is None else machine_code.UNITS[-1:]
+    kernels = {}
+    for source in sources:
+        kernels |= machine_code.disassemble(source, architecture)
+    counted = instructions.count(kernels)
+    rows = launch_times.rows(counted, gpus, times)
+    with out.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    columns = ("instructions per score", *(key for key in rows[0] if key.startswith("us ")))
-    print(f"{'kernel':62} {'loop':10} {'shape':18} {'gpu':14} {'; '.join(columns)}")
+    columns = [key for key in rows[0] if key not in ("kernel", "shape", "gpu", "unit")]
+    print(f"{'kernel':72} {'unit':24} {'shape':46} {'gpu':14} {'; '.join(columns)}")
     for row in rows:
         numbers = " ".join(f"{row[column]:8}" for column in columns)
-        print(f"{row['kernel']:62} {row['loop']:10} {row['shape']:18} {row['gpu']:14} {numbers}")
-    for kind in ("__nv_bfloat16", "__half"):
-        for shape in machine_code.SHAPES:
-            for units in machine_code.UNITS:
-                mine = [
-                    row
-                    for row in rows
-                    if f"<{kind}," in str(row["kernel"])
-                    and row["gpu"] == units.name
-                    and row["shape"] == str([*shape, 64])
-                ]
-                count = sum(float(row["instructions per score"]) for row in mine)
-                least = sum(float(row["us at least"]) for row in mine)
-                line = f"{kind} {[*shape, 64]} {units.name}: {count:.1f} a score, {least:.0f} us"
-                if units.name.startswith("H200"):
-                    measured = sum(machine_code.MEASURED[p, shape] for p in ("forward", "backward"))
-                    line += f" at least; PyTorch's ungated attention takes {1e3 * measured:.0f} us"
-                print(line)
+        words = f"{row['kernel']:72} {row['unit']:24} {row['shape']:46} {row['gpu']:14}"
+        print(f"{words} {numbers}")
+    left = sorted(set(kernels) - {one.kernel for one in counted})
+    print(f"not counted: {'; '.join(left)}")
     print(f"{out} written")
     return 0
 
@@ -68,20 +68,30 @@ def main() -> int:
         help="compute capability, such as 80; may be repeated (default: all)",
     )
     parser.add_argument(
-        "--scores", action="store_true", help="report instructions per score of attention only"
+        "--instructions", action="store_true", help="report what loops issue per unit of their work"
+    )
+    parser.add_argument(
+        "--sources",
+        type=Path,
+        default=SOURCES,
+        help="folder of the .cu files (default: this one's)",
+    )
+    parser.add_argument(
+        "--measured", type=Path, help="with --instructions: kernels.csv of bench/kernel_times.py"
     )
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("bench/results/attention_instructions.csv"),
-        help="where --scores writes its table (default: %(default)s)",
+        default=Path("bench/results/kernel_instructions.csv"),
+        help="where --instructions writes its table (default: %(default)s)",
     )
     options = parser.parse_args()
     architectures = options.arch or kernel_costs.ARCHITECTURES
-    sources = sorted(SOURCES.glob("*.cu"))
+    sources = sorted(options.sources.glob("*.cu"))
     try:
-        if options.scores:
-            return report_scores((options.arch or [90])[0], options.out)
+        if options.instructions:
+            architecture = (options.arch or [90])[0]
+            return report_instructions(sources, architecture, options.measured, options.out)
         kernels = [k for s in sources for k in kernel_costs.compile_kernels(s, architectures)]
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)

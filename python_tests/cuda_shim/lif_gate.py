@@ -70,8 +70,8 @@ class _Gate(torch.autograd.Function):
         *options: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, threshold, leak, steepness)
-        ctx.x_offset, *ctx.options = options
-        shim, p = cuda_shim.operators(), _describe(x, *ctx.options)
+        ctx.architecture, ctx.x_offset, *ctx.options = options
+        shim, p = cuda_shim.operators(ctx.architecture), _describe(x, *ctx.options)
         shifted, bytes_before = _behind(x, ctx.x_offset)
 
         def run(addresses: dict[str, int | None]) -> int:
@@ -84,7 +84,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, threshold, leak, steepness = ctx.saved_tensors
-        shim, p = cuda_shim.operators(), _describe(x, *ctx.options)
+        shim, p = cuda_shim.operators(ctx.architecture), _describe(x, *ctx.options)
         outputs = {"grad_x": x}
         if any(ctx.needs_input_grad[1:4]):
             partials = shim.library.ember_lif_gate_partial_gradients
@@ -102,7 +102,7 @@ class _Gate(torch.autograd.Function):
         inputs = {"x": shifted, "threshold": threshold, "leak": leak, "steepness": steepness}
         results = shim.call(run, {"grad_y": grad_y, **inputs}, outputs)
         parameters = results.get("grad_parameters", (None, None, None))
-        return results["grad_x"], *parameters, None, None, None, None
+        return results["grad_x"], *parameters, *(None,) * 5
 
 
 def lif_gate(
@@ -115,8 +115,9 @@ def lif_gate(
     unit_dim: int = -1,
     eps: float = 1e-8,
     x_offset: int = 0,
+    architecture: int = 80,
 ) -> Tensor:
     """As ember_ext.ops.lif_gate; x begins `x_offset` elements behind an aligned address."""
     compute = torch.promote_types(x.dtype, torch.float32)
     gate = [p.to(compute) for p in (threshold, leak, steepness)]
-    return _Gate.apply(x, *gate, x_offset, norm, unit_dim, eps)  # type: ignore[no-any-return]
+    return _Gate.apply(x, *gate, architecture, x_offset, norm, unit_dim, eps)  # type: ignore[no-any-return]

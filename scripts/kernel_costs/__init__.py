@@ -3,7 +3,8 @@
 `compile_kernels` asks nvcc and ptxas for registers, shared memory and spills. `occupancy` says how
 many blocks of a kernel share a multiprocessor. `WORKLOADS` are launches of typical size, with the
 bytes and operations that they cannot do without. `floor_seconds` follows from these.
-`kernel_costs.machine_code` reads what the loops of attention issue.
+`kernel_costs.instructions` counts what the loops issue, and `kernel_costs.launch_times` says how
+long that takes.
 """
 
 from kernel_costs.attention_workloads import (
@@ -17,6 +18,7 @@ from kernel_costs.compiled import (
     Kernel,
     Limits,
     compile_kernels,
+    kept_object,
     occupancy,
     parse_ptxas,
     short_name,
@@ -45,6 +47,7 @@ __all__ = [
     "Workload",
     "compile_kernels",
     "floor_seconds",
+    "kept_object",
     "occupancy",
     "parse_ptxas",
     "short_name",

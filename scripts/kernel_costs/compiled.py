@@ -78,9 +78,15 @@ def short_name(demangled: str) -> str:
 
 
 def compile_kernels(
-    source: Path, architectures: Sequence[int], nvcc: str | None = None
+    source: Path,
+    architectures: Sequence[int],
+    nvcc: str | None = None,
+    keep: Path | None = None,
 ) -> list[Kernel]:
     """Compile one .cu file and report on its kernels, by their short names.
+
+    With `keep`, that folder holds the object file of each architecture afterwards, as
+    `kept_object` names it.
 
     Raises:
         RuntimeError: there is no nvcc, or it fails.
@@ -92,6 +98,8 @@ def compile_kernels(
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-std=c++17", "-O3", "--threads=2", *targets, "-Xptxas=-v", "-fatbin"]
         command += [str(source), "-o", f"{folder}/out.fatbin"]
+        if keep is not None:
+            command += ["--keep", f"--keep-dir={keep}"]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)
@@ -105,6 +113,11 @@ def compile_kernels(
         )
         for k, name in zip(kernels, names, strict=True)
     ]
+
+
+def kept_object(keep: Path, source: Path, architecture: int) -> Path:
+    """Where `compile_kernels` leaves what it has compiled for one of several architectures."""
+    return keep / f"{source.stem}.compute_{architecture}.cubin"
 
 
 def occupancy(kernel: Kernel, threads: int, shared_bytes: int) -> float:

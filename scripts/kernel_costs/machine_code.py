@@ -3,8 +3,8 @@
 `disassemble` compiles a .cu file for one architecture and returns the kernels' instructions in
 basic blocks; `whole_tile_loops` finds the loops of attention's kernels for 16-bit types that a tile
 wholly inside the mask takes, and what they issue per score; `unit_seconds` is the time that each of
-a GPU's units needs for that. Needs nvcc and nvdisasm, which the wheel nvidia-cuda-nvdisasm has, and
-no GPU.
+a GPU's units needs for that. `kernel_costs.instructions` does this for all kernels. Needs nvcc and
+nvdisasm, which the wheel nvidia-cuda-nvdisasm has, and no GPU.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Cost:
-    """The instructions of a thread that a loop issues per score.
+    """The instructions of a thread that a loop issues per score, or another unit of its work.
 
     Attributes:
         kernel: its short name.
@@ -106,7 +106,9 @@ def _blocks(section: str) -> list[Block]:
             condition: str | None = found[1]
             instruction: str = found[2]
             blocks[-1].instructions.append(instruction)
-            if re.match(r"(BRA|EXIT|RET|BRX)\b", instruction):
+            # BRA.DIV leads out of the way where lanes of a warp have parted, which these kernels'
+            # do not.
+            if re.match(r"(BRA|EXIT|RET|BRX)\b(?!\.DIV)", instruction):
                 jump = re.search(r"\(?(\.L_\w+)\)?\s*$", instruction)
                 conditional = condition is not None or " P" in instruction or "!P" in instruction
                 targets.append((len(blocks) - 1, jump[1] if jump else None, conditional))
@@ -129,23 +131,32 @@ def disassemble(
     Raises:
         RuntimeError: nvcc or nvdisasm is missing or fails.
     """
-    nvcc, nvdisasm = nvcc or shutil.which("nvcc"), nvdisasm or find_nvdisasm()
-    if nvcc is None or nvdisasm is None:
-        raise RuntimeError("nvcc and nvdisasm are needed: pip install nvidia-cuda-nvdisasm")
+    nvcc = nvcc or shutil.which("nvcc")
+    if nvcc is None:
+        raise RuntimeError("nvcc is not on the path")
     with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/out.cubin"
-        for command in (
-            [
-                nvcc,
-                *f"-std=c++17 -O3 -cubin -arch=sm_{architecture} -o".split(),
-                cubin,
-                str(source),
-            ],
-            [nvdisasm, "-c", cubin],
-        ):
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                raise RuntimeError(result.stderr)
+        cubin = Path(folder) / "out.cubin"
+        flags = f"-std=c++17 -O3 -cubin -arch=sm_{architecture} -o".split()
+        result = subprocess.run(
+            [nvcc, *flags, str(cubin), str(source)], capture_output=True, text=True
+        )
+        if result.returncode:
+            raise RuntimeError(result.stderr)
+        return read_cubin(cubin, nvdisasm)
+
+
+def read_cubin(cubin: Path, nvdisasm: str | None = None) -> dict[str, list[Block]]:
+    """Return the blocks of the kernels of an object file for one architecture, by short names.
+
+    Raises:
+        RuntimeError: nvdisasm is missing or fails.
+    """
+    nvdisasm = nvdisasm or find_nvdisasm()
+    if nvdisasm is None:
+        raise RuntimeError("nvdisasm is needed: pip install nvidia-cuda-nvdisasm")
+    result = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
     kernels = parse(result.stdout)
     names = subprocess.run(
         ["c++filt"], input="\n".join(kernels), capture_output=True, text=True
@@ -221,7 +232,7 @@ def _cost(
         for i in path:
             for instruction in blocks[i].instructions:
                 counts[kind(instruction)] += times  # type: ignore[assignment]
-                shared += times * _shared_bytes(instruction)
+                shared += times * shared_bytes(instruction)
 
     add(inner, turns)
     if turns > 1:
@@ -237,7 +248,8 @@ def _cost(
     return Cost(kernel, loop, {k: counts[k] / 32 for k in KINDS}, shared / 32)
 
 
-def _shared_bytes(instruction: str) -> int:
+def shared_bytes(instruction: str) -> int:
+    """The bytes of shared memory that a thread moves by an instruction."""
     if re.match(r"LDSM", instruction) or re.match(r"LDGSTS", instruction):
         return 16
     if match := re.match(r"(?:LDS|STS)(?:\.\w+)*?\.(64|128)\b", instruction):
@@ -291,39 +303,3 @@ def unit_seconds(cost: Cost, scores: float, size: float, units: Units) -> dict[s
 
 SHAPES = ((64, 6, 256), (1, 6, 4096))
 """Batch, heads and tokens of causal attention with heads of 64 columns."""
-
-MEASURED = {
-    ("forward", (64, 6, 256)): 0.0218,
-    ("forward", (1, 6, 4096)): 0.0537,
-    ("backward", (64, 6, 256)): 0.0847,
-    ("backward", (1, 6, 4096)): 0.1235,
-}
-"""Milliseconds of PyTorch's ungated attention, bf16, on an H200: bench/results/h200/kernels.csv."""
-
-_ARRAYS = {"maxima": 1.5, "weights": 2.5, "backward_queries": 7, "backward_keys": 6}
-"""Arrays of tokens x columns that a loop reads or writes, once each."""
-
-
-def attention_rows(costs: Sequence[Cost]) -> list[dict[str, str | float]]:
-    """Compute the cost and the needs of the loops on every GPU, for each shape of `SHAPES`."""
-    rows: list[dict[str, str | float]] = []
-    for cost in costs:
-        name = re.sub(r"lif_attention_half_|_kernel<.*", "", cost.kernel)
-        for batch, heads, tokens in SHAPES:
-            tiles = tokens // 64
-            scores = batch * heads * tiles * (tiles + 1) / 2 * 64 * 64
-            arrays = _ARRAYS[cost.loop if cost.loop in _ARRAYS else name]
-            size = arrays * batch * heads * tokens * 64 * 2
-            for units in UNITS:
-                seconds = unit_seconds(cost, scores, size, units)
-                row: dict[str, str | float] = {
-                    "kernel": cost.kernel,
-                    "loop": cost.loop,
-                    "shape": str([batch, heads, tokens, 64]),
-                    "gpu": units.name,
-                    "instructions per score": round(cost.instructions, 2),
-                }
-                row |= {f"{k} per score": round(cost.kinds[k], 2) for k in KINDS}
-                row |= {f"us {unit}": round(1e6 * s, 1) for unit, s in seconds.items()}
-                rows.append(row | {"us at least": round(1e6 * max(seconds.values()), 1)})
-    return rows
