@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,9 +20,9 @@ import pytest
 from synthetic_results import synthetic_results
 
 from ember_ext.paper.data import CorpusError, load_text
-from ember_ext.paper.reproduce import reproduce_main
+from ember_ext.paper.reproduce import OUT_OF_TIME, reproduce_main
 from ember_ext.paper.runs.executors import Job, JobState, LocalExecutor, SubmititExecutor
-from ember_ext.paper.runs.grid import Grid, RunStatus
+from ember_ext.paper.runs.grid import Grid, OutOfTime, RunStatus
 from ember_ext.paper.runs.results import (
     ResultError,
     RunResult,
@@ -48,8 +49,8 @@ WHOLE_RESULT: dict[str, Any] = {
 TEXT = ROOT / "ember_ext" / "paper" / "data" / "lighthouse.txt"
 
 
-def tiny(*variants: str, **changes: Any) -> list[RunSpec]:
-    return plan("quick", (), variants, **{**TINY, "data": str(TEXT), **changes})
+def tiny(*variants: str, seeds: Sequence[int] = (), **changes: Any) -> list[RunSpec]:
+    return plan("quick", seeds, variants, **{**TINY, "data": str(TEXT), **changes})
 
 
 def test_plan_covers_every_condition_and_pairs_them() -> None:
@@ -295,18 +296,53 @@ def test_results_of_another_configuration_are_refused(tmp_path: Path) -> None:
 
 
 GRID_SCRIPT = """
+import multiprocessing
+import os
+import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from test_reproduction import TEXT, Watcher, tiny
 from ember_ext.paper.data import load_text
+from ember_ext.paper.runs import grid as module
 from ember_ext.paper.runs.executors import LocalExecutor
-from ember_ext.paper.runs.grid import Grid
 from ember_ext.paper.runs.worker import GridFolder
 
+folder = GridFolder(Path(sys.argv[1]))
+specs = tiny("lif", steps=40)
+before = time.time()
+
+def under_way():
+    files = [folder.run(spec.name).metrics for spec in specs]
+    return all(file.exists() and file.stat().st_mtime > before for file in files)
+
+class Killer(Watcher):
+    def update(self, statuses):
+        if under_way():
+            for child in multiprocessing.active_children():
+                child.kill()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class Clock:
+    def monotonic():
+        return 1e9 * under_way()
+
 if __name__ == "__main__":
-    specs = tiny("lif", steps=40)
-    grid = Grid(GridFolder(Path(sys.argv[1])), specs, load_text(data=str(TEXT)))
-    grid.run(LocalExecutor("cpu", 2, len(specs)), Watcher())
+    module.POLL_SECONDS = 0.01
+    grid = module.Grid(folder, specs, load_text(data=str(TEXT)))
+    watcher, options = Watcher(), {}
+    if sys.argv[2] == "power cut":
+        watcher = Killer()
+    elif sys.argv[2] == "time limit":
+        module.time = SimpleNamespace(monotonic=Clock.monotonic, sleep=time.sleep)
+        options["seconds"] = 60
+    elif sys.argv[2] == "to the end":
+        options["drop_checkpoints"] = True
+    try:
+        grid.run(LocalExecutor("cpu", 2, len(specs)), watcher, **options)
+    except module.OutOfTime as stop:
+        sys.exit(f"{stop}")
     assert not grid.failures, grid.failures
 """
 
@@ -323,39 +359,131 @@ def numbers(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_killing_a_grid_twice_changes_nothing(tmp_path: Path) -> None:
+def test_no_way_of_cutting_a_grid_off_changes_anything(tmp_path: Path) -> None:
     script = tmp_path / "grid.py"
     script.write_text(GRID_SCRIPT)
     path = os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))
 
-    def start(folder: str) -> subprocess.Popen[str]:
+    def start(how: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / folder)],
+            [sys.executable, str(script), str(disturbed.path), how],
             env={**os.environ, "PYTHONPATH": path},
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    undisturbed = GridFolder(tmp_path / "undisturbed")
-    grid = Grid(undisturbed, tiny("lif", steps=40), load_text(data=str(TEXT)))
+    undisturbed, disturbed = (
+        GridFolder(tmp_path / "undisturbed"),
+        GridFolder(tmp_path / "disturbed"),
+    )
+    specs = tiny("lif", steps=40)
+    grid = Grid(undisturbed, specs, load_text(data=str(TEXT)))
     grid.run(HereAndNow(train_here), Watcher())
-    disturbed = tmp_path / "disturbed"
+
+    # All processes die at once, as in a machine that is taken away.
+    cut = start("power cut")
+    assert cut.wait() == -signal.SIGKILL
+    late = start("time limit")
+    assert late.wait() == 1
+    assert late.stderr is not None
+    assert late.stderr.read().endswith("stopped after 1 min 0 s\n")
+    for spec in specs:
+        # What a limit leaves is whole: a checkpoint or a result.
+        assert disturbed.run(spec.name).last.exists() or disturbed.result(spec.name).exists()
     for number in (signal.SIGKILL, signal.SIGTERM):
         process = start("disturbed")
         # Some way into a run, wherever that is.
-        before = sum(p.stat().st_size for p in disturbed.glob("runs/*/metrics.jsonl"))
+        before = sum(p.stat().st_size for p in disturbed.path.glob("runs/*/metrics.jsonl"))
         while process.poll() is None:
-            size = sum(p.stat().st_size for p in disturbed.glob("runs/*/metrics.jsonl"))
+            size = sum(p.stat().st_size for p in disturbed.path.glob("runs/*/metrics.jsonl"))
             if size > before:
                 break
             time.sleep(0.01)
         time.sleep(random.random() / 4)
         process.send_signal(number)
         process.wait()
-    last = start("disturbed")
+    last = start("to the end")
     assert last.wait() == 0, last.stderr and last.stderr.read()
-    assert numbers(disturbed) == numbers(undisturbed.path)
-    assert len(numbers(disturbed)) == 2
+    assert numbers(disturbed.path) == numbers(undisturbed.path)
+    assert len(numbers(disturbed.path)) == 2
+    assert not list(disturbed.path.glob("runs/*/*.safetensors"))
+    assert all(disturbed.run(spec.name).summary.exists() for spec in specs)
+
+
+def test_a_grid_stops_when_its_time_is_over(tmp_path: Path) -> None:
+    """Before a run is started, or while one is under way, which is stopped like on a signal."""
+    folder, corpus = GridFolder(tmp_path), load_text(data=str(TEXT))
+    specs = tiny("lif", "standard", backbones=["cfc"], steps=4)
+
+    class Endless:
+        jobs = 1
+        stopped = 0
+
+        def start(self, spec: RunSpec, path: Path) -> Job:
+            return self
+
+        def state(self) -> JobState:
+            return "running"
+
+        def stop(self) -> None:
+            self.stopped += 1
+
+        def wait(self) -> None:
+            assert self.stopped == 1
+
+    executor = Endless()
+    grid = Grid(folder, specs, corpus)
+    with pytest.raises(OutOfTime, match="stopped after 0 min 0 s"):
+        grid.run(executor, Watcher(), seconds=1e-9)
+    assert executor.stopped == 0
+    with pytest.raises(OutOfTime):
+        grid.run(executor, Watcher(), seconds=0.01)
+    assert executor.stopped == 1
+    # Time that suffices is no limit.
+    Grid(folder, specs, corpus).run(HereAndNow(train_here), Watcher(), seconds=1e9)
+    assert len(read_results(folder.results)) == 2
+
+
+def test_checkpoints_go_only_once_there_is_a_result(tmp_path: Path) -> None:
+    folder, corpus = GridFolder(tmp_path), load_text(data=str(TEXT))
+    bad, good = tiny("standard", "lif", backbones=["cfc"], steps=8)
+    bad = dataclasses.replace(bad, config=dataclasses.replace(bad.config, learning_rate=1e30))
+    Grid(folder, [bad, good], corpus).run(HereAndNow(train_here), Watcher(), drop_checkpoints=True)
+    assert not folder.run(good.name).last.exists()
+    assert not folder.run(good.name).best.exists()
+    assert folder.run(good.name).metrics.exists()
+    assert folder.run(bad.name).last.exists()
+    # Those of runs that were finished before go, too.
+    (other,) = tiny("lif", seeds=[7], backbones=["cfc"], steps=4)
+    Grid(folder, [other], corpus).run(HereAndNow(train_here), Watcher())
+    assert folder.run(other.name).last.exists()
+    Grid(folder, [other], corpus).run(HereAndNow(train_here), Watcher(), drop_checkpoints=True)
+    assert not folder.run(other.name).last.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "--minutes must be finite and above 0, got 0.0"),
+        (["--minutes", "nan"], "--minutes must be finite and above 0, got nan"),
+        (["--minutes", "5", "--executor", "slurm"], "--minutes needs --executor local"),
+    ],
+)
+def test_limits_that_make_no_sense(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reproduce_main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_out_of_time_has_an_exit_code_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--minutes", "1e-9", "--jobs", "1", "--data", str(TEXT), "--out", str(tmp_path)]
+    assert reproduce_main(arguments) == OUT_OF_TIME == 75
+    said = capsys.readouterr().out
+    assert f"continue with: python scripts/reproduce.py {shlex.join(arguments)}" in said
+    assert json.loads((tmp_path / "plan.json").read_text())
 
 
 def test_jobs_share_the_cores() -> None:

@@ -98,7 +98,10 @@ def _gate_facts(finished: FinishedRuns) -> list[str]:
 def _machine(run: RunResult) -> str:
     processes = run.summary.get("processes", 1)
     several = f", {processes} processes" if processes != 1 else ""
-    return f"{run.summary.get('machine', 'not recorded')}{several}"
+    # "highest" is fp32 throughout; the others let a GPU round the factors of products to tf32.
+    precision = run.summary.get("matmul_precision", "highest")
+    rounded = f", matrix products of precision {precision!r}" if precision != "highest" else ""
+    return f"{run.summary.get('machine', 'not recorded')}{several}{rounded}"
 
 
 def _times(runs: Sequence[RunResult]) -> list[str]:

@@ -281,6 +281,7 @@ class _Training:
             "machine": machine(self.device),
             "processes": self.processes.count,
             "threads": torch.get_num_threads(),
+            "matmul_precision": torch.get_float32_matmul_precision(),
             "torch": torch.__version__,
             "ember_ext": ember_ext.__version__,
         }
