@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ from benchmarking import (
 from plots import plot_csv
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [*sorted((ROOT / "bench").glob("*_bench.py")), ROOT / "bench" / "kernel_times.py"]
+PROFILES = [ROOT / "bench" / f"{name}.py" for name in ("kernel_times", "train_profile")]
+SCRIPTS = [*sorted((ROOT / "bench").glob("*_bench.py")), *PROFILES]
 
 
 class Device:
@@ -236,6 +238,35 @@ def test_kernel_times_name_what_a_pass_runs(
     assert all(float(row["ms"]) > 0 and float(row["ms of the pass"]) > 0 for row in rows)
     name = "void ember::cuda::k<float, true>(ember::P, ember::cuda::Q)"
     assert bench.short_name(name) == "k<float, true>"
+
+
+def test_a_training_step_is_told_apart_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    bench = importlib.import_module("train_profile")
+    bench.main(bench.Options(suite="quick", steps=1, out=tmp_path))
+    with (tmp_path / "train_profile.csv").open(newline="") as file:
+        rows = {row["part"]: row for row in csv.DictReader(file)}
+    found = {"ember_ext: CfC scan", "ember_ext: gates and attention", "matrix products", "GELU"}
+    assert found <= rows.keys()
+    assert all(float(row["ms"]) > 0 for row in rows.values() if row["share"] != "0%")
+    assert sum(int(row["share"][:-1]) for row in rows.values()) == pytest.approx(100, abs=len(rows))
+    assert "evaluation batch: " in capsys.readouterr().out
+    # A kernel's name, and an operator that no part lists.
+    parts = bench.seconds_by_part(
+        [
+            SimpleNamespace(key="void ember::cuda::cfc_forward<8>()", self_device_time_total=2e6),
+            SimpleNamespace(key="vectorized_elementwise_kernel", self_device_time_total=1e6),
+        ],
+        torch.device("cuda"),
+    )
+    assert {name: time for name, time in parts.items() if time} == {
+        "ember_ext: CfC scan": 2,
+        bench.REST: 1,
+    }
+    with pytest.raises(SystemExit, match="error: variant must be one of"):
+        bench.main(bench.Options(condition="lift", out=tmp_path))
 
 
 def test_rows_of_other_measurements_are_kept(tmp_path: Path) -> None:

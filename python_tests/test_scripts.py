@@ -243,7 +243,14 @@ def test_reproduce_looks_at_its_flags_first(
     assert not Path("runs").exists()
 
 
-BENCHES = ("attention_bench", "cfc_bench", "gate_bench", "kernel_times", "ltc_bench")
+BENCHES = (
+    "attention_bench",
+    "cfc_bench",
+    "gate_bench",
+    "kernel_times",
+    "ltc_bench",
+    "train_profile",
+)
 
 
 def run_script(
@@ -270,6 +277,7 @@ def run_script(
         ("gate_bench", ["--out", ""], "--out must not be empty, got ''"),
         ("kernel_times", ["--scale", "0"], "--scale must be from 1 to 64, got 0"),
         ("kernel_times", ["--shown", "-2"], "--shown must be finite and at least 1, got -2"),
+        ("train_profile", ["--steps", "0"], "--steps must be finite and at least 1, got 0"),
     ],
 )
 def test_benches_look_at_their_flags_first(

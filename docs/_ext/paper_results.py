@@ -8,12 +8,16 @@ Reports lie in `bench/results/SUITE`, with their numbers in `numbers.json`.
 lists each claim with its verdict and the evidence, and
 
     ```{paper-table} xs 3.1
-    :columns: Condition; Gate; Val loss
+    :columns: Condition; Gate; Val loss = loss
     ```
 
-is one of the report's tables. The role {paper}`xs; supported` counts the claims with a verdict,
-{paper}`xs; claims` all of them, and {paper}`xs; planned` and {paper}`xs; runs` the runs that the
-suite has and that were made. The page of each report is copied to `reports/SUITE.html`.
+is one of the report's tables, those that set size beside size among them. With `:having: Published`
+it has only the rows in which that column is no dash, and with `:wrap:` its cells may have several
+lines. The role {paper}`xs; supported` counts the claims with a verdict, {paper}`xs; claims` all of
+them, {paper}`xs; judged` those with one, and {paper}`xs; planned` and {paper}`xs; runs` the runs
+that the suite has and that were made. In the same way {paper-size}`xs; stated; planned` and
+{paper-size}`xs; stated; finished` count those of another suite that the report of xs has beside its
+own. The page of each report is copied to `reports/SUITE.html`.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bench_tables import make_table
+from bench_tables import make_table, named
 from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
@@ -31,7 +35,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
-SUITES = ("xs", "quick")
+SUITES = ("xs", "quick", "stated", "paper")
 VERDICTS = ("supported", "not supported", "not testable at this scale")
 
 
@@ -59,8 +63,9 @@ class PaperClaims(SphinxDirective):
             for claim in chosen:
                 statement = nodes.paragraph("", f"{claim['statement']} ")
                 statement += nodes.emphasis("", f"({claim['source']})")
-                evidence = nodes.paragraph("", claim["evidence"], classes=["paper-evidence"])
-                items.append(nodes.list_item("", statement, evidence))
+                lines = filter(None, (claim["evidence"], claim["tested"]))
+                evidence = [nodes.paragraph("", line, classes=["paper-evidence"]) for line in lines]
+                items.append(nodes.list_item("", statement, *evidence))
             result.append(nodes.bullet_list("", *items))
         return result
 
@@ -69,22 +74,35 @@ class PaperTable(SphinxDirective):
     """A table of a report."""
 
     required_arguments = 2
-    option_spec = {"columns": directives.unchanged_required}  # noqa: RUF012
+    option_spec = {  # noqa: RUF012
+        **dict.fromkeys(("columns", "having"), directives.unchanged_required),
+        "wrap": directives.flag,
+    }
 
     def run(self) -> list[nodes.Node]:
         """The table, with the columns that were asked for."""
         suite, number = self.arguments
-        tables = {table["number"]: table for table in numbers(suite, self.env)["tables"]}
+        found = numbers(suite, self.env)
+        shown = [*found["tables"], *found.get("size_tables", [])]
+        tables = {table["number"]: table for table in shown}
         if number not in tables:
             raise self.error(f"the report of suite {suite} has no table {number}")
         table = tables[number]
         wanted = self.options.get("columns", "; ".join(table["columns"]))
-        headings = [name.strip() for name in wanted.split(";")]
-        if unknown := set(headings) - set(table["columns"]):
+        names = named(wanted)
+        if unknown := {name for name, _ in names} - set(table["columns"]):
             raise self.error(f"table {number} of suite {suite} has no columns {sorted(unknown)}")
-        places = [table["columns"].index(name) for name in headings]
-        lines = [[(row[place],) for place in places] for row in table["rows"]]
-        return [make_table(headings, lines, len(headings))]
+        places = [table["columns"].index(name) for name, _ in names]
+        having = self.options.get("having", table["columns"][0])
+        if having not in table["columns"]:
+            raise self.error(f"table {number} of suite {suite} has no column {having!r}")
+        filled = table["columns"].index(having)
+        rows = [row for row in table["rows"] if row[filled] != "–"]
+        lines = [[(row[place],) for place in places] for row in rows]
+        result = make_table([heading for _, heading in names], lines, len(names))
+        if "wrap" in self.options:
+            result["classes"].append("paper-text")
+        return [result]
 
 
 class PaperNumber(SphinxRole):
@@ -97,6 +115,8 @@ class PaperNumber(SphinxRole):
             found = numbers(suite, self.env)
             if what in VERDICTS:
                 count = sum(claim["verdict"] == what for claim in found["claims"])
+            elif what == "judged":
+                count = sum(claim["verdict"] != VERDICTS[-1] for claim in found["claims"])
             elif what == "runs":
                 # Runs beyond the planned ones count, too.
                 count = len(found["runs"])
@@ -108,12 +128,29 @@ class PaperNumber(SphinxRole):
         return [nodes.Text(str(count))], []
 
 
+class PaperSize(SphinxRole):
+    """How many runs of another suite there are, or should be, by a report that sets it beside."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """The number as text."""
+        suite, size, what = (part.strip() for part in self.text.split(";"))
+        try:
+            count = int(numbers(suite, self.env)["sizes"][size][what])
+        except (KeyError, OSError, TypeError) as error:
+            problem = self.inliner.reporter.error(f"paper-size: {error!r}", line=self.lineno)
+            return [self.inliner.problematic(self.rawtext, self.rawtext, problem)], [problem]
+        return [nodes.Text(str(count))], []
+
+
 class PaperReport(SphinxRole):
     """A link to the copy of a report."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """The link."""
         text, _, suite = (part.strip() for part in self.text.partition(";"))
+        if not (RESULTS / suite / "report.html").exists():
+            problem = self.inliner.reporter.error(f"no report of {suite!r}", line=self.lineno)
+            return [self.inliner.problematic(self.rawtext, self.rawtext, problem)], [problem]
         depth = self.env.docname.count("/")
         link = nodes.reference("", text, refuri=f"{'../' * depth}reports/{suite}.html")
         return [link], []
@@ -125,7 +162,10 @@ def copy_reports(app: Sphinx, exception: Exception | None) -> None:
         folder = Path(app.outdir) / "reports"
         folder.mkdir(exist_ok=True)
         for suite in SUITES:
-            shutil.copyfile(RESULTS / suite / "report.html", folder / f"{suite}.html")
+            page = RESULTS / suite / "report.html"
+            # Not every size was run.
+            if page.exists():
+                shutil.copyfile(page, folder / f"{suite}.html")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -133,6 +173,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("paper-claims", PaperClaims)
     app.add_directive("paper-table", PaperTable)
     app.add_role("paper", PaperNumber())
+    app.add_role("paper-size", PaperSize())
     app.add_role("paper-report", PaperReport())
     app.connect("build-finished", copy_reports)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from ember_ext.paper.claims import Claim, Verdict
-from ember_ext.paper.claims.judging import SeedTest
+from ember_ext.paper.claims import Verdict
 from ember_ext.paper.figures.style import MADE_FOR
-from ember_ext.paper.formatting import number, p_value
 from ember_ext.paper.labels import BACKBONE_LABELS, VARIANT_LABELS, variant_label
 from ember_ext.paper.report.facts import facts
 from ember_ext.paper.report.findings import Findings, ReportContext, Size, unplanned
 from ember_ext.paper.report.sizes import size_tables, stacked_tables
 from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import ResultError
+from ember_ext.paper.tables.claim_tables import tested_text
 from ember_ext.paper.tables.table import gate_label
 
 
@@ -58,7 +57,7 @@ def page_content(
         "failed": sorted(context.failed.items()),
         "figures_made_for": MADE_FOR,
         "claims": findings.claims,
-        "tested": {claim.key: _tested(claim, judged) for claim in findings.claims},
+        "tested": {claim.key: tested_text(claim, judged) for claim in findings.claims},
         "supported": counts["supported"],
         "verdicts": [(verdict, counts[verdict]) for verdict in get_args(Verdict)],
         "facts": facts(finished, context),
@@ -70,30 +69,6 @@ def page_content(
         "sizes": size_tables(sizes) if sizes else [],
         "stacked": stacked_tables(sizes) if sizes else [],
     }
-
-
-def _tested(claim: Claim, judged: int) -> str:
-    """The claim's p, corrected, and the power of its tests; empty if it rests on no test."""
-    if not claim.tests:
-        return ""
-    text = ""
-    if claim.p is not None:
-        text = (
-            f"p = {p_value(claim.p)}, corrected for the {judged} claims judged here (Holm) "
-            f"{p_value(claim.holm_p)}. "
-        )
-    found = [_detectable(test) for test in claim.tests if test.detectable is not None]
-    if not found:
-        return text.strip()
-    what = "a true difference of" if len(found) == 1 else "true differences of"
-    return f"{text}These seeds would have found {what} {', '.join(found)} with a power of 80%."
-
-
-def _detectable(test: SeedTest) -> str:
-    found = test.detectable
-    assert found is not None
-    relative = f"{100 * found / abs(test.base):.2f}%, " if test.base else ""
-    return f"{number(found, test.digits)} ({relative}{test.n} seeds)"
 
 
 def _parts(name: str) -> tuple[str, str, int]:

@@ -18,6 +18,7 @@ from ember_ext.paper.statistics.comparisons import (
 )
 from ember_ext.paper.statistics.crossover import find_crossovers
 from ember_ext.paper.statistics.depth import PROFILE_MEASURES, depth_profiles
+from ember_ext.paper.tables.claim_tables import tested_text
 
 
 def numbers(
@@ -43,11 +44,15 @@ def numbers(
         }
         for run in ordered(finished)
     ]
+    judged = sum(claim.judged for claim in findings.claims)
     content = {
         "suite": context.suite,
         "planned": list(context.planned),
         "runs": runs,
-        "claims": [dataclasses.asdict(claim) for claim in findings.claims],
+        "claims": [
+            {**dataclasses.asdict(claim), "tested": tested_text(claim, judged)}
+            for claim in findings.claims
+        ],
         "tables": [dataclasses.asdict(table) for table in findings.tables],
         "statistics": {
             backbone: _statistics(finished, backbone) for backbone in finished.backbones

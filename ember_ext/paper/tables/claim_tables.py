@@ -82,3 +82,27 @@ def _power_row(test: SeedTest) -> tuple[str, ...]:
         percent(test.published),
         share(test.published_power),
     )
+
+
+def tested_text(claim: Claim, judged: int) -> str:
+    """The claim's p, corrected, and the power of its tests; empty if it rests on no test."""
+    if not claim.tests:
+        return ""
+    text = ""
+    if claim.p is not None:
+        text = (
+            f"p = {p_value(claim.p)}, corrected for the {judged} claims judged here (Holm) "
+            f"{p_value(claim.holm_p)}. "
+        )
+    found = [_detectable(test) for test in claim.tests if test.detectable is not None]
+    if not found:
+        return text.strip()
+    what = "a true difference of" if len(found) == 1 else "true differences of"
+    return f"{text}These seeds would have found {what} {', '.join(found)} with a power of 80%."
+
+
+def _detectable(test: SeedTest) -> str:
+    found = test.detectable
+    assert found is not None
+    relative = f"{100 * found / abs(test.base):.2f}%, " if test.base else ""
+    return f"{number(found, test.digits)} ({relative}{test.n} seeds)"
