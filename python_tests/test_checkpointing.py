@@ -175,6 +175,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
                 dropout=0.2,
                 condition=condition,
                 refractory_mode=mode,
+                persistence_mode=mode,
             )
         )
         for condition, mode in (
@@ -184,6 +185,10 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
             ("lif-refractory", "causal"),
             ("lif-refractory", "look_ahead"),
             ("qwen-gate", "causal"),
+            ("lif-temporal", "causal"),
+            ("lif-persistent", "causal"),
+            ("lif-persistent", "look_ahead"),
+            ("sigmoid", "causal"),
         )
     },
     "liquid ember": lambda: LiquidEmber(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from ember_ext.models import Ember, EmberConfig, LiquidEmber, LiquidEmberConfig
+from ember_ext.models.ember import EmberCondition
 from ember_ext.nn.lif_gate import LIFParameters
 from ember_ext.paper.training.metrics import (
     _firing,
@@ -62,9 +63,13 @@ def test_neuron_entropy_of_even_spread() -> None:
     assert neuron_entropy(firing).item() == pytest.approx(math.log(10), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "condition", ["standard", "lif", "lif-fixed", "lif-refractory", "qwen-gate"]
-)
+COUPLINGS = {
+    "lif-refractory": {"within", "across"},
+    "lif-persistent": {"persistence", "coupling"},
+}
+
+
+@pytest.mark.parametrize("condition", get_args(EmberCondition))
 def test_transformer_metrics(condition: Any) -> None:
     torch.manual_seed(0)
     model = Ember(EmberConfig(n_head=4, condition=condition, **SIZES)).eval()
@@ -74,9 +79,16 @@ def test_transformer_metrics(condition: Any) -> None:
     measured = collect_metrics(model, windows, "text")["attention_entropy"]
     at_once = [attention_entropy(weights) for weights in model.attention_weights(windows)]
     torch.testing.assert_close(torch.tensor(measured), torch.stack(at_once))
-    gated = condition.startswith("lif")
+    gated = condition not in ("standard", "qwen-gate")
     assert len(metrics["gates"]) == (2 if gated else 0)
-    assert all(len(gate["leak"]) == 4 for gate in metrics["gates"].values())
+    for gate in metrics["gates"].values():
+        couplings = COUPLINGS.get(condition, set())
+        assert gate.keys() == {"threshold", "leak", "steepness"} | couplings
+        assert all(len(values) == 4 for values in gate.values())
+    assert ("membranes" in metrics) == (condition == "lif-temporal")
+    for name, gate in metrics.get("membranes", {}).items():
+        assert gate["leak"] == model.get_submodule(name).leak.tolist()
+        assert gate.keys() == {"threshold", "leak", "steepness"}
     # Weights this small leave attention nearly uniform.
     uniform = attention_entropy(uniform_attention(12)[None, None]).item()
     for layer in metrics["attention_entropy"]:

@@ -95,9 +95,8 @@ class StoredSelfAttention(SelfAttention):
         with without_autocast(query.device.type):
             w, load, state = self.weigh(query, key, previous_load, past)
             if self.dropout_p > 0:
-                dropped = _dropped(w, self.dropout_p)
-                w = w.masked_fill(dropped, 0) / (1 - self.dropout_p)
-            y = (w @ value.to(w.dtype)).to(query.dtype)
+                w = w.masked_fill(_dropped(w, self.dropout_p), 0)
+            y = (w @ value.to(w.dtype) / (1 - self.dropout_p)).to(query.dtype)
         return y, load, state
 
     def weights(

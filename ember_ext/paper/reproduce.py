@@ -55,7 +55,8 @@ class ReproduceArguments:
     """Default: 42 for "quick", else 42, 668 and 1337."""
     conditions: tuple[str, ...] = ()
     """Only these, of standard, lif, lif-fixed, lif-refractory, qwen-gate, lif-text (lif with the
-    gate of the paper's text) and null (standard again, equal up to rounding)."""
+    gate of the paper's text), null (standard again, equal up to rounding), lif-temporal and
+    lif-persistent (gates that remember across layers) and sigmoid (lif by other operations)."""
     backbones: tuple[Backbone, ...] = ()
     """Only these."""
     jobs: int | None = None

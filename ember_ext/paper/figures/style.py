@@ -50,6 +50,10 @@ VERMILLION = "#D55E00"
 PURPLE = "#CC79A7"
 GREY = "#8C8C8C"
 
+# The palette has no more. These two are darker than its other warm and green colours.
+BROWN = "#7A3B00"
+OLIVE = "#8A8A00"
+
 
 class Look(NamedTuple):
     """The look of one variant; marker and colour each tell it from the others."""
@@ -67,6 +71,9 @@ LOOKS = {
     "qwen-gate": Look("Qwen-gate", BLUE, "v"),
     "lif-text": Look("LIF, text preset", GREEN, "p"),
     "null": Look("Standard again", GREY, "X"),
+    "lif-temporal": Look("LIF-temporal", SKY, "<"),
+    "lif-persistent": Look("LIF-persistent", BROWN, ">"),
+    "sigmoid": Look("Sigmoid (LIF again)", OLIVE, "P"),
 }
 """The looks of all variants, in the order of legends."""
 

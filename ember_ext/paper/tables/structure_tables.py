@@ -9,7 +9,7 @@ import numpy as np
 
 from ember_ext.paper import published
 from ember_ext.paper.formatting import DASH, mean_sd, number, signed
-from ember_ext.paper.labels import BACKBONE_LABELS, VARIANT_LABELS
+from ember_ext.paper.labels import BACKBONE_LABELS, LATER_LABELS, VARIANT_LABELS
 from ember_ext.paper.runs.finished import BASELINE, NULL, FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.depth import (
@@ -283,7 +283,7 @@ def threshold_table(finished: FinishedRuns) -> Table:
     )
     rows: list[tuple[str, ...]] = []
     for backbone, label in BACKBONE_LABELS.items():
-        for variant in _learned_gates(backbone):
+        for variant in _learned_gates(finished, backbone):
             runs = finished.runs(backbone, variant)
             head = (label, *row_head(finished, backbone, variant))
             profile = depth_profile(runs, THRESHOLD)
@@ -327,7 +327,7 @@ def gate_table(finished: FinishedRuns) -> Table:
     )
     rows: list[tuple[str, ...]] = []
     for backbone, label in BACKBONE_LABELS.items():
-        for variant in _learned_gates(backbone):
+        for variant in _learned_gates(finished, backbone):
             units = [unit for run in finished.runs(backbone, variant) for unit in gate_units(run)]
             head = (label, *row_head(finished, backbone, variant))
             if not units:
@@ -354,7 +354,8 @@ def gate_table(finished: FinishedRuns) -> Table:
     return Table("S3", "Spread of the learned gates", columns, tuple(rows), notes)
 
 
-def _learned_gates(backbone: str) -> list[str]:
-    """The variants with a learnable LIF gate."""
+def _learned_gates(finished: FinishedRuns, backbone: str) -> list[str]:
+    """The variants with a learnable LIF gate: those of the paper, and others that were run."""
     learned = ("lif", "lif-text", "lif-refractory")
-    return [variant for variant in learned if variant in VARIANT_LABELS[backbone]]
+    later = [variant for variant in LATER_LABELS[backbone] if finished.runs(backbone, variant)]
+    return [variant for variant in learned if variant in VARIANT_LABELS[backbone]] + later

@@ -20,6 +20,9 @@ _PLANNED_GATES = {
     "lif": "released",
     "lif-text": "text",
     "lif-refractory": "released",
+    "lif-temporal": "released",
+    "lif-persistent": "released",
+    "sigmoid": "released",
 }
 
 

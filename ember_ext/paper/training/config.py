@@ -43,7 +43,8 @@ class TrainConfig:
     backbone: Backbone = "cfc"
     """The model: the paper's Transformer, or its CfC language model."""
     condition: Condition = "lif"
-    """The gate under study; the CfC has "standard" and "lif"."""
+    """The gate under study, see `ember_ext.models.EmberConfig`; the CfC has "standard" and
+    "lif"."""
     preset: Preset = "auto"
     """Sizes and length: "quick" takes minutes on a laptop, "xs" is the paper's small scale, "paper"
     its own; "auto" takes the largest that suits the device."""

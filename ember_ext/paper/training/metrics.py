@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ember_ext.models import Ember, LiquidEmber
-from ember_ext.nn.lif_gate import LIFParameters, PresetName
+from ember_ext.models import Ember, LiquidEmber, MembraneGate
+from ember_ext.nn.lif_gate import GateParameters, LIFParameters, PresetName
 from ember_ext.reference.lif_gate import fire_mask
 
 HISTOGRAM_BINS = 10
@@ -114,7 +114,9 @@ def collect_metrics(
 
     Returns:
         A dictionary. Its "gates" has for each gate, by its name, the effective "threshold", "leak"
-        and "steepness" of each head or neuron.
+        and "steepness" of each head or neuron, and with refractory thresholds or persistent heads
+        also the two couplings. A model with membranes has "membranes", by name, too, each with a
+        "leak", a "threshold" and a "steepness" of one value.
 
         A Transformer has "attention_entropy", "attention_support" and "first_token_mass", for each
         layer a list with one value for each head.
@@ -124,13 +126,14 @@ def collect_metrics(
         below 0.5. All four are measured through the model's own gates, and are None without gates.
         "virtual_fire_rate" and so on are measured through the virtual gate.
     """
-    gates = {}
-    for name, gate in model.gates().items():
-        gates[name] = {
-            "threshold": gate.threshold.tolist(),
-            "leak": gate.leak.tolist(),
-            "steepness": gate.steepness.tolist(),
-        }
+    parameters = {"gates": {name: _effective(gate) for name, gate in model.gates().items()}}
+    membranes = {
+        name: _effective(gate)
+        for name, gate in model.named_modules()
+        if isinstance(gate, MembraneGate)
+    }
+    if membranes:
+        parameters["membranes"] = membranes
     if isinstance(model, Ember):
         measures = (attention_entropy, attention_support, first_token_mass)
         # One window and layer at a time: all weights would take far more than a training step.
@@ -142,7 +145,7 @@ def collect_metrics(
         by_measure = torch.stack(by_window).mean(0).unbind(1)  # [layer, head] each
         names = (measure.__name__ for measure in measures)
         values = (value.tolist() for value in by_measure)
-        return {"gates": gates, **dict(zip(names, values, strict=True))}
+        return {**parameters, **dict(zip(names, values, strict=True))}
     virtual = LIFParameters(model.config.n_embd, preset=gate_preset).to(windows.device)
     modules = [block.get_submodule("gate") for block in model.blocks]
     firing: list[dict[str, float | None]] = []
@@ -152,7 +155,12 @@ def collect_metrics(
         if isinstance(module, LIFParameters):
             own = _firing(x, module)
         firing.append({**own, **{f"virtual_{name}": v for name, v in through_virtual.items()}})
-    return {"gates": gates, **{name: [layer[name] for layer in firing] for name in firing[0]}}
+    return {**parameters, **{name: [layer[name] for layer in firing] for name in firing[0]}}
+
+
+def _effective(gate: GateParameters) -> dict[str, list[float]]:
+    """The effective values of a gate, by their names."""
+    return {name: getattr(gate, name).tolist() for name in gate._effective}
 
 
 def _firing(x: Tensor, gate: LIFParameters) -> dict[str, float]:
