@@ -88,12 +88,12 @@ def parts(device: str, out: Path) -> list[Part]:
     if not on_gpu:
         tiny = ["--seconds", "0.01", "--no-compiled"]
         return [
-            Part("tests", [*pytest, "--collect-only", *files], 90),
-            Part("kernel_times", bench("kernel_times", "--scale", "64"), 60),
+            Part("tests", [*pytest, "--collect-only", *files], 240),
+            Part("kernel_times", bench("kernel_times", "--scale", "64"), 240),
             Part(
-                "attention", bench("attention_bench", "--tokens", "128", "--no-memory", *tiny), 90
+                "attention", bench("attention_bench", "--tokens", "128", "--no-memory", *tiny), 240
             ),
-            Part("gate", bench("gate_bench", "--sizes", "small", *tiny), 60),
+            Part("gate", bench("gate_bench", "--sizes", "small", *tiny), 240),
         ]
     attention = ["--tokens", "256", "4096", "--seconds", "1", "--no-compiled"]
     return [
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--only", action="append", help="a part; may be repeated (default: all)")
     parser.add_argument(
-        "--minutes", type=float, default=7.0, help="limit of all parts (default: %(default)s)"
+        "--minutes", type=float, help="limit of all parts (default: 7, and 16 without a GPU)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     try:
@@ -182,7 +182,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * options.minutes
+    minutes = options.minutes or (7.0 if options.device.startswith("cuda") else 16.0)
+    end = time.monotonic() + 60 * minutes
     outcomes: list[Outcome] = []
     for part in todo:
         left = end - time.monotonic()
