@@ -42,6 +42,9 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
         measurements.read("h200/kernels.csv"), "pass=GRU [64, 256, 128] -> 192"
     )
     numbers = json.loads((measurements.RESULTS / "xs" / "numbers.json").read_text("utf-8"))
+    (power,) = (table for table in numbers["tables"] if table["number"] == "S5")
+    (loss,) = (claim for claim in numbers["claims"] if claim["key"] == "loss-cfc")
+    judged = sum(claim["verdict"] != "not testable at this scale" for claim in numbers["claims"])
     supported = [claim for claim in numbers["claims"] if claim["verdict"] == "supported"]
     text, problems = build(
         tmp_path,
@@ -69,8 +72,19 @@ Alone {{bench}}`cfc.csv; {WIRED}; contender=ncps`,
 ```
 
 ```{{paper-table}} xs 3.1
-:columns: Condition; Val loss
+:columns: Condition; Val loss = our loss
+:wrap:
 ```
+
+```{{paper-table}} xs S5
+:having: Published effect
+```
+
+```{{paper-table}} xs E1
+```
+
+Of quick {{paper-size}}`xs; quick; finished` of {{paper-size}}`xs; quick; planned`,
+{{paper}}`xs; judged` judged.
 """,
     )
     assert not problems
@@ -81,8 +95,11 @@ Alone {{bench}}`cfc.csv; {WIRED}; contender=ncps`,
         measurements.duration(sum(float(row["ms"]) for row in kernels)),
         f"Alone {times[0]}, {speedup}, 1.0, {len(supported)} of {len(numbers['claims'])}.",
         f"Supported: {len(supported)}", *(row[0] for row in numbers["tables"][0]["rows"]),
+        "our loss", "2 layers of 96", "Of quick 9 of 9, ", f"{judged} judged.", loss["tested"],
+        *(row[0] for row in power["rows"] if row[7] != "–"),
     ):  # fmt: skip
         assert expected in text
+    assert not any(row[0] in text for row in power["rows"] if row[7] == "–")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +112,10 @@ Alone {{bench}}`cfc.csv; {WIRED}; contender=ncps`,
         ("{bench}`cfc.csv; mode=forward`", "rows with"),
         ("```{paper-table} xs 9.9\n```", "no table 9.9"),
         ("{paper}`xs; proven`", "proven"),
+        ("```{paper-table} xs S5\n:having: Colour\n```", "no column 'Colour'"),
+        ("{paper-size}`xs; huge; planned`", "huge"),
+        ("{paper-size}`quick; xs; planned`", "sizes"),
+        ("{paper-report}`all of it; huge`", "no report of 'huge'"),
     ],
 )
 def test_what_the_files_do_not_hold_is_an_error(tmp_path: Path, page: str, problem: str) -> None:

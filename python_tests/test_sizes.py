@@ -189,8 +189,9 @@ def test_results_are_collected_and_set_beside(
     assert "6 of 9 planned runs are finished" in page
     # The command on the page is the one to call again.
     assert f"reproduce.py --suite stated --out {out.path}\n" in page
-    assert reproduce_main([*arguments, "--collect", *sources]) == 0
+    assert reproduce_main([*arguments[:2], f"--collect={sources[0]}", *arguments[2:]]) == 0
     assert "results taken over: 0" in capsys.readouterr().out
+    assert (out.path / "report.md").read_text(encoding="utf-8") == page
 
     results = GridFolder(tmp_path / "xs")
     for result in synthetic_results(backbone="cfc", variants=CFC, seeds=[42], **XS_CFC):

@@ -133,7 +133,7 @@ class PaperSize(SphinxRole):
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """The number as text."""
-        suite, size, what = (part.strip() for part in self.text.split(";"))
+        suite, size, what = (part.strip() for part in f"{self.text};;".split(";")[:3])
         try:
             count = int(numbers(suite, self.env)["sizes"][size][what])
         except (KeyError, OSError, TypeError) as error:

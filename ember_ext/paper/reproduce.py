@@ -114,7 +114,7 @@ def _lasting(arguments: Sequence[str]) -> list[str]:
     words, skipping = [], False
     for word in arguments:
         if word.startswith("--"):
-            skipping = word == "--collect"
+            skipping = word.partition("=")[0] == "--collect"
         if not skipping and word != "--report-only":
             words.append(word)
     return words
