@@ -98,11 +98,19 @@ class PaperTable(SphinxDirective):
             raise self.error(f"table {number} of suite {suite} has no column {having!r}")
         filled = table["columns"].index(having)
         rows = [row for row in table["rows"] if row[filled] != "–"]
-        lines = [[(row[place],) for place in places] for row in rows]
+        wrap = "wrap" in self.options
+        lines = [
+            [(_unbroken(row[place]) if wrap else row[place],) for place in places] for row in rows
+        ]
         result = make_table([heading for _, heading in names], lines, len(names))
-        if "wrap" in self.options:
+        if wrap:
             result["classes"].append("paper-text")
         return [result]
+
+
+def _unbroken(text: str) -> str:
+    """Text that stays on one line if it is short, such as a verdict."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}") if len(text) <= 16 else text
 
 
 class PaperNumber(SphinxRole):
