@@ -243,6 +243,10 @@ def test_facts_say_how_long_and_where() -> None:
     facts = dict(facts_of(findings.finished, ReportContext("quick", (first.name,))))
     assert facts["Time"][0].startswith("1 h 30 min")
     assert facts["Machine"] == ["A", "B"]
+    for precision, said in (("highest", "A"), ("high", "A, matrix products of precision 'high'")):
+        summary = {**first.summary, "matmul_precision": precision}
+        one = Findings.of([dataclasses.replace(first, summary=summary)]).finished
+        assert dict(facts_of(one, CONTEXT))["Machine"] == [said]
     assert facts["Runs"] == ["1 finished of 1 planned, and 1 more"]
     assert facts["Gates"] == ["preset released: Transformer LIF-learnable"]
     ungated = Findings.of([first]).finished

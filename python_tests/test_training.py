@@ -149,6 +149,7 @@ def test_run_leaves_everything_behind(
     assert summary["corpus"] == "lighthouse"
     assert summary["lif_parameters"] == {"transformer": 6, "cfc": 48}[backbone]
     assert summary["tokens_per_second"] > 0
+    assert summary["matmul_precision"] == torch.get_float32_matmul_precision()
     assert summary["seconds"] > 0
     assert folder.plot.read_bytes().startswith(b"\x89PNG")
     assert len(folder.sample.read_text()) == 20
