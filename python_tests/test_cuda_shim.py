@@ -12,7 +12,9 @@ pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ com
 
 @pytest.fixture(scope="module")
 def faulty() -> cuda_shim.Shim:
-    return cuda_shim.Shim([cuda_shim.HERE / "faulty.cu"])
+    shim = cuda_shim.Shim([cuda_shim.HERE / "faulty.cu"])
+    shim.library.cuda_shim_limit_clusters(2)
+    return shim
 
 
 def run(shim: cuda_shim.Shim, kernel: str) -> Tensor:
@@ -53,6 +55,20 @@ def test_sound_fragments_pass(faulty: cuda_shim.Shim) -> None:
     assert torch.equal(run(faulty, "sound_fragments").view(8, 8), a[:8] @ a[:8].T)
 
 
+def test_sound_exchange_passes(faulty: cuda_shim.Shim) -> None:
+    assert torch.equal(run(faulty, "sound_exchange"), torch.arange(64.0).roll(32))
+    assert faulty.launches()[-1].cluster == 2
+
+
+def test_clusters_that_the_device_has_not_are_refused(faulty: cuda_shim.Shim) -> None:
+    faulty.library.cuda_shim_limit_clusters(1)
+    try:
+        with pytest.raises(cuda_shim.KernelFaultError, match="launch configuration"):
+            run(faulty, "sound_exchange")
+    finally:
+        faulty.library.cuda_shim_limit_clusters(2)
+
+
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [
@@ -71,6 +87,12 @@ def test_sound_fragments_pass(faulty: cuda_shim.Shim) -> None:
         ("divergent_fragments", "some wait for their warp in faulty.cu"),
         ("misaligned_fragments", "shared memory that is not aligned to 16 bytes"),
         ("fragments_past_the_end", "past the block's shared memory"),
+        ("unpublished_exchange", "depends on the order of threads"),
+        ("exchange_over_what_is_read", "depends on the order of threads"),
+        ("exchange_after_arrival", "depends on the order of threads"),
+        ("unstarted_exchange", "shared memory of a block that may not run yet at faulty.cu"),
+        ("exchange_with_the_absent", "shared memory of a block that may have left at faulty.cu"),
+        ("divergent_exchange", "a wait without arrival at the cluster's barrier at faulty.cu"),
     ],
 )
 def test_fault_is_found(faulty: cuda_shim.Shim, kernel: str, message: str) -> None:

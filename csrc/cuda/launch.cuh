@@ -57,6 +57,19 @@ inline cudaError_t most_shared_memory(int& bytes) {
   return cleared(status);
 }
 
+// Lets the kernel have `shared` bytes of dynamic shared memory.
+template <typename... P>
+cudaError_t allow_shared_memory(void (*kernel)(P...), size_t shared) {
+  const size_t without_asking = 48 * 1024;
+  if (shared <= without_asking) return cudaSuccess;
+  // All that there is, not `shared`: what one host thread allows, another that launches the same
+  // kernel for another shape must not take back.
+  int most = 0;
+  const cudaError_t status = most_shared_memory(most);
+  if (status != cudaSuccess) return status;
+  return cleared(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+}
+
 // Launches kernel(arguments...) with `shared` bytes of dynamic shared memory. An empty grid is no
 // error.
 template <typename... P>
@@ -64,21 +77,61 @@ cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t sha
                    cudaStream_t stream, typename Identity<P>::type... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  const size_t without_asking = 48 * 1024;
-  if (shared > without_asking) {
-    // All that there is, not `shared`: what one host thread allows, another that launches the same
-    // kernel for another shape must not take back.
-    int most = 0;
-    cudaError_t status = most_shared_memory(most);
-    if (status == cudaSuccess) {
-      status =
-          cleared(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-    }
-    if (status != cudaSuccess) return status;
-  }
+  const cudaError_t status = allow_shared_memory(kernel, shared);
+  if (status != cudaSuccess) return status;
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   return cleared(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers,
                                   shared, stream));
+}
+
+// A launch in clusters of `size` blocks.
+struct ClusterLaunch {
+  cudaLaunchConfig_t config;
+  cudaLaunchAttribute attribute;
+
+  ClusterLaunch(int64_t clusters, int size, int threads, size_t shared, cudaStream_t stream)
+      : config{}, attribute{} {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(size), 1, 1};
+    config.gridDim = dim3(unsigned(clusters * size));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+};
+
+// As `launch`, in clusters of `size` blocks (cluster.cuh).
+template <typename... P>
+cudaError_t launch_clusters(void (*kernel)(P...), int64_t clusters, int size, int threads,
+                            size_t shared, cudaStream_t stream,
+                            typename Identity<P>::type... arguments) {
+  if (clusters == 0) return cudaSuccess;
+  if (clusters > 0x7fffffff / size) return cudaErrorInvalidConfiguration;
+  const cudaError_t status = allow_shared_memory(kernel, shared);
+  if (status != cudaSuccess) return status;
+  ClusterLaunch launch(clusters, size, threads, shared, stream);
+  return cleared(cudaLaunchKernelEx(&launch.config, kernel, arguments...));
+}
+
+// Whether the device runs the kernel in clusters of `size` blocks with so much shared memory each,
+// and the kernel was compiled for it: it may also be there for older GPUs alone.
+template <typename... P>
+bool runs_in_clusters(void (*kernel)(P...), int size, int threads, size_t shared) {
+  int device = 0, has = 0, clusters = 0;
+  cudaFuncAttributes attributes;
+  if (cleared(cudaGetDevice(&device)) != cudaSuccess ||
+      cleared(cudaDeviceGetAttribute(&has, cudaDevAttrClusterLaunch, device)) != cudaSuccess ||
+      !has || cleared(cudaFuncGetAttributes(&attributes, kernel)) != cudaSuccess ||
+      attributes.ptxVersion < 90 || allow_shared_memory(kernel, shared) != cudaSuccess) {
+    return false;
+  }
+  ClusterLaunch launch(1, size, threads, shared, nullptr);
+  return cleared(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config)) ==
+             cudaSuccess &&
+         clusters > 0;
 }
 
 }  // namespace cuda

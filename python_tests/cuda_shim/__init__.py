@@ -69,7 +69,7 @@ def _compile(source: Path, objects: Path, architecture: int) -> Path:
 def build(sources: Sequence[Path], architecture: int) -> Path:
     """Build a library of the shim and `sources`; kept until one of the files changes.
 
-    Kernels see `architecture`, such as 80, as the one that they are compiled for.
+    Kernels see `architecture`, such as 90, as the one that they are compiled for.
     """
     inputs = [HERE / "shim.cpp", *sources]
     digest = hashlib.sha256(f"{compiler()} {_FLAGS} {sources} {architecture}".encode())
@@ -110,6 +110,8 @@ class Launch:
     shared_bytes: int
     allowed_bytes: int
     """How much shared memory the kernel may have."""
+    cluster: int
+    """Blocks of a cluster; 1 without clusters."""
 
 
 class KernelFaultError(AssertionError):
@@ -119,7 +121,7 @@ class KernelFaultError(AssertionError):
 class Shim:
     """A built library."""
 
-    def __init__(self, sources: Sequence[Path], architecture: int = 80) -> None:
+    def __init__(self, sources: Sequence[Path], architecture: int = 90) -> None:
         self.path = build(sources, architecture)
         self.library = ctypes.CDLL(str(self.path))
         self.library.cuda_shim_allocate.restype = ctypes.c_void_p
@@ -209,7 +211,7 @@ def _bits(value: Tensor) -> Tensor:
 
 
 @functools.cache
-def operators(architecture: int = 80) -> Shim:
+def operators(architecture: int = 90) -> Shim:
     """The launchers of all operators, their kernels compiled for an architecture."""
     return Shim([HERE / "entry.cpp", *sorted(SOURCES.glob("cuda/*.cu"))], architecture)
 
@@ -223,6 +225,17 @@ def shared_memory(bytes_of_block: int) -> Iterator[None]:
         yield
     finally:
         limit(64 << 10)
+
+
+@contextlib.contextmanager
+def clusters(most_blocks: int) -> Iterator[None]:
+    """Let clusters of up to so many blocks run, as from sm_90 on."""
+    limit = operators().library.cuda_shim_limit_clusters
+    limit(most_blocks)
+    try:
+        yield
+    finally:
+        limit(1)
 
 
 def fill(params: ctypes.Structure, addresses: dict[str, int | None]) -> None:

@@ -2,8 +2,9 @@
 // shim.cpp runs the kernels. Only what those sources use is here; a missing name is a compile
 // error.
 //
-// The threads of a block are fibres on one OS thread. One runs until it waits for others (barrier,
-// shuffle, vote), then the next in the order that the test chose.
+// The threads of a block, or of all blocks of a cluster, are fibres on one OS thread. One runs
+// until it waits for others (barrier, shuffle, vote), then the next in the order that the test
+// chose.
 #pragma once
 
 #include <array>
@@ -41,8 +42,26 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+  cudaDevAttrClusterLaunch = 120,
+};
 using cudaStream_t = struct CUstream_st*;
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    uint3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
 
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);
@@ -65,8 +84,16 @@ bool block_or(bool condition, Place place);
 void meet(void* argument, void (*together)(void* const* arguments), Place place);
 [[noreturn]] void fault(const char* what, Place place);
 
+// Within a cluster: the block's rank, its barrier in two halves, and where the block of a rank has
+// what this block has at `shared`.
+int cluster_rank();
+void arrive_at_cluster(Place place);
+void wait_for_cluster(Place place);
+void* shared_of_rank(void* shared, int rank, Place place);
+int active_clusters(const cudaLaunchConfig_t& config);
+
 cudaError_t allow_shared_memory(const void* kernel, int bytes);
-cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared,
+cudaError_t run(const void* kernel, dim3 grid, dim3 block, int cluster, size_t shared,
                 const std::function<void()>& body);
 
 template <typename T>
@@ -82,7 +109,7 @@ T shuffle(unsigned mask, T value, unsigned source, Place place) {
 template <typename... P, size_t... i>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t shared,
                    std::index_sequence<i...>) {
-  return run(reinterpret_cast<const void*>(kernel), grid, block, shared,
+  return run(reinterpret_cast<const void*>(kernel), grid, block, 1, shared,
              [=] { kernel(*static_cast<P*>(arguments[i])...); });
 }
 
@@ -108,6 +135,21 @@ template <typename... P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments,
                              size_t shared, cudaStream_t) {
   return cuda_shim::launch(kernel, grid, block, arguments, shared, std::index_sequence_for<P...>());
+}
+
+// In clusters, if the first attribute says so.
+template <typename... P>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...),
+                               P... arguments) {
+  const int cluster = config->numAttrs ? int(config->attrs[0].val.clusterDim.x) : 1;
+  return cuda_shim::run(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
+                        cluster, config->dynamicSmemBytes, [=] { kernel(arguments...); });
+}
+template <typename... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(P...),
+                                           const cudaLaunchConfig_t* config) {
+  *clusters = cuda_shim::active_clusters(*config);
+  return cudaSuccess;
 }
 
 #define EMBER_SHIM_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 #include <mma.h>
 
+#include "../../csrc/cuda/cluster.cuh"
 #include "../../csrc/cuda/matrix_units.cuh"
 #include "../../csrc/cuda/team.cuh"
 
@@ -162,6 +163,58 @@ __global__ void fragments_past_the_end(const float* in, float* out) {
   multiply_fragments(in, out, 512, true);
 }
 
+// A cluster of two blocks of 32 threads. Each hands 32 values to the other, twice, through the same
+// shared memory, and writes the second 32 that it gets: the halves of the input swapped.
+struct Exchange {
+  bool starts, publishes, frees, stays, arrives, is_late;
+};
+__device__ void exchange(const float* in, float* out, Exchange does) {
+  float* shared = shared_memory<float>();
+  const int rank = cluster_rank(), i = int(threadIdx.x);
+  const auto barrier = [](bool happens) {
+    if (!happens) return;
+    cluster_arrive();
+    cluster_wait();
+  };
+  barrier(does.starts);
+  float* there = shared_of_rank(shared, 1 - rank) + i;
+  *there = -in[rank * 32 + i];
+  barrier(does.publishes);
+  const float first = shared[i];
+  barrier(does.frees);
+  *there = in[rank * 32 + i];
+  float& of_other = out[(1 - rank) * 32 + i];
+  if (!does.is_late) of_other = 0;
+  if (does.arrives || i != 7) cluster_arrive();
+  if (does.is_late) of_other = 0;
+  cluster_wait();
+  if (!does.stays && rank == 0) return;
+  out[rank * 32 + i] = first + 2 * shared[i];
+  barrier(does.stays);
+  if (!does.stays) *shared_of_rank(shared, 0) = first;
+}
+__global__ void sound_exchange(const float* in, float* out) {
+  exchange(in, out, {true, true, true, true, true, false});
+}
+__global__ void unstarted_exchange(const float* in, float* out) {
+  exchange(in, out, {false, true, true, true, true, false});
+}
+__global__ void unpublished_exchange(const float* in, float* out) {
+  exchange(in, out, {true, false, true, true, true, false});
+}
+__global__ void exchange_over_what_is_read(const float* in, float* out) {
+  exchange(in, out, {true, true, false, true, true, false});
+}
+__global__ void exchange_with_the_absent(const float* in, float* out) {
+  exchange(in, out, {true, true, true, false, true, false});
+}
+__global__ void divergent_exchange(const float* in, float* out) {
+  exchange(in, out, {true, true, true, true, false, false});
+}
+__global__ void exchange_after_arrival(const float* in, float* out) {
+  exchange(in, out, {true, true, true, true, true, true});
+}
+
 }  // namespace cuda
 }  // namespace ember
 
@@ -195,3 +248,16 @@ FAULT(sound_fragments, 128)
 FAULT(divergent_fragments, 128)
 FAULT(misaligned_fragments, 128)
 FAULT(fragments_past_the_end, 128)
+
+#define CLUSTER_FAULT(name)                                                                       \
+  extern "C" int name(const float* in, float* out) {                                              \
+    return ember::cuda::launch_clusters(ember::cuda::name, 1, 2, 32, 32 * sizeof(float), nullptr, \
+                                        in, out);                                                 \
+  }
+CLUSTER_FAULT(sound_exchange)
+CLUSTER_FAULT(unstarted_exchange)
+CLUSTER_FAULT(unpublished_exchange)
+CLUSTER_FAULT(exchange_over_what_is_read)
+CLUSTER_FAULT(exchange_with_the_absent)
+CLUSTER_FAULT(divergent_exchange)
+CLUSTER_FAULT(exchange_after_arrival)

@@ -1,4 +1,5 @@
-// Runs kernels on the CPU, block after block, and looks for what a GPU would not report.
+// Runs kernels on the CPU, block after block or cluster after cluster, and looks for what a GPU
+// would not report.
 //
 // A fault ends the launch, which then returns cudaErrorLaunchFailure; cuda_shim_error() says what
 // and where. Found are: threads that wait at different places or for threads that have left; memory
@@ -6,6 +7,9 @@
 // sources are built with trapping undefined-behaviour checks); writes past the block's shared
 // memory. Shared memory and fresh arrays hold NaN, so what is read before it is written shows in
 // the results; so does a missing barrier, because results then change with the order of threads.
+// Of the blocks of a cluster one runs as far as it gets without the others, then the next in the
+// order: so much may happen in one while nothing does in another, and a missing barrier shows. Each
+// has shared memory of its own, which is kept elsewhere while another block runs.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <setjmp.h>
@@ -45,11 +49,11 @@ namespace {
 using cuda_shim::Place;
 using ember::cuda::shared_bytes;
 
-constexpr int kMostThreads = 1024;
+constexpr int kMostThreads = 1024, kMostBlocks = 8;  // of a block, and of a cluster
 constexpr size_t kStack = 128 * 1024, kPage = 4096;
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating type, -1 in the integers
 
-enum class State { ready, at_barrier, at_warp, done };
+enum class State { ready, at_barrier, at_warp, at_cluster, done };
 enum Order { forward, reverse, shuffled };
 
 // A copy to shared memory that has been started.
@@ -70,18 +74,23 @@ struct Thread {
   bool condition;                            // handed in at block_or
   std::vector<Copy> copies;                  // under way
   int groups;                                // of copies that have been ended
+  int arrivals, waits;                       // at the cluster's barriers
+  Place arrival;                             // the last
   bool started;                              // whether `resume` holds a point to go on from
   jmp_buf resume;
   ucontext_t start;
 };
 
-Thread threads[kMostThreads];
+Thread threads[kMostBlocks * kMostThreads];  // of the blocks of a cluster one after the other
 int current;
-size_t block_shared;  // bytes that the block has
+int block_threads, cluster_blocks, rank_now;  // of a block, of a cluster; the block that runs
+size_t block_shared;                          // bytes that the block has
 bool block_condition;
+// The shared memory of the blocks that do not run.
+std::vector<unsigned char> stored_shared[kMostBlocks];
 jmp_buf scheduler;
 sigjmp_buf escape;
-unsigned char* stacks;
+unsigned char* stacks[kMostBlocks];
 const std::function<void()>* body;
 Order order = forward;
 std::mt19937 generator;
@@ -92,6 +101,7 @@ std::map<const void*, int> allowed_shared;
 std::string launches;
 // Of the supported GPUs those of sm_75 have the least shared memory: what works there works on all.
 int shared_limit = 64 * 1024;
+int most_blocks = 1;  // of a cluster; without clusters 1
 
 std::string name_of(const void* kernel) {
   Dl_info info;
@@ -117,8 +127,8 @@ bool same(Place a, Place b) {
 }
 
 [[noreturn]] void fail(const std::string& what) {
-  error =
-      what + " (block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(current) + ")";
+  error = what + " (block " + std::to_string(blockIdx.x) + ", thread " +
+          std::to_string(current % block_threads) + ")";
   siglongjmp(escape, 1);
 }
 
@@ -146,84 +156,117 @@ void fibre() {
   }
 }
 
-void resume(int index, unsigned block_threads_x) {
+void resume(int index) {
   Thread& t = threads[index];
+  const unsigned in_block = unsigned(index % block_threads);
   current = index;
-  threadIdx = {unsigned(index) % block_threads_x, unsigned(index) / block_threads_x, 0};
+  threadIdx = {in_block % blockDim.x, in_block / blockDim.x, 0};
   if (_setjmp(scheduler) != 0) return;
   if (t.started) _longjmp(t.resume, 1);
   t.started = true;
   getcontext(&t.start);
-  t.start.uc_stack.ss_sp = stacks + size_t(index) * kStack + kPage;
+  t.start.uc_stack.ss_sp =
+      stacks[index / kMostThreads] + size_t(index % kMostThreads) * kStack + kPage;
   t.start.uc_stack.ss_size = kStack - kPage;
   t.start.uc_link = nullptr;
   makecontext(&t.start, fibre, 0);
   setcontext(&t.start);
 }
 
-// Lets warps go on whose lanes have all met. Returns whether there were any.
-bool release_warps(int count) {
+Thread* block_of(int rank) {
+  return threads + rank * block_threads;
+}
+
+// Lets warps of the running block go on whose lanes have all met. Returns whether there were any.
+bool release_warps() {
+  Thread* const block = block_of(rank_now);
   bool released = false;
-  for (int i = 0; i < count; ++i) {
-    if (threads[i].state != State::at_warp) continue;
+  for (int i = 0; i < block_threads; ++i) {
+    if (block[i].state != State::at_warp) continue;
     const int first = i / 32 * 32;
-    const unsigned mask = threads[i].mask;
+    const unsigned mask = block[i].mask;
     bool complete = mask >> (i - first) & 1;
     for (int lane = 0; lane < 32 && complete; ++lane) {
       if (!(mask >> lane & 1)) continue;
-      if (first + lane >= count) {
-        current = i;
+      if (first + lane >= block_threads) {
+        current = int(block + i - threads);
         fail("a warp's mask names lanes that the block does not have, at " +
-             text_of(threads[i].place));
+             text_of(block[i].place));
       }
-      const Thread& other = threads[first + lane];
-      complete = other.state == State::at_warp && other.mask == mask &&
-                 same(other.place, threads[i].place);
+      const Thread& other = block[first + lane];
+      complete =
+          other.state == State::at_warp && other.mask == mask && same(other.place, block[i].place);
     }
     if (!complete) continue;
-    if (threads[i].together) {
+    if (block[i].together) {
       void* arguments[32];
       for (int lane = 0; lane < 32; ++lane) {
-        arguments[lane] = reinterpret_cast<void*>(threads[first + lane].value);
+        arguments[lane] = reinterpret_cast<void*>(block[first + lane].value);
       }
-      current = i;
-      threads[i].together(arguments);
+      current = int(block + i - threads);
+      block[i].together(arguments);
     }
     uint64_t values[32] = {};
     for (int lane = 0; lane < 32; ++lane) {
-      if (mask >> lane & 1) values[lane] = threads[first + lane].value;
+      if (mask >> lane & 1) values[lane] = block[first + lane].value;
     }
     for (int lane = 0; lane < 32; ++lane) {
       if (!(mask >> lane & 1)) continue;
-      memcpy(threads[first + lane].received, values, sizeof(values));
-      threads[first + lane].state = State::ready;
+      memcpy(block[first + lane].received, values, sizeof(values));
+      block[first + lane].state = State::ready;
     }
     released = true;
   }
   return released;
 }
 
-bool release_barrier(int count) {
+bool release_barrier() {
+  Thread* const block = block_of(rank_now);
   block_condition = false;
-  for (int i = 0; i < count; ++i) {
-    if (threads[i].state != State::at_barrier || !same(threads[i].place, threads[0].place)) {
-      return false;
-    }
-    block_condition |= threads[i].condition;
+  for (int i = 0; i < block_threads; ++i) {
+    if (block[i].state != State::at_barrier || !same(block[i].place, block[0].place)) return false;
+    block_condition |= block[i].condition;
   }
-  for (int i = 0; i < count; ++i) threads[i].state = State::ready;
+  for (int i = 0; i < block_threads; ++i) block[i].state = State::ready;
   return true;
 }
 
-[[noreturn]] void fail_stuck(int count) {
+// Lets those threads of the running block go on that wait at the cluster's barrier, once all
+// threads of the cluster have arrived at it. Returns whether there were any.
+bool release_cluster() {
+  Thread *const block = block_of(rank_now), *const block_end = block + block_threads;
+  const auto waits = [](const Thread& t) { return t.state == State::at_cluster; };
+  const Thread* const first = std::find_if(block, block_end, waits);
+  if (first == block_end) return false;
+  const auto arrived = [first](const Thread& t) {
+    return t.arrivals > first->waits ||
+           (t.arrivals == first->waits && same(t.arrival, first->arrival));
+  };
+  if (!std::all_of(threads, block_of(cluster_blocks), arrived)) return false;
+  for (Thread* t = block; t < block_end; ++t) {
+    if (waits(*t)) t->state = State::ready;
+  }
+  return true;
+}
+
+[[noreturn]] void fail_stuck() {
   std::set<std::string> places;
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < cluster_blocks * block_threads; ++i) {
     current = i;
-    places.insert(threads[i].state == State::done
-                      ? "some have left the kernel"
-                      : (threads[i].state == State::at_barrier ? "some wait at the barrier in "
-                                                               : "some wait for their warp in ") +
-                            text_of(threads[i].place));
+    const std::string place = text_of(threads[i].place);
+    switch (threads[i].state) {
+      case State::at_barrier:
+        places.insert("some wait at the barrier in " + place);
+        break;
+      case State::at_cluster:
+        places.insert("some wait at the cluster's barrier in " + place);
+        break;
+      case State::done:
+        places.insert("some have left the kernel");
+        break;
+      default:
+        places.insert("some wait for their warp in " + place);
+    }
   }
   std::string what = "threads diverge:";
   for (const std::string& place : places) what += " " + place + ";";
@@ -238,24 +281,71 @@ std::vector<int> in_order(int n) {
   return indices;
 }
 
-void run_block(int count, unsigned block_threads_x, size_t shared) {
-  memset(shared_bytes, kPoison, std::min(shared + kSharedGuard, sizeof(shared_bytes)));
-  block_shared = shared;
-  for (int i = 0; i < count; ++i) {
-    threads[i].state = State::ready;
-    threads[i].copies.clear();
-    threads[i].groups = 0;
-  }
-  for (;;) {
-    for (int i : in_order(count)) {
-      if (threads[i].state == State::ready) resume(i, block_threads_x);
+uint3 block_index(int block) {
+  const unsigned b = unsigned(block);
+  return {b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y};
+}
+
+// Makes a block the one that runs: its shared memory is where the kernel looks for it.
+void enter(int rank, int first_block) {
+  blockIdx = block_index(first_block + rank);
+  if (rank == rank_now) return;
+  memcpy(stored_shared[rank_now].data(), shared_bytes, block_shared + kSharedGuard);
+  memcpy(shared_bytes, stored_shared[rank].data(), block_shared + kSharedGuard);
+  rank_now = rank;
+}
+
+// Runs the block's threads until none gets further without another block. Returns whether any did.
+bool run_block() {
+  bool ran = false;
+  do {
+    for (int i : in_order(block_threads)) {
+      const int index = rank_now * block_threads + i;
+      if (threads[index].state != State::ready) continue;
+      resume(index);
+      ran = true;
     }
-    const auto done = [](const Thread& t) { return t.state == State::done; };
-    if (std::all_of(threads, threads + count, done)) break;
-    if (!release_warps(count) && !release_barrier(count)) fail_stuck(count);
+  } while (release_warps() || release_barrier() || release_cluster());
+  return ran;
+}
+
+void run_cluster(int first_block) {
+  const int count = cluster_blocks * block_threads;
+  const size_t bytes = block_shared + kSharedGuard;
+  memset(shared_bytes, kPoison, bytes);
+  rank_now = 0;
+  for (auto& stored : stored_shared) stored.assign(cluster_blocks > 1 ? bytes : 0, kPoison);
+  for (Thread* t = threads; t < threads + count; ++t) {
+    t->state = State::ready;
+    t->copies.clear();
+    t->groups = t->arrivals = t->waits = 0;
   }
-  for (size_t i = shared; i < shared + kSharedGuard; ++i) {
-    if (shared_bytes[i] != kPoison) fail("write past the block's shared memory");
+  const auto done = [](const Thread& t) { return t.state == State::done; };
+  while (!std::all_of(threads, threads + count, done)) {
+    bool ran = false;
+    for (int rank : in_order(cluster_blocks)) {
+      enter(rank, first_block);
+      ran |= run_block();
+    }
+    if (!ran) fail_stuck();
+  }
+  for (int rank = 0; rank < cluster_blocks; ++rank) {
+    enter(rank, first_block);
+    for (size_t i = block_shared; i < bytes; ++i) {
+      if (shared_bytes[i] != kPoison) fail("write past the block's shared memory");
+    }
+  }
+}
+
+void make_stacks(int blocks) {
+  for (int block = 0; block < blocks; ++block) {
+    if (stacks[block]) continue;
+    stacks[block] =
+        static_cast<unsigned char*>(mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE,
+                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    for (int i = 0; i < kMostThreads; ++i) {
+      mprotect(stacks[block] + size_t(i) * kStack, kPage, PROT_NONE);
+    }
   }
 }
 
@@ -334,30 +424,58 @@ void fault(const char* what, Place place) {
   fail(what + (" at " + text_of(place)));
 }
 
+int cluster_rank() {
+  return rank_now;
+}
+
+void arrive_at_cluster(Place place) {
+  Thread& t = threads[current];
+  if (t.arrivals++ != t.waits) fault("a second arrival at the cluster's barrier", place);
+  t.arrival = place;
+  // Other blocks may get further now, while this one has not begun what it does before it waits.
+  yield(State::ready, place);
+}
+
+void wait_for_cluster(Place place) {
+  Thread& t = threads[current];
+  if (++t.waits != t.arrivals) fault("a wait without arrival at the cluster's barrier", place);
+  yield(State::at_cluster, place);
+}
+
+void* shared_of_rank(void* shared, int rank, Place place) {
+  const size_t offset = size_t(static_cast<unsigned char*>(shared) - shared_bytes);
+  if (offset >= block_shared) fault("an address that is not in the block's shared memory", place);
+  if (rank < 0 || rank >= cluster_blocks) fault("a block that the cluster does not have", place);
+  if (rank == rank_now) return shared;
+  if (threads[current].waits == 0) fault("shared memory of a block that may not run yet", place);
+  const Thread* const block = block_of(rank);
+  if (std::any_of(block, block + block_threads,
+                  [](const Thread& t) { return t.state == State::done; })) {
+    fault("shared memory of a block that may have left", place);
+  }
+  return stored_shared[rank].data() + offset;
+}
+
 cudaError_t allow_shared_memory(const void* kernel, int bytes) {
   if (refuse_attributes || bytes > shared_limit) return failed(cudaErrorInvalidValue);
   allowed_shared[kernel] = bytes;
   return cudaSuccess;
 }
 
-cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared,
+cudaError_t run(const void* kernel, dim3 grid, dim3 block, int cluster, size_t shared,
                 const std::function<void()>& kernel_body) {
-  const int count = int(block.x * block.y * block.z);
+  const int count = int(block.x * block.y * block.z), blocks = int(grid.x * grid.y * grid.z);
   const size_t allowed = allowed_shared.count(kernel) ? size_t(allowed_shared[kernel]) : 48 * 1024;
-  launches += name_of(kernel) + "\t" + std::to_string(uint64_t(grid.x) * grid.y * grid.z) + "\t" +
-              std::to_string(count) + "\t" + std::to_string(shared) + "\t" +
-              std::to_string(allowed) + "\n";
+  launches += name_of(kernel) + "\t" + std::to_string(blocks) + "\t" + std::to_string(count) +
+              "\t" + std::to_string(shared) + "\t" + std::to_string(allowed) + "\t" +
+              std::to_string(cluster) + "\n";
   if (!error.empty() || count == 0 || count > kMostThreads || shared > allowed ||
-      shared > size_t(shared_limit)) {
+      shared > size_t(shared_limit) || cluster < 1 || cluster > most_blocks ||
+      blocks % cluster != 0) {
     if (error.empty()) error = "launch configuration";
     return failed(cudaErrorInvalidConfiguration);
   }
-  if (!stacks) {
-    stacks =
-        static_cast<unsigned char*>(mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE,
-                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    for (int i = 0; i < kMostThreads; ++i) mprotect(stacks + size_t(i) * kStack, kPage, PROT_NONE);
-  }
+  make_stacks(cluster);
   static unsigned char signal_stack[64 * 1024];
   stack_t alternative{}, stack_before;
   alternative.ss_sp = signal_stack;
@@ -372,12 +490,11 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared,
   body = &kernel_body;
   blockDim = block;
   gridDim = grid;
+  block_threads = count;
+  cluster_blocks = cluster;
+  block_shared = shared;
   if (sigsetjmp(escape, 1) == 0) {
-    for (int b : in_order(int(grid.x * grid.y * grid.z))) {
-      blockIdx = {unsigned(b) % grid.x, unsigned(b) / grid.x % grid.y,
-                  unsigned(b) / grid.x / grid.y};
-      run_block(count, block.x, shared);
-    }
+    for (int c : in_order(blocks / cluster)) run_cluster(c * cluster);
   } else {
     for (Thread& t : threads) t.started = false;  // their stacks are in the middle of something
   }
@@ -393,10 +510,16 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = shared_limit;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrClusterLaunch ? most_blocks > 1 : shared_limit;
   return cudaSuccess;
 }
+
+namespace cuda_shim {
+int active_clusters(const cudaLaunchConfig_t& config) {
+  return int(config.attrs[0].val.clusterDim.x) <= most_blocks;
+}
+}  // namespace cuda_shim
 
 cudaError_t cudaGetLastError() {
   return std::exchange(last_error, cudaSuccess);
@@ -417,6 +540,11 @@ void cuda_shim_limit_shared(int bytes) {
   shared_limit = std::min(bytes, int(kSharedMost));
 }
 
+// Sets how many blocks a cluster may have; 1 is a GPU without clusters.
+void cuda_shim_limit_clusters(int blocks) {
+  most_blocks = std::min(blocks, kMostBlocks);
+}
+
 // Whether to let no kernel have more shared memory than it gets without asking.
 void cuda_shim_refuse_attributes(int refuse) {
   refuse_attributes = refuse;
@@ -430,8 +558,8 @@ const char* cuda_shim_error() {
   return error.c_str();
 }
 
-// Lines of kernel, blocks, threads, bytes of shared memory, and how many of these the kernel may
-// have, for every launch so far.
+// Lines of kernel, blocks, threads, bytes of shared memory, how many of these the kernel may have,
+// and the blocks of a cluster, for every launch so far.
 const char* cuda_shim_launches() {
   return launches.c_str();
 }
