@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import cuda_shim
@@ -21,6 +23,8 @@ from kernel_costs import LIMITS, WORKLOADS, short_name
 on_shim = flat(cuda_shim.cfc_scan.cfc_scan)
 operator = cuda_shim.operator_fixture(on_shim, flat(ember_ext.cfc_scan))
 definition = flat(reference.cfc_scan)
+
+PURE = {"mode": "pure"}
 
 needs_compiler = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
 
@@ -147,6 +151,144 @@ def test_results_do_not_depend_on_what_fits_in_shared_memory(options: dict[str, 
             for a, b in zip(first, values, strict=True):
                 assert torch.equal(a, b)
         assert len(used) >= 4
+
+
+# Batch, steps, inputs, hidden units, KiB of a block, the blocks of a cluster forward and backward,
+# and what else. Units are no multiple of a cluster's blocks, and 21 are too few for 8 of them.
+CLUSTER_CASES: list[tuple[int, int, int, int, int, tuple[int, int], dict[str, Any]]] = [
+    (6, 4, 3, 37, 28, (2, 4), {}),
+    (1, 1, 3, 37, 20, (4, 8), {"lengths": True}),
+    (5, 3, 0, 37, 12, (4, 8), {"heads": 3, "lengths": True}),
+    (5, 3, 2, 37, 23, (2, 2), {"heads": 3}),
+    (3, 3, 4, 53, 12, (4, 4), {"mode": "pure", "lengths": True}),
+    (1, 2, 4, 90, 17, (8, 8), {"mode": "pure"}),
+    (3, 3, 2, 45, 16, (4, 8), {"backbone": (23, 23), "dropout": True, "masked": True}),
+    (2, 2, 2, 21, 9, (2, 8), {"lengths": True, "mode": "no_gate"}),
+    (1, 2, 2, 29, 11, (8, 8), {"backbone": (37,), "activation": "silu"}),
+    (1, 1, 2, 90, 40, (8, 8), {}),  # not even 8 blocks hold these weights
+]
+
+
+def cluster_sample(case: Any, dtype: torch.dtype) -> Sample:
+    batch, steps, inputs, hidden, _, _, options = case
+    weights = {k: v for k, v in options.items() if k in ("mode", "backbone", "masked")}
+    one = sample(batch, steps, inputs, hidden, dtype, **weights)
+    if "activation" in options:
+        one.options["activation"] = options["activation"]
+    if options.get("heads") == 3:
+        del one.tensors["timespans"]
+    if options.get("masked"):
+        one.options["mask"] = one.tensors.pop("mask")
+    if options.get("dropout"):
+        scale = torch.rand(batch, steps, 1, options["backbone"][0]) < 0.5
+        one.options["dropout_scale"] = 2 * scale.float()
+    if options.get("lengths"):
+        one.options["lengths"] = (torch.arange(batch) * 3 + 1) % (steps + 1)
+    return one
+
+
+def recurrences(since: int) -> dict[str, set[int]]:
+    """The recurrent kernels that have run since a launch, and the sizes of their clusters."""
+    sizes: dict[str, set[int]] = {}
+    for launch in cuda_shim.operators().launches()[since:]:
+        if "ward_kernel" in launch.kernel:
+            sizes.setdefault(short_name(launch.kernel), set()).add(launch.cluster)
+    return sizes
+
+
+@contextlib.contextmanager
+def clusters(kilobytes: int, most_blocks: int = 8) -> Iterator[None]:
+    """A GPU with clusters whose blocks have so much shared memory."""
+    with cuda_shim.shared_memory(kilobytes << 10), cuda_shim.clusters(most_blocks):
+        yield
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CLUSTER_CASES, ids=str)
+def test_clusters_match_reference(case: Any) -> None:
+    """Cells that one block cannot hold, where there are clusters."""
+    *_, kilobytes, blocks, _ = case
+    one = cluster_sample(case, torch.float32)
+    before = len(cuda_shim.operators().launches())
+    with clusters(kilobytes):
+        for chunk_size in (0, 2):
+            scan = functools.partial(on_shim, chunk_size=chunk_size)
+            check_sample(scan, definition, one)
+    for kernel, sizes in recurrences(before).items():
+        assert sizes == {blocks["backward" in kernel]}, kernel
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instance_runs_in_clusters(dtype: torch.dtype) -> None:
+    before = len(cuda_shim.operators().launches())
+    for hidden, kilobytes, options in ((37, 29, {}), (37, 23, {"heads": 3}), (53, 14, PURE)):
+        case = (3, 2, 2, hidden, 0, (), options)
+        with clusters(kilobytes * (5 if dtype == torch.float64 else 3) // 3, 2):
+            check_sample(on_shim, definition, cluster_sample(case, dtype))
+    assert list(recurrences(before).values()) == [{2}] * 6
+
+
+@needs_compiler
+def test_clusters_are_for_cells_that_a_block_cannot_hold() -> None:
+    """On an H100 that is a dense cell of 192 units, but not one of 96."""
+    for hidden, most_blocks, size in ((96, 8, 1), (192, 8, 4), (192, 2, 2), (192, 1, 1)):
+        one = sample(1, 1, 1, hidden, torch.float32)
+        del one.tensors["timespans"]
+        before = len(cuda_shim.operators().launches())
+        with clusters(227, most_blocks):
+            results(on_shim, one)
+        assert list(recurrences(before).values()) == [{size}] * 2
+
+
+@needs_compiler
+def test_results_in_clusters_do_not_depend_on_what_fits_in_shared_memory() -> None:
+    one = sample(5, 3, 2, 37, torch.float32)
+    first: list[Tensor] = []
+    used = set()
+    for kilobytes in (19, 21, 23, 25, 28):
+        before = len(cuda_shim.operators().launches())
+        with clusters(kilobytes, 2):
+            values = results(on_shim, one)
+        assert list(recurrences(before).values()) == [{2}] * 2
+        launches = cuda_shim.operators().launches()[before:]
+        used.add(max(launch.shared_bytes for launch in launches))
+        first = first or values
+        for a, b in zip(first, values, strict=True):
+            assert torch.equal(a, b)
+    assert len(used) >= 4
+
+
+@needs_compiler
+def test_clusters_and_splits_and_inference() -> None:
+    """A sequence in pieces, and without a tape, gives the same bits in clusters, too."""
+    tensors = sample(3, 5, 2, 37, torch.float32).tensors
+    with clusters(28):
+        trained = results(on_shim, Sample("", tensors, {}))[:2]
+        whole, last = on_shim(**tensors)
+        x, h, spans = (tensors.pop(name) for name in ("x", "h0", "timespans"))
+        pieces = []
+        for part, dt in zip(x.split(2, 1), spans.split(2, 1), strict=True):
+            y, h = on_shim(x=part, h0=h, timespans=dt, **tensors)
+            pieces.append(y)
+    for a, b, c in zip(trained, (whole, last), (torch.cat(pieces, 1), h), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_padding_does_not_matter_in_clusters(value: float) -> None:
+    one = cluster_sample((4, 3, 2, 37, 0, (), {"lengths": True}), torch.float32)
+    options = {**one.options, "chunk_size": 2}
+    with clusters(29):
+        clean = results(on_shim, Sample("", one.tensors, options))
+        for row, length in enumerate(one.options["lengths"]):
+            one.tensors["x"][row, length:] = value
+            one.tensors["timespans"][row, length:] = value
+        spoilt = results(on_shim, Sample("", one.tensors, options))
+    for a, b in zip(clean, spoilt, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_inference_equals_training(operator: Any) -> None:

@@ -1,9 +1,10 @@
 // Shared by the CfC scan's recurrent kernels on a GPU: the plan of a launch, a block's rows of the
-// batch, and the product of these rows by a matrix.
+// batch and share of the units, and the product of these rows by a matrix.
 #pragma once
 
 #include "../common/cfc_scan.h"
 #include "cfc_product.cuh"
+#include "cluster.cuh"
 #include "pack.cuh"
 #include "team.cuh"
 
@@ -13,6 +14,8 @@ namespace cuda {
 constexpr int kCfcParts = 4, kCfcMostLayers = 16;
 
 constexpr int kCfcThreads = 512;  // of a block
+
+constexpr int kCfcMostClusterLog2 = 3;  // 8 blocks, as many as every GPU with clusters takes
 
 // Rows of the batch to a block. Each weight is read once for all of them, so that reading it from
 // shared memory takes about as long as the arithmetic.
@@ -27,12 +30,14 @@ using CfcRows = Pack<C, kCfcRows<C>>;
 template <typename C>
 using CfcWeights = Pack<C, kCfcParts>;
 
-// A matrix [depth, heads, units] by which a block multiplies at every step, packed as [depth,
-// units / kCfcParts, heads, kCfcParts] with zeros after the last unit. A row is `width` packs. A
-// thread adds up one of them over one of the `slices` of the depth; `lanes` threads share a slice.
+// A matrix [depth, heads, units] by which a cluster's rows are multiplied at every step, packed as
+// [depth, packs, heads, kCfcParts], a pack being kCfcParts units, with zeros after the last unit.
+// The blocks of a cluster share out the packs. A block's part of a row is at most `width` pieces of
+// kCfcParts weights. A thread adds up one of them over one of the `slices` of the depth; `lanes`
+// threads share a slice.
 struct CfcMap {
-  const void* weight;  // CfcWeights<C> [depth, width]
-  int depth, units, width;
+  const void* weight;                          // CfcWeights<C> [depth, packs * heads]
+  int depth, units, heads, packs, row, width;  // row: packs * heads
   int lanes, slices;
   // Up to so many rows of each slice are in shared memory, from this element on. They are a slice's
   // first or its last: while some slices work on theirs, others do on what the cache brings.
@@ -72,6 +77,7 @@ struct CfcScanPlan {
   // Elements of shared memory, which begins with what slices exchange: then the sums of warps, the
   // vectors, and the weights.
   int sums_at, vectors_at;
+  int cluster_log2;  // of the number of blocks to a cluster
   // The blocks' vectors, C [blocks, vectors, kCfcRows], where they do not fit in shared memory.
   void* vectors;
   int64_t vectors_size;
@@ -88,6 +94,12 @@ struct CfcScanPlan {
 };
 
 // What one thread of a block knows of its place.
+//
+// The blocks of a cluster have the same rows of the batch, and each computes its share of the
+// units: of every map those packs that its rank says. All that a map is applied to is in each
+// block's vectors, so a unit's value is written to all of them, and then the blocks meet. One
+// barrier to such an exchange is enough, because no two exchanges in succession write the same
+// vector: where a block writes one again, all have met since the last of them read it.
 template <typename C>
 struct CfcBlock {
   static constexpr int kRows = kCfcRows<C>;
@@ -96,22 +108,74 @@ struct CfcBlock {
   const CfcScanPlan& plan;
   C* shared;
   CfcRows<C>* vectors;
+  int rank;  // within the cluster
   int64_t first_row;
 
   __device__ __forceinline__ CfcBlock(const CfcScanParams& p_, const CfcScanPlan& plan_)
-      : p(p_), plan(plan_), shared(shared_memory<C>()), first_row(int64_t(blockIdx.x) * kRows) {
+      : p(p_), plan(plan_), shared(shared_memory<C>()), rank(has_clusters() ? cluster_rank() : 0) {
+    first_row = int64_t(blockIdx.x >> cluster_log2()) * kRows;
     vectors = plan.vectors ? static_cast<CfcRows<C>*>(plan.vectors) + blockIdx.x * plan.vectors_size
                            : reinterpret_cast<CfcRows<C>*>(shared + plan.vectors_at);
-    for (int l = 0; l < p.num_layers; ++l) {
-      const CfcMap& map = plan.layers[l].map;
-      const auto* weight = static_cast<const CfcWeights<C>*>(map.weight);
-      auto* resident = reinterpret_cast<CfcWeights<C>*>(shared + map.resident_at);
-      for (int slice = 0; slice < map.slices; ++slice) {
-        const int from = map.held_from(slice), size = (map.held_to(slice) - from) * map.width;
-        for (int i = int(threadIdx.x); i < size; i += kCfcThreads) {
-          resident[slice * map.resident * map.width + i] = weight[int64_t(from) * map.width + i];
-        }
+    for (int l = 0; l < p.num_layers; ++l) load_resident(plan.layers[l].map);
+  }
+
+  __device__ __forceinline__ int cluster_log2() const {
+    return has_clusters() ? plan.cluster_log2 : 0;
+  }
+  __device__ __forceinline__ int blocks() const { return 1 << cluster_log2(); }
+  __device__ __forceinline__ bool is_clustered() const { return cluster_log2() > 0; }
+  // For what two exchanges in succession would write: a cluster has two of it.
+  __device__ __forceinline__ int turn(int slot) const { return is_clustered() ? slot % 2 : 0; }
+
+  // The block's packs of so many are those from one to another. Computed anew for each use: kept
+  // over a product, they cost registers that it needs.
+  __device__ __forceinline__ int first_pack(int packs) const {
+    return has_clusters() ? (packs * in_place(rank)) >> plan.cluster_log2 : 0;
+  }
+  __device__ __forceinline__ int end_pack(int packs) const {
+    return has_clusters() ? (packs * (in_place(rank) + 1)) >> plan.cluster_log2 : packs;
+  }
+  // Of a row of a map how many pieces are the block's, and the unit after its last.
+  __device__ __forceinline__ int columns(const CfcMap& map) const {
+    return has_clusters() ? (end_pack(map.packs) - first_pack(map.packs)) * map.heads : map.row;
+  }
+  __device__ __forceinline__ int end_unit(const CfcMap& map) const {
+    return has_clusters() ? min(end_pack(map.packs) * kCfcParts, map.units) : map.units;
+  }
+
+  __device__ __forceinline__ void load_resident(const CfcMap& map) const {
+    const auto* weight =
+        static_cast<const CfcWeights<C>*>(map.weight) + first_pack(map.packs) * map.heads;
+    auto* resident = reinterpret_cast<CfcWeights<C>*>(shared + map.resident_at);
+    const int columns = this->columns(map);
+    for (int slice = 0; slice < map.slices; ++slice) {
+      const int from = map.held_from(slice), size = (map.held_to(slice) - from) * columns;
+      for (int i = int(threadIdx.x); i < size; i += kCfcThreads) {
+        const int k = i / columns, column = i % columns;
+        resident[(slice * map.resident + k) * map.width + column] =
+            weight[int64_t(from + k) * map.row + column];
       }
+    }
+  }
+
+  // Writes a value of a vector, in every block of the cluster.
+  __device__ __forceinline__ void publish(C* place, C value) const {
+    if (!is_clustered()) {
+      *place = value;
+      return;
+    }
+    // Not all to the same block at the same time.
+    for (int i = 0; i < blocks(); ++i) {
+      *shared_of_rank(place, (rank + i) & (blocks() - 1)) = value;
+    }
+  }
+  // All threads of the cluster meet, and what they published can be read.
+  __device__ __forceinline__ void meet() const {
+    if (is_clustered()) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
     }
   }
 
@@ -124,7 +188,7 @@ struct CfcBlock {
   }
   // Of a piece of the tape or of the gradients, the row that belongs to one of the block's.
   __device__ __forceinline__ C* piece(void* from, int64_t stride, int slot, int row) const {
-    return static_cast<C*>(from) + (slot * p.batch + first_row + row) * stride;
+    return static_cast<C*>(from) + (in_place(slot) * p.batch + first_row + row) * stride;
   }
   __device__ __forceinline__ C* state(int slot, int row) const {
     const CfcScanLayer& first = plan.layers[0];
@@ -137,19 +201,40 @@ struct CfcBlock {
            (((first_row + row) * p.steps + t) * scaled + layer - 1) * plan.layers[layer].map.units;
   }
 
-  // body(unit, row, index) for the block's units and rows. A thread meets one row only.
+  // body(unit, row, index) for the block's rows, and its share of the state or all of it. A thread
+  // meets one row only.
   template <typename Body>
-  __device__ __forceinline__ void for_states(const Body& body) const {
-    for (int64_t i = threadIdx.x; i < p.hidden * kRows; i += kCfcThreads) {
+  __device__ __forceinline__ void for_own_states(const Body& body) const {
+    const int packs = int(ceil_div(p.hidden, kCfcParts));
+    const int64_t end = int64_t(end_pack(packs)) * kCfcParts;
+    for_states(int64_t(first_pack(packs)) * kCfcParts, end < p.hidden ? end : p.hidden, body);
+  }
+  template <typename Body>
+  __device__ __forceinline__ void for_all_states(const Body& body) const {
+    for_states(0, p.hidden, body);
+  }
+  __device__ __forceinline__ bool owns(int unit) const {
+    const int packs = int(ceil_div(p.hidden, kCfcParts));
+    const int pack = unit / kCfcParts;
+    return first_pack(packs) <= pack && pack < end_pack(packs);
+  }
+
+ private:
+  template <typename Body>
+  __device__ __forceinline__ void for_states(int64_t first, int64_t end, const Body& body) const {
+    for (int64_t i = first * kRows + threadIdx.x; i < end * kRows; i += kCfcThreads) {
       body(int(i / kRows), int(i % kRows), i);
     }
   }
 };
 
 // Bytes of each part of the weights that a thread asks for ahead of using them: as many as fit the
-// registers. For the newest architectures the compiler keeps more else there.
+// registers. For the newest architectures the compiler keeps more else there; in clusters few
+// weights are not resident.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kCfcAhead = 16;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kCfcAhead = 24;
 #else
 constexpr int kCfcAhead = 32;
 #endif
@@ -205,30 +290,35 @@ struct CfcSums {
   }
 };
 
-// Multiplies a block's rows by a map: epilogue(unit, row, results), with the results of all heads.
-// initial(unit, head, row), of kCfcParts units, is added to them. All threads must call this
-// together, and may do so again at once.
+// Multiplies a block's rows by its share of a map: epilogue(unit, row, results), with the results
+// of all heads. initial(unit, head, row), of kCfcParts units, is added to them. All threads must
+// call this together, and may do so again at once. If the epilogue publishes, the cluster meets at
+// the end, else only the block does.
 template <int heads, typename C, typename Initial, typename Epilogue>
-__device__ __forceinline__ void multiply(const CfcMap& map, C* shared, const CfcRows<C>* in,
+__device__ __forceinline__ void multiply(const CfcBlock<C>& block, const CfcMap& map,
+                                         const CfcRows<C>* in, bool publishes,
                                          const Initial& initial, const Epilogue& epilogue) {
   constexpr int rows = kCfcRows<C>, parts = kCfcParts;
+  C* const shared = block.shared;
   const int lane = int(threadIdx.x) % map.lanes, slice = int(threadIdx.x) / map.lanes;
   const int part_stride = map.part_stride();
-  for (int base = 0; base < map.width; base += map.lanes) {
+  for (int base = 0; base < block.columns(map); base += map.lanes) {
     const int column = base + lane;
-    if (slice < map.slices && column < map.width) {
+    if (slice < map.slices && column < block.columns(map)) {
       const int begin = map.begin_of(slice), end = map.begin_of(slice + 1);
       const bool late = map.is_late(slice);
       const int border = late ? map.held_from(slice) : map.held_to(slice);
       const int held = slice * map.resident - map.held_from(slice);
       const auto* resident = reinterpret_cast<const CfcWeights<C>*>(shared + map.resident_at);
-      const auto* remote = static_cast<const CfcWeights<C>*>(map.weight);
+      const auto* remote =
+          static_cast<const CfcWeights<C>*>(map.weight) + block.first_pack(map.packs) * heads;
       // Asked for before the products, whose time hides that of these reads.
       CfcWeights<C> totals[rows] = {};
       if (slice == 0) {
+        const int first_pack = block.first_pack(map.packs);
 #pragma unroll
         for (int row = 0; row < rows; ++row) {
-          totals[row] = initial(column / heads * parts, column % heads, row);
+          totals[row] = initial((first_pack + column / heads) * parts, column % heads, row);
         }
       }
       for (int from = begin; from < end; from += kCfcStretch) {
@@ -240,7 +330,7 @@ __device__ __forceinline__ void multiply(const CfcMap& map, C* shared, const Cfc
           if (int(late) == half) {
             sums.add_resident(resident + (held + k) * map.width + column, map.width, in + k, count);
           } else {
-            sums.add_remote(remote + int64_t(k) * map.width + column, map.width, in + k, count);
+            sums.add_remote(remote + int64_t(k) * map.row + column, map.row, in + k, count);
           }
         }
 #pragma unroll
@@ -261,8 +351,8 @@ __device__ __forceinline__ void multiply(const CfcMap& map, C* shared, const Cfc
       }
     }
     __syncthreads();
-    const int first = base / heads * parts;
-    const int results_here = min(map.lanes / heads * parts, map.units - first) * rows;
+    const int first = (block.first_pack(map.packs) + base / heads) * parts;
+    const int results_here = min(map.lanes / heads * parts, block.end_unit(map) - first) * rows;
     for (int i = int(threadIdx.x); i < results_here; i += kCfcThreads) {
       const int row = i % rows, unit = i / rows;
       const C* sums = shared + (unit % parts * part_stride + unit / parts * heads) * rows + row;
@@ -277,6 +367,11 @@ __device__ __forceinline__ void multiply(const CfcMap& map, C* shared, const Cfc
       }
       epilogue(first + unit, row, results);
     }
+    if (base + map.lanes < block.columns(map)) __syncthreads();
+  }
+  if (publishes) {
+    block.meet();
+  } else {
     __syncthreads();
   }
 }

@@ -104,9 +104,10 @@ class Scan {
   Scan(const CfcScanParams& p, bool backward, cudaStream_t stream)
       : p_(p),
         stream_(stream),
+        backward_(backward),
         at_(workspace_of(p, backward)),
         chunk_(chunk_steps(p, backward)),
-        blocks_(ceil_div(p.batch, kCfcRows<C>)),
+        clusters_(ceil_div(p.batch, kCfcRows<C>)),
         has_tape_(p.saved && !p.chunk),
         workspace_(static_cast<C*>(p.workspace)),
         tape_(has_tape_ ? static_cast<C*>(p.saved) : workspace_ + at_.tape),
@@ -152,7 +153,7 @@ class Scan {
       plan.to = p_.grad_h0;
       plan.from_stride = plan.to_stride = p_.hidden;
       if (p_.grad_decay) plan.decay_grads = workspace_ + at_.decay_grads;
-      status = backward_chunk(plan);
+      status = scan(true, plan);
       if (status == cudaSuccess && p_.grad_x) status = input_gradient(plan);
       for (int64_t l = 0; status == cudaSuccess && l < p_.num_layers; ++l) {
         if (p_.layers[l].grad_weight) status = weight_gradient(l, plan, !is_last);
@@ -179,16 +180,48 @@ class Scan {
     int bytes = 0;
     const cudaError_t status = most_shared_memory(bytes);
     shared_limit_ = bytes / int(sizeof(C));
+    if (status != cudaSuccess) return status;
+    if (!backward_ || p_.chunk) cluster_log2_[false] = choose_cluster(false);
+    if (backward_) cluster_log2_[true] = choose_cluster(true);
     return status;
+  }
+
+  // The smallest clusters whose blocks hold all weights, or else the largest; of those the largest
+  // that the device runs. What does not fit in a cluster's shared memory, either, its blocks read
+  // at every step as a single block does, each its share.
+  int choose_cluster(bool backward) {
+    int log2 = 0;
+    while (log2 < kCfcMostClusterLog2 && !holds_all_weights(plan_for(backward, 0, log2))) ++log2;
+    while (log2 > 0 && !runs_in_clusters(backward, log2)) --log2;
+    return log2;
+  }
+
+  bool runs_in_clusters(bool backward, int log2) {
+    const CfcScanPlan plan = plan_for(backward, 0, log2);
+    return !plan.vectors && cuda::runs_in_clusters(recurrence(backward), 1 << log2, kCfcThreads,
+                                                   size_t(shared_limit_) * sizeof(C));
+  }
+
+  bool holds_all_weights(const CfcScanPlan& plan) const {
+    return std::all_of(plan.layers, plan.layers + p_.num_layers, [](const CfcScanLayer& layer) {
+      const CfcMap& map = layer.map;
+      return map.resident * map.slices >= map.depth;
+    });
   }
 
   C* border(int64_t first) const {
     return static_cast<C*>(p_.saved) + first / chunk_ * p_.batch * p_.hidden;
   }
 
-  // Depends on shapes and, for what is resident, on the device.
   CfcScanPlan plan_for(bool backward, int64_t first) {
+    return plan_for(backward, first, cluster_log2_[backward]);
+  }
+
+  // Depends on shapes, the size of a cluster and, for what is resident, on the device.
+  CfcScanPlan plan_for(bool backward, int64_t first, int cluster_log2) {
     CfcScanPlan plan{};
+    plan.cluster_log2 = cluster_log2;
+    const int blocks = 1 << cluster_log2;
     plan.first = first;
     plan.steps = int(std::min(chunk_, p_.steps - first));
     const int64_t slot = has_tape_ ? first : 0;
@@ -201,15 +234,15 @@ class Scan {
       CfcMap& map = layer.map;
       map.weight = packed;
       packed += packed_size(p_, l, backward);
-      const int heads = backward ? 1 : int(from.segments);
+      map.heads = backward ? 1 : int(from.segments);
       map.depth = int(backward ? columns_of(from) : depth_of(p_, l));
       map.units = int(backward ? depth_of(p_, l) : from.units);
-      map.width = int(ceil_div(map.units, kCfcParts)) * heads;
+      map.packs = int(ceil_div(map.units, kCfcParts));
+      map.row = map.packs * map.heads;
+      map.width = int(ceil_div(map.packs, blocks)) * map.heads;
       layer.vector = int(backward || l ? vectors : 0);
       vectors += backward ? columns_of(from) : l ? from.inputs : 0;
-      map.lanes = std::max(std::min(map.width, kCfcThreads / heads * heads), 1);
-      // More slices than that spend their time adding up.
-      map.slices = std::max(std::min({kCfcThreads / map.lanes, map.depth / 8, 8}), 1);
+      share_out(map, blocks);
       map.turn = kWarp / std::gcd(map.lanes, kWarp);
       exchange =
           std::max(exchange, int64_t(map.slices) * kCfcParts * map.part_stride() * kCfcRows<C>);
@@ -224,7 +257,10 @@ class Scan {
       grads += chunk_ * p_.batch * columns_of(from);
     }
     plan.sums_at = int(exchange);
-    plan.vectors_at = plan.sums_at + kCfcThreads / kWarp * kCfcRows<C>;
+    // What exchanges of a cluster need twice, see CfcBlock::turn.
+    const int turns = blocks > 1 ? 2 : 1;
+    if (backward) vectors += (turns - 1) * columns_of(p_.layers[p_.num_layers - 1]);
+    plan.vectors_at = plan.sums_at + turns * blocks * kCfcThreads / kWarp * kCfcRows<C>;
     shared_ = plan.vectors_at;
     plan.vectors_size = vectors;
     if (shared_ + vectors * kCfcRows<C> <= shared_limit_) {
@@ -241,6 +277,15 @@ class Scan {
       shared_ += row * map.slices * map.resident;
     }
     return plan;
+  }
+
+  // Lanes and slices of a map.
+  static void share_out(CfcMap& map, int blocks) {
+    map.lanes = std::max(std::min(map.width, kCfcThreads / map.heads * map.heads), 1);
+    // More slices than that spend their time adding up. A cluster's blocks have few lanes: there,
+    // enough slices to give each of a multiprocessor's four schedulers two warps.
+    const int most = blocks > 1 ? std::max(4, std::min(24, 8 * kWarp / map.lanes)) : 8;
+    map.slices = std::max(std::min({kCfcThreads / map.lanes, map.depth / 8, most}), 1);
   }
 
   C* packed_weights(bool backward) const {
@@ -285,29 +330,31 @@ class Scan {
     product.outer_column = cfc_pad(first.units);
     status = multiply<C, true, true>(product);
     if (status != cudaSuccess) return status;
+    return scan(false, plan);
+  }
+
+  using Recurrence = void (*)(CfcScanParams, CfcScanPlan);
+
+  Recurrence recurrence(bool backward) const {
     switch (p_.heads) {
       case 1:
-        return scan(cfc_scan_forward_kernel<T, 1>, plan);
+        return backward ? cfc_scan_backward_kernel<T, 1> : cfc_scan_forward_kernel<T, 1>;
       case 3:
-        return scan(cfc_scan_forward_kernel<T, 3>, plan);
+        return backward ? cfc_scan_backward_kernel<T, 3> : cfc_scan_forward_kernel<T, 3>;
       default:
-        return scan(cfc_scan_forward_kernel<T, 4>, plan);
+        return backward ? cfc_scan_backward_kernel<T, 4> : cfc_scan_forward_kernel<T, 4>;
     }
   }
 
-  cudaError_t backward_chunk(const CfcScanPlan& plan) {
-    switch (p_.heads) {
-      case 1:
-        return scan(cfc_scan_backward_kernel<T, 1>, plan);
-      case 3:
-        return scan(cfc_scan_backward_kernel<T, 3>, plan);
-      default:
-        return scan(cfc_scan_backward_kernel<T, 4>, plan);
-    }
-  }
+  size_t shared_bytes() const { return size_t(shared_) * sizeof(C); }
 
-  cudaError_t scan(void (*kernel)(CfcScanParams, CfcScanPlan), const CfcScanPlan& plan) {
-    return launch(kernel, blocks_, kCfcThreads, size_t(shared_) * sizeof(C), stream_, p_, plan);
+  cudaError_t scan(bool backward, const CfcScanPlan& plan) {
+    const Recurrence kernel = recurrence(backward);
+    if (plan.cluster_log2 == 0) {
+      return launch(kernel, clusters_, kCfcThreads, shared_bytes(), stream_, p_, plan);
+    }
+    return launch_clusters(kernel, clusters_, 1 << plan.cluster_log2, kCfcThreads, shared_bytes(),
+                           stream_, p_, plan);
   }
 
   cudaError_t input_gradient(const CfcScanPlan& plan) {
@@ -381,13 +428,15 @@ class Scan {
 
   const CfcScanParams& p_;
   cudaStream_t stream_;
+  const bool backward_;
   const Workspace at_;
-  const int64_t chunk_, blocks_;
+  const int64_t chunk_, clusters_;  // a block is a cluster of one
   const bool has_tape_;
   C *workspace_, *tape_;
   const int64_t slots_;
   int64_t shared_limit_ = 0;  // elements that a block may have
   int64_t shared_ = 0;        // those that the last plan takes
+  int cluster_log2_[2] = {};  // of the blocks to a cluster, forward and backward
 };
 
 }  // namespace

@@ -7,9 +7,15 @@
 // thread for each unit and row computes the cell. Backward walks a chunk in reverse in the same way
 // and leaves the gradients before activation of each step and row.
 //
+// GPUs from sm_90 on take weights that one block cannot hold in clusters of 2, 4 or 8 blocks. Each
+// block then has a share of the units, and the weights of these, and the blocks write each other's
+// vectors (CfcBlock). A map takes one exchange, of its output; the last map backward takes none, as
+// the gradient of a unit's state is wanted in the same block only.
+//
 // What is not recurrent is done for a whole chunk at once, before or after it: the product of the
 // input, the input's gradient, and the weights' gradients, which are added up in an order that
-// depends on the shape alone. Nor do other results depend on how much fits in shared memory.
+// depends on the shape alone. Other results depend on the size of a cluster, which splits sums
+// otherwise, but not on how much fits in shared memory.
 #pragma once
 
 #include "cfc_block.cuh"
@@ -43,27 +49,28 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
   const int last = int(p.num_layers) - 1;
   const auto state_after = [&](int steps) { return block.vectors + steps % 2 * p.hidden; };
   const auto values = [](CfcRows<C>* vector) { return reinterpret_cast<C*>(vector); };
-  block.for_states([&](int unit, int row, int64_t i) {
+  block.for_all_states([&](int unit, int row, int64_t i) {
+    const bool is_own = block.owns(unit);
     C h = 0;
     if (block.exists(row)) {
       const int64_t b = block.first_row + row;
       h = static_cast<const C*>(plan.from)[b * plan.from_stride + unit];
-      if (plan.border) static_cast<C*>(plan.border)[b * p.hidden + unit] = h;
+      if (plan.border && is_own) static_cast<C*>(plan.border)[b * p.hidden + unit] = h;
       // The state of a row without steps is handed on and takes no part in anything else.
       if (!block.runs(row, 0)) h = 0;
-      if (plan.keep) block.state(0, row)[unit] = h;
+      if (plan.keep && is_own) block.state(0, row)[unit] = h;
     }
     values(state_after(0))[i] = h;
   });
   // What the biases multiply, also above a layer without units.
-  for (int l = 1; plan.keep && l <= last; ++l) {
+  for (int l = 1; plan.keep && block.rank == 0 && l <= last; ++l) {
     const CfcScanLayer& layer = plan.layers[l];
     for (int64_t i = threadIdx.x; i < int64_t(plan.steps) * rows; i += kCfcThreads) {
       if (!block.exists(int(i % rows))) continue;
       block.piece(layer.input, layer.input_stride, int(i / rows), int(i % rows))[0] = 1;
     }
   }
-  __syncthreads();
+  block.meet();
 
   for (int slot = 0; slot < plan.steps; ++slot) {
     const int64_t t = plan.first + slot;
@@ -96,7 +103,7 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
     for (int l = 0; l < last; ++l) {
       const CfcScanLayer &layer = plan.layers[l], &above = plan.layers[l + 1];
       C* out = values(block.vectors + above.vector);
-      multiply<1>(layer.map, block.shared, input_of(l), initial_of(layer, l == 0),
+      multiply<1>(block, layer.map, input_of(l), true, initial_of(layer, l == 0),
                   [&](int unit, int row, const C(&u)[1]) {
                     Activated<C> v = activate(p.activation, u[0]);
                     const bool runs = block.runs(row, t);
@@ -112,13 +119,13 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
                         block.piece(layer.kept, layer.kept_stride, slot, row)[unit] = v.slope;
                       }
                     }
-                    out[unit * rows + row] = v.value;
+                    block.publish(out + unit * rows + row, v.value);
                   });
     }
 
     const CfcScanLayer& layer = plan.layers[last];
     const int64_t padded = cfc_pad(p.hidden);
-    multiply<heads>(layer.map, block.shared, input_of(last), initial_of(layer, last == 0),
+    multiply<heads>(block, layer.map, input_of(last), true, initial_of(layer, last == 0),
                     [&](int unit, int row, C(&v)[heads]) {
                       C h = 0;
                       if (block.exists(row)) {
@@ -148,13 +155,13 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
                           block.state(slot + 1, row)[unit] = h;
                         }
                       }
-                      next[unit * rows + row] = h;
+                      block.publish(next + unit * rows + row, h);
                     });
   }
 
   if (!plan.to) return;
   const C* state = values(state_after(plan.steps));
-  block.for_states([&](int unit, int row, int64_t i) {
+  block.for_own_states([&](int unit, int row, int64_t i) {
     if (!block.exists(row)) return;
     const int64_t b = block.first_row + row;
     static_cast<C*>(plan.to)[b * plan.to_stride + unit] =
@@ -207,22 +214,28 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
   const CfcScanLayer& head_layer = plan.layers[last];
   const int64_t padded = cfc_pad(p.hidden);
   C* carry = reinterpret_cast<C*>(block.vectors);
-  C* sums = block.shared + plan.sums_at;
+  // The sums of the warps of all blocks, [blocks, warps, rows].
+  const auto warp_sums_of = [&](int slot) {
+    const int of_cluster = block.blocks() * warps * rows;
+    return block.shared + plan.sums_at + block.turn(in_place(slot)) * of_cluster;
+  };
   const auto gradients_of = [&](const CfcScanLayer& layer) {
     return reinterpret_cast<C*>(block.vectors + layer.vector);
   };
   const auto no_start = [](int, int, int) { return CfcWeights<C>{}; };
-  block.for_states([&](int unit, int row, int64_t i) {
+  block.for_own_states([&](int unit, int row, int64_t i) {
     const int64_t b = block.first_row + row;
     carry[i] =
         block.exists(row) ? static_cast<const C*>(plan.from)[b * plan.from_stride + unit] : C(0);
   });
-  __syncthreads();
+  block.meet();
 
   for (int slot = plan.steps - 1; slot >= 0; --slot) {
     const int64_t t = plan.first + slot;
+    const int64_t turn = block.turn(slot);
+    C* head_gradient = gradients_of(head_layer) + turn * heads * p.hidden * rows;
     C grad_dt[1] = {0};
-    block.for_states([&](int unit, int row, int64_t i) {
+    block.for_own_states([&](int unit, int row, int64_t i) {
       C g[heads] = {};
       if (block.runs(row, t)) {
         const int64_t cell = (block.first_row + row) * p.steps + t;
@@ -231,11 +244,10 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
         const C* kept = block.piece(head_layer.kept, head_layer.kept_stride, slot, row) + unit;
         grad_dt[0] += head_gradients(block, kept, padded, unit, row, t, grad_h, g);
       }
-      C* out = gradients_of(head_layer);
       C* kept = block.piece(head_layer.grads, heads * p.hidden, slot, row) + unit;
 #pragma unroll
       for (int head = 0; head < heads; ++head) {
-        out[(head * p.hidden + unit) * rows + row] = g[head];
+        block.publish(head_gradient + (head * p.hidden + unit) * rows + row, g[head]);
         if (block.exists(row)) kept[head * p.hidden] = g[head];
       }
     });
@@ -246,35 +258,46 @@ __global__ void __launch_bounds__(kCfcThreads, 1)
         grad_dt[0] += __shfl_xor_sync(kAllLanes, grad_dt[0], offset);
       }
       const int lane = int(threadIdx.x) % kWarp;
-      if (lane < rows) sums[int(threadIdx.x) / kWarp * rows + lane] = grad_dt[0];
+      if (lane < rows) {
+        C* place =
+            warp_sums_of(slot) + (block.rank * warps + int(threadIdx.x) / kWarp) * rows + lane;
+        *(block.is_clustered() ? shared_of_rank(place, 0) : place) = grad_dt[0];
+      }
     }
-    __syncthreads();
-    if (wants_timespans && int(threadIdx.x) < rows && block.exists(int(threadIdx.x))) {
+    block.meet();
+    // The last warp, which the product rarely needs.
+    const int row = int(threadIdx.x) - (kCfcThreads - rows);
+    if (wants_timespans && block.rank == 0 && row >= 0 && block.exists(row)) {
+      const C* warp_sums = warp_sums_of(slot);
       C total = 0;
-      for (int warp = 0; warp < warps; ++warp) total += sums[warp * rows + int(threadIdx.x)];
-      static_cast<C*>(p.grad_timespans)[(block.first_row + threadIdx.x) * p.steps + t] = total;
+      for (int warp = 0; warp < block.blocks() * warps; ++warp) {
+        total += warp_sums[warp * rows + row];
+      }
+      static_cast<C*>(p.grad_timespans)[(block.first_row + row) * p.steps + t] = total;
     }
 
     for (int l = last; l > 0; --l) {
       const CfcScanLayer &layer = plan.layers[l], &below = plan.layers[l - 1];
       C* out = gradients_of(below);
-      multiply<1>(layer.map, block.shared, block.vectors + layer.vector, no_start,
+      const C* in = l == last ? head_gradient : gradients_of(layer);
+      multiply<1>(block, layer.map, reinterpret_cast<const CfcRows<C>*>(in), true, no_start,
                   [&](int unit, int row, const C(&v)[1]) {
                     C g = 0;
                     if (block.exists(row)) {
                       g = v[0] * block.piece(below.kept, below.kept_stride, slot, row)[unit];
                       block.piece(below.grads, layer.map.units, slot, row)[unit] = g;
                     }
-                    out[unit * rows + row] = g;
+                    block.publish(out + unit * rows + row, g);
                   });
     }
-    multiply<1>(plan.layers[0].map, block.shared, block.vectors + plan.layers[0].vector, no_start,
+    const C* in = last == 0 ? head_gradient : gradients_of(plan.layers[0]);
+    multiply<1>(block, plan.layers[0].map, reinterpret_cast<const CfcRows<C>*>(in), false, no_start,
                 [&](int unit, int row, const C(&v)[1]) {
                   if (block.runs(row, t)) carry[unit * rows + row] = v[0];
                 });
   }
 
-  block.for_states([&](int unit, int row, int64_t i) {
+  block.for_own_states([&](int unit, int row, int64_t i) {
     if (!block.exists(row)) return;
     static_cast<C*>(plan.to)[(block.first_row + row) * plan.to_stride + unit] = carry[i];
   });
