@@ -75,6 +75,13 @@ def test_padding_does_not_matter(mode: str, backbone: tuple[int, ...], value: fl
         (2, 2, 3, 530, {}),  # more units than threads
         (3, 2, 2, 5, {"backbone": (2060, 40)}),  # and more than threads and their columns
         (1, 3, 2, 130, {"mode": "pure"}),
+        (
+            5,
+            2,
+            3,
+            192,
+            {},
+        ),  # from sm_90 on four blocks hold these weights, and eight not those of 530
         (2, 2, 67, 129, {"backbone": (70,)}),  # several tiles of the other products
         (1, 1, 1, 1, {"backbone": (3,) * MAX_CUDA_LAYERS}),
     ],

@@ -250,6 +250,8 @@ def test_floor_of_few_blocks() -> None:
     streamed = replace(few, shared_bytes=limit + 10**5, steps=10**5, elastic=True)
     assert streamed.shared_on(80) == limit
     assert kernel_costs.floor_seconds(streamed, gpu) == pytest.approx(1e-1)
+    with_clusters = replace(gpu, architecture=90)
+    assert kernel_costs.floor_seconds(streamed, with_clusters) == pytest.approx(1e-2)
 
 
 @pytest.mark.slow

@@ -76,8 +76,12 @@ def floor_seconds(workload: Workload, gpu: Gpu) -> float:
 
     fp64's products are counted as arithmetic, not as work for matrix units.
     """
-    filled = 1.0 if workload.blocks is None else min(1.0, workload.blocks / gpu.multiprocessors)
-    streamed = workload.steps * (workload.shared_bytes - workload.shared_on(gpu.architecture))
+    # A cluster of them may take the place of a block that has too little shared memory.
+    cluster = 8 if workload.elastic and gpu.architecture >= 90 else 1
+    blocks = None if workload.blocks is None else cluster * workload.blocks
+    filled = 1.0 if blocks is None else min(1.0, blocks / gpu.multiprocessors)
+    held = min(workload.shared_bytes, cluster * workload.shared_on(gpu.architecture))
+    streamed = workload.steps * (workload.shared_bytes - held) / cluster
     return max(
         workload.bytes / gpu.bytes,
         workload.operations / (filled * (gpu.fp64 if workload.fp64 else gpu.fp32)),

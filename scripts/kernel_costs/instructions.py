@@ -229,8 +229,10 @@ def _cells(kernel: str, blocks: Sequence[Block]) -> Iterator[Counted]:
                 times = 512.0
             elif own["MUFU"] or own["STG"] or own["LDG"]:
                 times = float(rows * units)
-            else:  # over slices
+            elif own["LDS"]:  # over slices
                 times = float(rows * units * (slices - 1))
+            else:  # over the other blocks of a cluster, which is not what is counted
+                continue
             turns.append((times, path))
     counts = _tally(blocks, turns)
     # Lanes read the same rows; how many bytes move is not to be seen.
