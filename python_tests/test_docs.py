@@ -30,7 +30,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["p
 ]
 LIBRARY = ["ember_ext", "ember_ext.nn", "ember_ext.ops", "ember_ext.reference", "ember_ext.models"]
 PUBLIC_MODULES = [*LIBRARY, "ember_ext.testing"]
-PUBLIC_MODULES += ["ember_ext.paper.data", "ember_ext.paper.training"]
+PUBLIC_MODULES += ["ember_ext.paper.data", "ember_ext.paper.sequences", "ember_ext.paper.training"]
 COMMAND_PREFIXES = ("torchrun", "python", "pip", "uv")
 
 

@@ -493,6 +493,9 @@ def test_classify_own_data(
     assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert classify_main([*flags, "--learning-rate", "0.1"]) == 1
     assert "differs in learning_rate" in capsys.readouterr().err
+    change(pumps, "TRAIN", "-0", "-1")
+    assert classify_main(flags) == 1
+    assert "holds another run, which differs in data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -584,6 +587,20 @@ def test_study_of_xor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "is not the result of a run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("task", ["vowels", "xor"])
+def test_committed_tables_are_those_of_the_committed_results(task: Any) -> None:
+    pytest.importorskip("scipy")
+    from ember_ext.paper.sequences.results import read_results
+    from ember_ext.paper.sequences.summary import as_csv, table
+
+    folder = Path(__file__).parents[1] / "bench" / "results" / "sequences" / task
+    results = read_results(folder / "results")
+    assert results
+    assert as_csv(table(task, results)) == (folder / "table.csv").read_bytes()
+    for result in results:
+        assert sum(map(sum, result.outcome["confusion"])) == (370 if task == "vowels" else 10_000)
+
+
 @pytest.mark.usefixtures("coarse_pictures")
 def test_study_of_vowels(index: Path, tmp_path: Path) -> None:
     out = tmp_path / "study"
@@ -599,14 +616,16 @@ def test_study_of_vowels(index: Path, tmp_path: Path) -> None:
     assert all(row["effect"][0] in "+-" for row in gated)
 
 
-def test_times_compare_equal_networks(tmp_path: Path) -> None:
+def test_times_compare_equal_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("scipy")
     from ember_ext.paper.sequences import timing
 
-    rows = timing.time_epochs(rows=40, rounds=1, notify=lambda line: None)
-    assert len(rows) == len(CONTINUOUS)
-    timing.write_times(tmp_path / "times.csv", rows)
-    assert (tmp_path / "times.csv").read_text().startswith("cell,units,ember-ext,ncps,speedup")
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    flags = ["--task", "xor", "--times", "--rows", "40", "--out", str(tmp_path)]
+    assert classify_main(flags) == 0
+    lines = (tmp_path / "times.csv").read_text().splitlines()
+    assert lines[0].startswith("cell,units,ember-ext,ncps,speedup")
+    assert len(lines) == 1 + len(CONTINUOUS)
     model = training_module.initial_model(ClassifierConfig(1, 2, "cfc", units=4), 0)
     theirs = timing.as_ncps(model)
     assert not any(type(m).__module__.startswith("ember_ext.nn.cfc") for m in theirs.modules())

@@ -244,8 +244,8 @@ def _study(options: ClassifyArguments) -> None:
     # These need scipy, which training does not.
     try:
         from ember_ext.paper.sequences.study import SEEDS, StudyFolder, run_study
-        from ember_ext.paper.sequences.summary import write_summary
-        from ember_ext.paper.sequences.timing import time_epochs, write_times
+        from ember_ext.paper.sequences.summary import as_csv, write_summary
+        from ember_ext.paper.sequences.timing import time_epochs
     except ModuleNotFoundError as error:
         raise FlagError(
             f'a study needs {error.name}; install it with: pip install ".[paper]"'
@@ -253,7 +253,8 @@ def _study(options: ClassifyArguments) -> None:
 
     folder = StudyFolder(options.out or Path("runs", f"study-{options.task}"))
     if options.times:
-        write_times(folder.path / "times.csv", time_epochs(options.rows, notify=print))
+        times = as_csv(time_epochs(options.rows, notify=print))
+        write_atomically(folder.path / "times.csv", times)
         return
     count = SEEDS[options.task] if options.seeds is None else options.seeds
     results = run_study(

@@ -11,8 +11,11 @@ from matplotlib.lines import Line2D
 
 from ember_ext.paper.figures.style import (
     BLACK,
+    BLUE,
     DOUBLE_COLUMN,
+    GREEN,
     GREY,
+    ORANGE,
     VERMILLION,
     new_figure,
     panel_title,
@@ -25,6 +28,9 @@ from ember_ext.paper.sequences.statistics import Spread, spread
 
 _OFFSET = 0.17
 """Between the points with and without a gate, of the distance between two cells."""
+
+_CURVES = ((BLACK, "o"), (VERMILLION, "s"), (BLUE, "^"), (GREEN, "D"), (ORANGE, "v"))
+"""Colour and marker of each cell's curves."""
 
 
 @styled
@@ -54,7 +60,7 @@ def vowels_figure(results: Sequence[SequenceResult]) -> Figure:
 def xor_figure(results: Sequence[SequenceResult]) -> Figure:
     """Draw the accuracy of every seed on XOR, beside the published means, and the curricula."""
     cells = [cell for cell in CELL_LABELS if any(r.cell == cell for r in results)]
-    figure = new_figure(DOUBLE_COLUMN, 2.5)
+    figure = new_figure(DOUBLE_COLUMN, 2.6)
     left, right = figure.subplots(1, 2)
     panel_title(left, "a", "accuracy on new streams")
     for place, cell in enumerate(cells):
@@ -63,21 +69,20 @@ def xor_figure(results: Sequence[SequenceResult]) -> Figure:
         if known is not None:
             left.plot(place + 0.2, known.mean, "D", color=VERMILLION, markersize=4)
     left.axhline(50, color=GREY, linewidth=0.7, linestyle=(0, (3, 3)), zorder=0)
-    left.set_xticks(range(len(cells)), [CELL_LABELS[cell] for cell in cells])
-    left.set_xlim(-0.5, len(cells) - 0.5)
-    left.set_ylabel("test accuracy (%)")
-    left.legend([_mark(BLACK), Line2D([], [], color=VERMILLION, marker="D", linestyle="")],
-                ["ours, five seeds or fewer", "published"], loc="lower left")  # fmt: skip
-    panel_title(right, "b", "steps that training had come to")
-    for number, cell in enumerate(cells):
-        color = f"C{number}"
+    names = [CELL_LABELS[cell].replace(", ", ",\n") for cell in cells]
+    left.set_xticks(range(len(cells)), names)
+    left.set(xlim=(-0.5, len(cells) - 0.5), ylim=(33, 103), ylabel="test accuracy (%)")
+    published = Line2D([], [], color=VERMILLION, marker="D", linestyle="", markersize=4)
+    left.legend([_mark(BLACK), published], ["ours", "published"], loc="lower left", ncols=2)
+    panel_title(right, "b", "longest streams that training has come to")
+    for cell, (color, marker) in zip(cells, _CURVES, strict=False):
         for result in (r for r in results if r.cell == cell):
-            curve = np.array(result.outcome["curve"])
-            epochs = np.arange(1, len(curve) + 1)
-            right.plot(epochs, curve[:, 2], color=color, linewidth=0.9, marker="o", markersize=2.5)
-    right.set(xlabel="epoch", ylabel="most steps of a stream", ylim=(0, None))
-    right.legend([Line2D([], [], color=f"C{i}") for i in range(len(cells))],
-                 [CELL_LABELS[cell] for cell in cells], loc="best")  # fmt: skip
+            limits = [entry[2] for entry in result.outcome["curve"]]
+            epochs = range(1, len(limits) + 1)
+            right.plot(epochs, limits, color=color, linewidth=0.8, marker=marker, markersize=3)
+    right.set(xlabel="epoch", ylabel="steps of a stream", ylim=(0, None))
+    looks = [Line2D([], [], color=c, marker=m, markersize=3, linewidth=0.8) for c, m in _CURVES]
+    right.legend(looks[: len(cells)], [CELL_LABELS[cell] for cell in cells], loc="lower right")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""What a study's results say together: table.csv and accuracy.png in its folder.
+"""What a study's results say together: table.csv and pictures in its folder.
 
 They are made anew from the results alone, and the same results give the same bytes.
 """
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from ember_ext.paper.figures.style import rendered
 from ember_ext.paper.files import write_atomically
 from ember_ext.paper.formatting import DASH, p_value
+from ember_ext.paper.sequences.confusion import plot_confusion
 from ember_ext.paper.sequences.figures import vowels_figure, xor_figure
 from ember_ext.paper.sequences.labels import CELL_LABELS, sampling_label
 from ember_ext.paper.sequences.published import XOR_ACCURACY
 from ember_ext.paper.sequences.results import SequenceResult, paired, select
 from ember_ext.paper.sequences.statistics import spread
-from ember_ext.paper.sequences.study import CONDITIONS, Condition, StudyFolder
+from ember_ext.paper.sequences.study import CONDITIONS, SEEDS, Condition, StudyFolder
 from ember_ext.paper.sequences.tasks import TaskName
 from ember_ext.paper.statistics.paired import compare_paired
 
@@ -26,15 +27,24 @@ Row = dict[str, str]
 
 
 def write_summary(task: TaskName, results: Sequence[SequenceResult], folder: StudyFolder) -> None:
-    """Write the table and the figure of a study with one result or more."""
-    rows = table(task, results)
+    """Write table.csv and accuracy.png of a result or more, and the vowels' confusion.png."""
+    write_atomically(folder.path / "table.csv", as_csv(table(task, results)))
+    figure = vowels_figure(results) if task == "vowels" else xor_figure(results)
+    write_atomically(folder.path / "accuracy.png", rendered(figure, "png"))
+    first = select(results, "cfc", False, 0.0)[:1]
+    if task == "vowels" and first:
+        outcome = first[0].outcome
+        picture = plot_confusion(outcome["confusion"], outcome["classes"], "vowels, cfc")
+        write_atomically(folder.path / "confusion.png", picture)
+
+
+def as_csv(rows: Sequence[Row]) -> bytes:
+    """A file of one row or more."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(folder.path / "table.csv", text.getvalue().encode())
-    figure = vowels_figure(results) if task == "vowels" else xor_figure(results)
-    write_atomically(folder.path / "accuracy.png", rendered(figure, "png"))
+    return text.getvalue().encode()
 
 
 def table(task: TaskName, results: Sequence[SequenceResult]) -> list[Row]:
@@ -44,7 +54,7 @@ def table(task: TaskName, results: Sequence[SequenceResult]) -> list[Row]:
         chosen = select(results, condition.cell, condition.gate, condition.drop)
         if not chosen:
             continue
-        row = _common(chosen)
+        row = _common(chosen, SEEDS[task])
         if task == "vowels":
             row |= _gate_effect(results, condition)
         else:
@@ -54,7 +64,7 @@ def table(task: TaskName, results: Sequence[SequenceResult]) -> list[Row]:
     return rows
 
 
-def _common(results: Sequence[SequenceResult]) -> Row:
+def _common(results: Sequence[SequenceResult], planned: int) -> Row:
     first = results[0]
     found = spread([result.accuracy for result in results])
     sd = DASH if found.sd is None else f"{found.sd:.2f}"
@@ -64,7 +74,7 @@ def _common(results: Sequence[SequenceResult]) -> Row:
         "cell": CELL_LABELS[first.cell],
         "gate": "LIF" if first.gate else "none",
         "sampling": sampling_label(first.drop),
-        "seeds": str(found.n),
+        "seeds": str(found.n) if found.n >= planned else f"{found.n} of {planned}",
         "accuracy": f"{found.mean:.2f}",
         "sd": sd,
         "interval": interval,
@@ -90,7 +100,8 @@ def _gate_effect(results: Sequence[SequenceResult], condition: Condition) -> Row
 
 def _cost(results: Sequence[SequenceResult]) -> Row:
     first = results[0]
-    seconds = statistics.median(float(r.outcome["seconds_per_epoch"]) for r in results)
+    # That of the fastest run: other work on the machine can only add to a time.
+    seconds = min(float(r.outcome["seconds_per_epoch"]) for r in results)
     updates = statistics.median(int(r.outcome["updates"]) for r in results)
     machines = sorted({str(r.outcome["machine"]) for r in results})
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from ember_ext.paper.data.cache import sha256
 from ember_ext.paper.data.packages import SourceError
 from ember_ext.paper.sequences.series import Scaling, SeriesSet
 from ember_ext.paper.sequences.ts_files import TsError, TsFile, read_ts
@@ -94,7 +96,10 @@ def folder_task(path: Path, drop: float = 0.0, seed: int = 0) -> Task:
             f"{', '.join(t.name for t in trains) or 'none'}"
         )
     test = trains[0].with_name(trains[0].name.replace("_TRAIN.ts", "_TEST.ts"))
-    return _task_of_files((trains[0], test), trains[0].name.removesuffix("_TRAIN.ts"), drop, seed)
+    task = _task_of_files((trains[0], test), trains[0].name.removesuffix("_TRAIN.ts"), drop, seed)
+    # A run must not go on with files that were changed meanwhile.
+    digest = sha256(trains[0].read_bytes() + test.read_bytes())
+    return dataclasses.replace(task, details={**task.details, "data": digest})
 
 
 def xor_task(encoding: Encoding = "event", rows: int = 100_000, time_unit: float = 1.0) -> Task:

@@ -7,12 +7,9 @@ gradients.
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +18,6 @@ from torch.nn import functional as F
 
 from ember_ext import decelerate
 from ember_ext._machine import machine
-from ember_ext.paper.files import write_atomically
 from ember_ext.paper.sequences.batches import Sampler
 from ember_ext.paper.sequences.labels import CELL_LABELS
 from ember_ext.paper.sequences.models import CONTINUOUS, CellName, SequenceClassifier
@@ -30,7 +26,7 @@ from ember_ext.paper.sequences.settings import model_settings, training_settings
 from ember_ext.paper.sequences.tasks import xor_task
 from ember_ext.paper.sequences.training import initial_model
 
-ROUNDS = 15
+ROUNDS = 25
 """Updates of each contender, in turns; the median counts."""
 
 Row = dict[str, str]
@@ -62,13 +58,13 @@ def as_ncps(model: SequenceClassifier) -> SequenceClassifier:
 
 
 def time_epochs(
-    rows: int = 100_000, rounds: int = ROUNDS, notify: Callable[[str], None] = print
+    rows: int = 100_000, rounds: int | None = None, notify: Callable[[str], None] = print
 ) -> list[Row]:
     """Time an update with each continuous cell; an epoch is as many as the study's.
 
     Args:
         rows: streams of an epoch.
-        rounds: updates that are timed.
+        rounds: updates that are timed. Default: `ROUNDS`.
         notify: called with a line for each cell.
 
     Returns:
@@ -78,16 +74,8 @@ def time_epochs(
         AssertionError: ours and ncps disagree.
     """
     task = xor_task(rows=rows)
-    return [_time_cell(task.train, cell, rounds, notify) for cell in CONTINUOUS]
-
-
-def write_times(path: Path, rows: list[Row]) -> None:
-    """Write the rows as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    count = ROUNDS if rounds is None else rounds
+    return [_time_cell(task.train, cell, count, notify) for cell in CONTINUOUS]
 
 
 def _time_cell(
