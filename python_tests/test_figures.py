@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from synthetic_results import Effect, synthetic_results
+from synthetic_results import (
+    LATER_VARIANTS,
+    TRANSFORMER_VARIANTS,
+    Effect,
+    synthetic_results,
+)
 
 from ember_ext.paper.figures import (
     Drawing,
@@ -58,6 +63,9 @@ SHAPES: dict[str, list[RunResult]] = {
         seeds=range(4),
         n_layer=6,
         n_head=6,
+    ),
+    "later conditions": synthetic_results(
+        EFFECTS, variants=(*TRANSFORMER_VARIANTS, *LATER_VARIANTS)
     ),
     "no Transformer": synthetic_results(backbone="cfc", variants=["standard", "lif"], seeds=[42]),
     "no LIF": synthetic_results(variants=["standard", "qwen-gate"], seeds=[42, 668]),
@@ -124,6 +132,7 @@ def test_everything_is_on_the_page_and_apart(shape: str) -> None:
     [
         ("three seeds", {}),
         ("one seed", {}),
+        ("later conditions", {2: 2, 5: 1, 6: 2, 7: 2}),
         ("no Transformer", {2: 2, 3: 2, 4: 4, 5: 1, 6: 1, 7: 2}),
         ("no LIF", {2: 3, 3: 2, 4: 2, 5: 1, 6: 2, 7: 2}),
         ("no Standard", {2: 3, 3: 1, 4: 2, 5: 1, 6: 1, 7: 4}),
@@ -133,6 +142,16 @@ def test_everything_is_on_the_page_and_apart(shape: str) -> None:
 def test_panels_say_what_was_not_run(shape: str, missing: dict[int, int]) -> None:
     counts = {d.number: words(d.figure).count("not run") for d in drawings_of(shape)}
     assert {number: count for number, count in counts.items() if count} == missing
+
+
+@pytest.mark.parametrize("shape", ["three seeds", "six layers", "later conditions"])
+def test_no_marker_of_figure_7_hides_another(shape: str) -> None:
+    figure = figure_7_parameters(FinishedRuns(SHAPES[shape]))
+    means = [line for line in figure.axes[0].lines if line.get_markersize() == 6]
+    places = sorted(float(line.get_xdata()[0]) for line in means if line.get_label()[0] != "_")
+    variants = {run.variant for run in SHAPES[shape] if run.backbone == "transformer"} - {"null"}
+    assert len(places) == len(variants)
+    assert min(np.diff(places)) > 0.11
 
 
 def test_captions_name_the_runs() -> None:

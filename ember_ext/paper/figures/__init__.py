@@ -80,11 +80,11 @@ _PLANS = (
         "figure-1-architecture",
         "Where the gates sit",
         lambda _: figure_1_architecture(),
-        "Each condition has at most one of the gates. (a) The LIF gate works on the attention "
-        "weights p, after the softmax and before the values, and every row is scaled back to sum "
-        "to 1. Qwen's gate works on the attention's output y. (b) The LIF gate of the CfC works "
-        "on the hidden state h that its motor neurons put out. The figure shows the models' "
-        "definition.",
+        "Each condition of the paper has at most one of the gates. (a) The LIF gate works on the "
+        "attention weights p, after the softmax and before the values, and every row is scaled "
+        "back to sum to 1. Qwen's gate works on the attention's output y. (b) The LIF gate of the "
+        "CfC works on the hidden state h that its motor neurons put out. The figure shows the "
+        "models' definition.",
         {},
     ),
     _Plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,9 @@ from ember_ext.paper.statistics.comparisons import (
 
 APART = 0.16
 """Between variants that add equally many parameters, in powers of ten."""
+
+LEAST_APART = 0.12
+"""Between any two. Groups of equal numbers that come closer are spread as one, at this distance."""
 
 
 class Place(NamedTuple):
@@ -73,12 +77,38 @@ def _places(finished: FinishedRuns, backbone: str) -> dict[str, Place]:
     extras = {variant: extra for variant, extra in found.items() if extra is not None}
     positive = [extra for extra in extras.values() if extra > 0]
     zero = math.floor(math.log10(min(positive))) - 1 if positive else 0
+    spread = _spread({v: math.log10(e) if e > 0 else zero for v, e in extras.items()})
+    return {variant: Place(extra, spread[variant]) for variant, extra in extras.items()}
+
+
+def _spread(wanted: dict[str, float]) -> dict[str, float]:
+    """Move what lies at one place, or too close to be told apart, to both sides."""
+    by_place: dict[float, list[str]] = {}
+    for variant, x in wanted.items():
+        by_place.setdefault(x, []).append(variant)
+    groups: list[tuple[list[str], float]] = []
+    for x in sorted(by_place):
+        group, apart = by_place[x], APART
+        while groups:
+            before, apart_before = groups[-1]
+            gap = _ends(group, wanted, apart)[0] - _ends(before, wanted, apart_before)[1]
+            if gap >= LEAST_APART:
+                break
+            group, apart = [*before, *group], LEAST_APART
+            groups.pop()
+        groups.append((group, apart))
     places = {}
-    for variant, extra in extras.items():
-        equals = [v for v in extras if extras[v] == extra]
-        shift = APART * (equals.index(variant) - (len(equals) - 1) / 2)
-        places[variant] = Place(extra, shift + (math.log10(extra) if extra > 0 else zero))
+    for group, apart in groups:
+        first, _ = _ends(group, wanted, apart)
+        places.update({variant: first + apart * i for i, variant in enumerate(group)})
     return places
+
+
+def _ends(group: Sequence[str], wanted: Mapping[str, float], apart: float) -> tuple[float, float]:
+    """Where a group begins and ends that is spread around the mean of where it belongs."""
+    middle = float(np.mean([wanted[variant] for variant in group]))
+    half = apart * (len(group) - 1) / 2
+    return middle - half, middle + half
 
 
 def _losses(axes: Axes, finished: FinishedRuns, backbone: str, places: dict[str, Place]) -> None:
