@@ -144,7 +144,7 @@ __device__ __forceinline__ void lif_gate_backward(const LifGateParams& p, const 
 }
 
 template <typename T, bool normed, bool per_column>
-__global__ void __launch_bounds__(kLifGateThreads, kLifGateBlocks<T>)
+__global__ void __launch_bounds__(kLifGateThreads, (kLifGateBackwardBlocks<T, normed, per_column>))
     lif_gate_backward_kernel(LifGateParams p, LifGatePlan plan) {
   if (plan.vectors) {
     lif_gate_backward<T, normed, per_column, true>(p, plan);

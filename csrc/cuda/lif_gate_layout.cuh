@@ -33,6 +33,14 @@ constexpr int kLifGatePacks = 4;  // of a thread
 // Of a multiprocessor at least: a thread gets 128 registers, or 168 for fp64.
 template <typename T>
 constexpr int kLifGateBlocks = sizeof(T) == 8 ? 3 : 4;
+// For sm_120 nvcc needs a few registers more where sums of columns and of rows meet.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+template <typename T, bool normed, bool per_column>
+constexpr int kLifGateBackwardBlocks = normed && per_column ? 3 : kLifGateBlocks<T>;
+#else
+template <typename T, bool normed, bool per_column>
+constexpr int kLifGateBackwardBlocks = kLifGateBlocks<T>;
+#endif
 
 // A thread's pack of a strip, the columns of a row that a team has one pack each of. Without
 // `vectors`, packs cannot be accessed whole, and neighbouring threads take neighbouring columns.

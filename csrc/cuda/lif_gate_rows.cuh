@@ -167,6 +167,10 @@ struct LifGateRows {
     const int last = (kLifGateRowStages - 1) * kSlots * int(blockDim.x);
     return stage == last ? 0 : stage + kSlots * int(blockDim.x);
   }
+  __device__ __forceinline__ int previous(int stage) const {
+    const int last = (kLifGateRowStages - 1) * kSlots * int(blockDim.x);
+    return stage == 0 ? last : stage - kSlots * int(blockDim.x);
+  }
   __device__ __forceinline__ void read(int stage, int array, int v, float (&to)[kWidth]) const {
     widen_all(ring[stage + (array * kVectors + v) * int(blockDim.x)], to);
   }
@@ -292,16 +296,15 @@ __device__ __forceinline__ void lif_gate_rows_forward(const LifGateParams& p,
   rows.load_parameters(p, theta, leak, rate);
   int64_t offset = rows.row * p.cols;
   const T* const x = static_cast<const T*>(p.x);
-  int64_t ahead = offset;  // of the row to ask for, in the stage for it
-  int stage = 0, free = 0;
-  const auto fetch = [&](int row) {
-    rows.fetch({x}, ahead, free, row < rows.rows);
-    ahead += rows.step;
-    free = rows.next(free);
-  };
-  for (int row = 0; row < kLifGateRowStages - 1; ++row) fetch(row);
+  int stage = 0;
+  for (int row = 0; row < kLifGateRowStages - 1; ++row) {
+    rows.fetch({x}, offset + row * rows.step, stage, row < rows.rows);
+    stage = rows.next(stage);
+  }
+  stage = 0;
   for (int done = 0; done < rows.rounds; ++done) {
-    fetch(done + kLifGateRowStages - 1);
+    rows.fetch({x}, offset + (kLifGateRowStages - 1) * rows.step, rows.previous(stage),
+               done + kLifGateRowStages - 1 < rows.rows);
     rows.wait();
     float out[kVectors][kWidth], sums[2] = {};
 #pragma unroll
@@ -355,16 +358,15 @@ __device__ __forceinline__ void lif_gate_rows_backward(const LifGateParams& p,
   int64_t offset = rows.row * p.cols;
   const T* const x = static_cast<const T*>(p.x);
   const T* const grad_y = static_cast<const T*>(p.grad_y);
-  int64_t ahead = offset;  // of the row to ask for, in the stage for it
-  int stage = 0, free = 0;
-  const auto fetch = [&](int row) {
-    rows.fetch({x, grad_y}, ahead, free, row < rows.rows);
-    ahead += rows.step;
-    free = rows.next(free);
-  };
-  for (int row = 0; row < kLifGateRowStages - 1; ++row) fetch(row);
+  int stage = 0;
+  for (int row = 0; row < kLifGateRowStages - 1; ++row) {
+    rows.fetch({x, grad_y}, offset + row * rows.step, stage, row < rows.rows);
+    stage = rows.next(stage);
+  }
+  stage = 0;
   for (int done = 0; done < rows.rounds; ++done) {
-    fetch(done + kLifGateRowStages - 1);
+    rows.fetch({x, grad_y}, offset + (kLifGateRowStages - 1) * rows.step, rows.previous(stage),
+               done + kLifGateRowStages - 1 < rows.rows);
     rows.wait();
     float fires[kVectors][kWidth], smoulders[kVectors][kWidth];
     LifGateRowBackward<float> r;
@@ -420,7 +422,9 @@ __device__ __forceinline__ void lif_gate_rows_backward(const LifGateParams& p,
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       column_sums[0][v][i] *= -slope[v][i];
-      column_sums[2][v][i] *= 1 - leak[v][i];
+      // Computed here, not kept since `slope` was.
+      const float leak_again = bit_cast<float>(in_place(bit_cast<int>(leak[v][i])));
+      column_sums[2][v][i] *= 1 - leak_again;
     }
   }
   rows.store_sums(column_sums, p.units,
