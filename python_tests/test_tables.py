@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import pytest
-from synthetic_results import SEEDS, Effect, synthetic_results
+from synthetic_results import LATER_VARIANTS, SEEDS, Effect, synthetic_results
 
 from ember_ext.paper import published
 from ember_ext.paper.claims import claims
@@ -306,6 +306,26 @@ def test_statistics_and_noise() -> None:
     assert (noise["Null pairs"], noise["RMS"], noise["Largest"]) == ("3", "0.05774", "0.10000")
     steps = [r[1] for r in found["S2"].rows]
     assert steps[-1] == "estimate at 3000"
+
+
+def test_conditions_beyond_the_paper_have_rows_where_they_were_run() -> None:
+    variants = ("standard", "lif", "null", *LATER_VARIANTS)
+    effects = {"lif": Effect(noise=0), "sigmoid": Effect(loss=1e-3, noise=0)}
+    later, without = (
+        by_number(synthetic_results(effects, variants=v)) for v in (variants, variants[:3])
+    )
+    for label, extra in (("LIF-temporal", "30"), ("LIF-persistent", "40"), ("Sigmoid", "24")):
+        for section in ("3.1", "3.3a", "3.6", "4.2", "S1", "S3"):
+            found = [r for r in later[section].rows if any(c.startswith(label) for c in r)]
+            assert found, (label, section)
+            assert not any(c.startswith(label) for r in without[section].rows for c in r)
+        cells = next(r for r in later["3.6"].rows if r[1].startswith(label))
+        assert cells[4] == extra
+    noise = {r[1]: r[2:] for r in later["S2"].rows if r[1].endswith(": Sigmoid and LIF")}
+    assert len(noise) == 4
+    assert noise["final, whole text: Sigmoid and LIF"] == ("3", "0.00100", "0.00100")
+    assert not any("Sigmoid" in r[1] for r in without["S2"].rows)
+    assert len(later["S2"].notes) == len(without["S2"].notes) + 1
 
 
 def test_one_seed_has_means_and_no_tests() -> None:

@@ -66,10 +66,18 @@ def compare(
 
 
 def measure_noise(
-    finished: FinishedRuns, backbone: str, measure: Measure = best_loss
+    finished: FinishedRuns,
+    backbone: str,
+    measure: Measure = best_loss,
+    variant: str = NULL,
+    base: str = BASELINE,
 ) -> NoiseFloor | None:
-    """The noise floor of a measure, from all null pairs of a backbone; None without any."""
-    return noise_floor([measure(p.other) - measure(p.base) for p in finished.pairs(backbone, NULL)])
+    """The noise floor of a measure, from all null pairs of a backbone; None without any.
+
+    Other runs that rounding alone sets apart can be given as `variant` and `base`.
+    """
+    pairs = finished.pairs(backbone, variant, base)
+    return noise_floor([measure(pair.other) - measure(pair.base) for pair in pairs])
 
 
 def extra_parameters(finished: FinishedRuns, backbone: str, variant: str) -> int | None:

@@ -14,7 +14,7 @@ from ember_ext.paper.formatting import (
     signed,
 )
 from ember_ext.paper.labels import BACKBONE_LABELS, variant_label
-from ember_ext.paper.runs.finished import BASELINE, NULL, FinishedRuns
+from ember_ext.paper.runs.finished import BASELINE, LIF, NULL, FinishedRuns
 from ember_ext.paper.statistics.comparisons import (
     LOSS_MEASURES,
     best_full_loss,
@@ -350,9 +350,19 @@ def noise_table(finished: FinishedRuns) -> Table:
             count = len(finished.pairs(backbone, NULL))
             for step, rms, largest in zip(curve.steps, curve.rms, curve.maximum, strict=True):
                 add(backbone, f"estimate at {step}", count, rms, largest)
-    notes = (
+    notes = [
         "A null pair is two baseline runs of one seed. One of them has a relative noise of 1e-7 on "
         "its initial weights, so only rounding sets them apart. A smaller effect of a condition "
         "cannot be told from it in one pair.",
-    )
-    return Table("S2", "Noise floor", columns, tuple(rows), notes)
+    ]
+    for name, measure in LOSS_MEASURES.items():
+        floor = measure_noise(finished, "transformer", measure, "sigmoid", LIF)
+        if floor is not None:
+            add("transformer", f"{name}: Sigmoid and LIF", floor.n, floor.rms, floor.maximum)
+    if finished.pairs("transformer", "sigmoid", LIF):
+        notes.append(
+            "Sigmoid and LIF of one seed are such a pair, too: one function by other operations, "
+            "which round differently at every step. Verdicts take their noise floor from the null "
+            "pairs alone."
+        )
+    return Table("S2", "Noise floor", columns, tuple(rows), tuple(notes))
