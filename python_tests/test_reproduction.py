@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors
 from synthetic_results import synthetic_results
 
 from ember_ext.paper.data import CorpusError, load_text
@@ -33,7 +34,7 @@ from ember_ext.paper.runs.results import (
 )
 from ember_ext.paper.runs.suites import SUITES, VARIANTS, RunSpec, plan
 from ember_ext.paper.runs.worker import GridFolder, SubmittedRun, run_to_result
-from ember_ext.paper.training import ConfigError, RunError, TrainConfig
+from ember_ext.paper.training import ConfigError, RunError, RunFolder, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -303,41 +304,50 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from test_reproduction import TEXT, Watcher, tiny
+from test_reproduction import HELD_AT, TEXT, Watcher, tiny
 from ember_ext.paper.data import load_text
 from ember_ext.paper.runs import grid as module
 from ember_ext.paper.runs.executors import LocalExecutor
 from ember_ext.paper.runs.worker import GridFolder
+from ember_ext.paper.training.trainer import _Training
 
-folder = GridFolder(Path(sys.argv[1]))
+folder, how = GridFolder(Path(sys.argv[1])), sys.argv[2]
 specs = tiny("lif", steps=40)
-before = time.time()
+update = _Training._update
 
-def under_way():
-    files = [folder.run(spec.name).metrics for spec in specs]
-    return all(file.exists() and file.stat().st_mtime > before for file in files)
+def marker(name):
+    return folder.path / f"{name} before the {how}"
+
+def held_update(self):
+    if self.progress.step == HELD_AT:
+        marker(self.folder.path.name).touch()
+        while not self.signals.received:
+            time.sleep(0.01)
+    update(self)
+
+def all_held():
+    return all(marker(spec.name).exists() for spec in specs)
 
 class Killer(Watcher):
     def update(self, statuses):
-        if under_way():
+        if all_held():
             for child in multiprocessing.active_children():
                 child.kill()
             os.kill(os.getpid(), signal.SIGKILL)
 
-class Clock:
-    def monotonic():
-        return 1e9 * under_way()
+# The runs' processes read this file, too.
+if how in ("power cut", "time limit"):
+    _Training._update = held_update
 
 if __name__ == "__main__":
-    module.POLL_SECONDS = 0.01
     grid = module.Grid(folder, specs, load_text(data=str(TEXT)))
     watcher, options = Watcher(), {}
-    if sys.argv[2] == "power cut":
+    if how == "power cut":
         watcher = Killer()
-    elif sys.argv[2] == "time limit":
-        module.time = SimpleNamespace(monotonic=Clock.monotonic, sleep=time.sleep)
-        options["seconds"] = 60
-    elif sys.argv[2] == "to the end":
+    elif how == "time limit":
+        clock = SimpleNamespace(monotonic=lambda: 60.0 * all_held(), sleep=time.sleep)
+        module.time, options["seconds"] = clock, 60
+    elif how == "to the end":
         options["drop_checkpoints"] = True
     try:
         grid.run(LocalExecutor("cpu", 2, len(specs)), watcher, **options)
@@ -345,6 +355,14 @@ if __name__ == "__main__":
         sys.exit(f"{stop}")
     assert not grid.failures, grid.failures
 """
+
+HELD_AT = 30
+"""The step before which the runs of that script wait to be cut off."""
+
+
+def checkpoint_step(folder: RunFolder) -> int:
+    with safetensors.safe_open(folder.last, "pt") as file:
+        return int(json.loads(file.metadata()["progress"])["step"])
 
 
 def numbers(folder: Path) -> dict[str, Any]:
@@ -382,14 +400,14 @@ def test_no_way_of_cutting_a_grid_off_changes_anything(tmp_path: Path) -> None:
 
     # All processes die at once, as in a machine that is taken away.
     cut = start("power cut")
-    assert cut.wait() == -signal.SIGKILL
+    assert cut.wait() == -signal.SIGKILL, cut.stderr and cut.stderr.read()
+    steps = [checkpoint_step(disturbed.run(spec.name)) for spec in specs]
+    assert steps == [HELD_AT - HELD_AT % TINY["eval_interval"]] * 2
     late = start("time limit")
-    assert late.wait() == 1
+    late.wait()
     assert late.stderr is not None
     assert late.stderr.read().endswith("stopped after 1 min 0 s\n")
-    for spec in specs:
-        # What a limit leaves is whole: a checkpoint or a result.
-        assert disturbed.run(spec.name).last.exists() or disturbed.result(spec.name).exists()
+    assert [checkpoint_step(disturbed.run(spec.name)) for spec in specs] == [HELD_AT + 1] * 2
     for number in (signal.SIGKILL, signal.SIGTERM):
         process = start("disturbed")
         # Some way into a run, wherever that is.
