@@ -20,7 +20,7 @@ struct GatedCell {
 
 template <typename T>
 EMBER_HD GatedCell<T> gated_cell(T a, T b, T s) {
-  // (1 + tanh(s / 2)) / 2 would take less time, but is off by up to 2^-22 where the gate is closed:
+  // (1 + tanh(s / 2)) / 2 would take less time, but is off by up to 2^-24 where the gate is closed:
   // the gradient of s is then multiplied by the time span, which may be large.
   return {hyperbolic_tangent(a), hyperbolic_tangent(b), sigmoid(s)};
 }

@@ -30,11 +30,13 @@ struct SynapseGradients {
   V w, erev_over_w, slope;
 };
 
-// The gradients of the numerator and denominator that the synapse adds to are given.
+// The gradients of the numerator and denominator that the synapse adds to are given. `opening` is
+// the sigmoid's slope, s (1 - s): where s nears 1, a rounded s does not tell how far it is from it.
 template <typename V, typename S>
-EMBER_HD SynapseGradients<V> synapse_gradients(V open, S w, S erev, V numerator, V denominator) {
+EMBER_HD SynapseGradients<V> synapse_gradients(V open, V opening, S w, S erev, V numerator,
+                                               V denominator) {
   const V conductance = numerator * erev + denominator;
-  return {conductance * open, numerator * open, conductance * w * (open * (S(1) - open))};
+  return {conductance * open, numerator * open, conductance * w * opening};
 }
 
 }  // namespace EMBER_ISA

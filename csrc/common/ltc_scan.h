@@ -107,7 +107,7 @@ EMBER_HD int64_t ltc_scratch_size(const LtcScanParams& p, bool backward) {
   }
   const int64_t tape = p.chunk ? (p.chunk * p.unfolds + 1) * p.units : 0;
   const int64_t synapses = p.sensory.count + p.recurrent.count;
-  const int64_t rows = sources + tape + 2 * p.inputs + 11 * p.units + p.sensory.count + 2;
+  const int64_t rows = sources + tape + 2 * p.inputs + 12 * p.units + 2 * p.sensory.count + 2;
   return ltc_pad(pieces + rows * ltc_max_width + (4 * synapses + 3 * p.units) * ltc_max_lanes);
 }
 

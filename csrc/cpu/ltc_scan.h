@@ -112,20 +112,32 @@ EMBER_HD Vector<C> sigmoid_of_negative(Vector<C> x) {
   return C(1) / (C(1) + exponential(x, ltc_most_exponent<C>));
 }
 
+// How far a synapse is open, and the derivative of that.
+template <typename C>
+struct SlopedSigmoid {
+  Vector<C> open, slope;
+};
+template <typename C>
+EMBER_HD SlopedSigmoid<C> sloped_sigmoid(Vector<C> exponential, Vector<C> closed) {
+  const Vector<C> open = exponential * closed;
+  return {open, open * closed};
+}
+
 // sigmoid(x) and sigmoid(y), which do fall to 0: as a factor of a large potential, what is left of
 // a closed synapse would be seen.
 template <typename C>
-EMBER_HD void sigmoids(Vector<C> x, Vector<C> y, Vector<C>& first, Vector<C>& second) {
+EMBER_HD void sigmoids(Vector<C> x, Vector<C> y, SlopedSigmoid<C>& first,
+                       SlopedSigmoid<C>& second) {
   const Vector<C> a = exponential(x, ltc_most_exponent<C>),
                   b = exponential(y, ltc_most_exponent<C>);
   const Vector<C> a1 = C(1) + a, b1 = C(1) + b, r = C(1) / (a1 * b1);
-  first = a * (b1 * r);
-  second = b * (a1 * r);
+  first = sloped_sigmoid<C>(a, b1 * r);
+  second = sloped_sigmoid<C>(b, a1 * r);
 }
 template <typename C>
-EMBER_HD Vector<C> sigmoid_alone(Vector<C> x) {
+EMBER_HD SlopedSigmoid<C> sigmoid_alone(Vector<C> x) {
   const Vector<C> a = exponential(x, ltc_most_exponent<C>);
-  return a * (C(1) / (C(1) + a));
+  return sloped_sigmoid<C>(a, C(1) / (C(1) + a));
 }
 
 // `mask`'s lanes of `a`, and 0 in the others.
@@ -293,8 +305,8 @@ EMBER_HD void conduct(const LtcList<C>& list, int64_t j, const C* v, Vector<C>* 
   }
 }
 
-// As conduct() for a list laid out for backward: keeps how far each synapse is open, [synapses,
-// width], and adds to the denominator only.
+// As conduct() for a list laid out for backward: keeps how far each synapse is open and the slope
+// of that, [synapses, 2, width], and adds to the denominator only.
 template <int R, typename C>
 EMBER_HD void open_synapses(const LtcList<C>& list, int64_t j, const C* v, Vector<C>* denominator,
                             C* opens) {
@@ -304,18 +316,20 @@ EMBER_HD void open_synapses(const LtcList<C>& list, int64_t j, const C* v, Vecto
   };
   int32_t e = list.begin[j];
   const int32_t end = list.begin[j + 1];
-  for (; e + 2 <= end; e += 2, opens += 2 * width) {
+  for (; e + 2 <= end; e += 2, opens += 4 * width) {
     const LtcSynapse<C>*s = list.synapses + e, *next = s + 1;
     const C *from = v + list.source[e] * width, *next_from = v + list.source[e + 1] * width;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const int at = r * lanes<C>;
-      Vector<C> open, next_open;
-      sigmoids<C>(steep(*s, from + at), steep(*next, next_from + at), open, next_open);
-      denominator[r] += s->w * open;
-      denominator[r] += next->w * next_open;
-      store_vector(open, opens + at);
-      store_vector(next_open, opens + width + at);
+      SlopedSigmoid<C> own, next_own;
+      sigmoids<C>(steep(*s, from + at), steep(*next, next_from + at), own, next_own);
+      denominator[r] += s->w * own.open;
+      denominator[r] += next->w * next_own.open;
+      store_vector(own.open, opens + at);
+      store_vector(own.slope, opens + width + at);
+      store_vector(next_own.open, opens + 2 * width + at);
+      store_vector(next_own.slope, opens + 3 * width + at);
     }
   }
   if (e == end) return;
@@ -323,9 +337,10 @@ EMBER_HD void open_synapses(const LtcList<C>& list, int64_t j, const C* v, Vecto
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     const C* from = v + list.source[e] * width + r * lanes<C>;
-    const Vector<C> open = sigmoid_alone<C>(steep(s, from));
-    denominator[r] += s.w * open;
-    store_vector(open, opens + r * lanes<C>);
+    const SlopedSigmoid<C> own = sigmoid_alone<C>(steep(s, from));
+    denominator[r] += s.w * own.open;
+    store_vector(own.open, opens + r * lanes<C>);
+    store_vector(own.slope, opens + width + r * lanes<C>);
   }
 }
 

@@ -76,8 +76,8 @@ class Reverse {
                       &grad_numerator_, &grad_denominator_, &grad_c_, &c_}) {
       *state = scratch_.take(states);
     }
-    opens_ = scratch_.take(states);
-    sensory_opens_ = scratch_.take(p.sensory.count * width);
+    opens_ = scratch_.take(2 * states);
+    sensory_opens_ = scratch_.take(2 * p.sensory.count * width);
     tape_ = p.chunk ? scratch_.take((p.chunk * p.unfolds + 1) * states) : nullptr;
     if (!wants_weights_) return;
     for (auto [sums, count, kinds] :
@@ -150,7 +150,7 @@ class Reverse {
     for (int64_t j = 0; j < p_.units; ++j) {
       V denominator[R] = {};
       open_synapses<R>(network_.sensory, j, x_, denominator,
-                       sensory_opens_ + network_.sensory.begin[j] * width);
+                       sensory_opens_ + network_.sensory.begin[j] * 2 * width);
       for (int r = 0; r < R; ++r) {
         const int64_t at = j * width + r * lanes<C>;
         store_vector(denominator[r], sensory_denominator_ + at);
@@ -245,7 +245,7 @@ class Reverse {
         denominators[r] = load_vector(grad_denominator_ + j * width + r * lanes<C>);
       }
       pass_on(network_.sensory, j, numerators, denominators, x_,
-              sensory_opens_ + network_.sensory.begin[j] * width, grad_x_, sensory_sums_);
+              sensory_opens_ + network_.sensory.begin[j] * 2 * width, grad_x_, sensory_sums_);
     }
     if (p_.grad_x) group_.store(grad_x_, t, p_.inputs, running_, p_.grad_x);
   }
@@ -265,14 +265,15 @@ class Reverse {
   template <bool weights>
   static void pass_on(const LtcList<C>& list, int64_t j, const V* numerators, const V* denominators,
                       const C* v, const C* opens, C* grad_v, const Sums<C>& sums) {
-    for (int64_t e = list.begin[j]; e < list.begin[j + 1]; ++e, opens += width) {
+    for (int64_t e = list.begin[j]; e < list.begin[j + 1]; ++e, opens += 2 * width) {
       const LtcSynapse<C>& s = list.synapses[e];
       const int64_t source = list.source[e] * width;
       V w = {}, erev = {}, sigma = {}, mu = {};
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const int64_t at = source + r * lanes<C>;
-        const auto g = synapse_gradients<V>(load_vector(opens + r * lanes<C>), s.w, s.erev,
+        const auto g = synapse_gradients<V>(load_vector(opens + r * lanes<C>),
+                                            load_vector(opens + width + r * lanes<C>), s.w, s.erev,
                                             numerators[r], denominators[r]);
         store_vector(load_vector(grad_v + at) + g.slope * s.sigma, grad_v + at);
         if (!weights) continue;
@@ -302,7 +303,7 @@ class Reverse {
   C *grad_, *grad_before_;       // of the state
   C *sensory_denominator_, *c_;  // sums over the sensory synapses; cm / (dt / unfolds)
   C *grad_numerator_, *grad_denominator_, *grad_c_;  // sums over the solver steps of a time step
-  C *opens_, *sensory_opens_;  // how far synapses are open: a unit's own, all sensory ones
+  C *opens_, *sensory_opens_;  // see open_synapses(): a unit's own, all sensory ones
   C* tape_;
   Sums<C> sensory_sums_{}, recurrent_sums_{}, unit_sums_{};
 };

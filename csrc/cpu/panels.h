@@ -37,13 +37,31 @@ struct Panels {
 // rows, sums [N, rows, lanes]) that writes their first values.
 struct FromZero {};
 
-// out[n][r][lane] = sum over the row a + r * lda of its values times panel[value][n][lane], added
-// to what out holds if `resumes`.
-template <typename C, int N, int R, bool resumes>
-void product(const C* a, const PanelRows<C>& rows, const C* panel, C* out) {
+// A chain of additions errs by more, the longer it is. So a sum over several segments is taken in
+// pieces of some segments with 128 values or more, which are added up: body(first segment, piece).
+template <typename C, typename Body>
+void for_pieces(const PanelRows<C>& rows, const Body& body) {
+  const int64_t most = rows.length < 128 ? 1 + 127 / (rows.length > 0 ? rows.length : 1) : 1;
+  PanelRows<C> piece = rows;
+  int64_t s = 0;
+  do {
+    piece.values = rows.values + s * rows.stride;
+    piece.segments = rows.segments - s < most ? rows.segments - s : most;
+    body(s, piece);
+    s += most;
+  } while (s < rows.segments);
+}
+
+// What `out` holds before a piece: nothing, the first values of its sums, or the sums of other
+// pieces.
+enum class Holds { nothing, start, others };
+
+// out[n][r][lane] = sum over the row a + r * lda of its values times panel[value][n][lane].
+template <typename C, int N, int R, Holds holds>
+void product_piece(const C* a, const PanelRows<C>& rows, const C* panel, C* out) {
   using V = Vector<C>;
   V sum[N][R] = {};
-  if constexpr (resumes) {
+  if constexpr (holds == Holds::start) {
     for (int n = 0; n < N; ++n) {
       for (int r = 0; r < R; ++r) sum[n][r] = load_vector(out + (n * R + r) * lanes<C>);
     }
@@ -65,7 +83,10 @@ void product(const C* a, const PanelRows<C>& rows, const C* panel, C* out) {
     }
   }
   for (int n = 0; n < N; ++n) {
-    for (int r = 0; r < R; ++r) store_vector(sum[n][r], out + (n * R + r) * lanes<C>);
+    for (int r = 0; r < R; ++r) {
+      C* to = out + (n * R + r) * lanes<C>;
+      store_vector(holds == Holds::others ? load_vector(to) + sum[n][r] : sum[n][r], to);
+    }
   }
 }
 
@@ -81,7 +102,18 @@ void product_of(int count, const C* a, const PanelRows<C>& rows, const C* panel,
   if constexpr (R > 1) {
     if (count < R) return product_of<C, N, resumes, R - 1>(count, a, rows, panel, out);
   }
-  product<C, N, R, resumes>(a, rows, panel, out);
+  if constexpr (resumes) {  // of one segment
+    product_piece<C, N, R, Holds::start>(a, rows, panel, out);
+  } else {
+    for_pieces(rows, [&](int64_t s, const PanelRows<C>& piece) {
+      const C *values = a + s * rows.stride, *weights = panel + s * rows.length * N * lanes<C>;
+      if (s == 0) {
+        product_piece<C, N, R, Holds::nothing>(values, piece, weights, out);
+      } else {
+        product_piece<C, N, R, Holds::others>(values, piece, weights, out);
+      }
+    });
+  }
 }
 
 // The largest result of a product, in elements.
@@ -98,12 +130,12 @@ void for_row_groups(int64_t rows, int64_t most, const Body& body) {
   }
 }
 
-// As product() for one row and P panels, `size` elements apart: out[p][n][lane]. A single row by a
-// single panel would have too few sums under way to keep the arithmetic units busy.
-template <typename C, int N, int P, bool resumes>
-void product_of_panels(const PanelRows<C>& row, const C* panels, int64_t size, C* out) {
+// As product_piece() for one row and P panels, `size` elements apart: out[p][n][lane]. A single row
+// by a single panel would have too few sums under way to keep the arithmetic units busy.
+template <typename C, int N, int P, Holds holds>
+void product_piece_of_panels(const PanelRows<C>& row, const C* panels, int64_t size, C* out) {
   Vector<C> sum[P][N] = {};
-  if constexpr (resumes) {
+  if constexpr (holds == Holds::start) {
     for (int p = 0; p < P; ++p) {
       for (int n = 0; n < N; ++n) sum[p][n] = load_vector(out + (p * N + n) * lanes<C>);
     }
@@ -122,7 +154,10 @@ void product_of_panels(const PanelRows<C>& row, const C* panels, int64_t size, C
     }
   }
   for (int p = 0; p < P; ++p) {
-    for (int n = 0; n < N; ++n) store_vector(sum[p][n], out + (p * N + n) * lanes<C>);
+    for (int n = 0; n < N; ++n) {
+      C* to = out + (p * N + n) * lanes<C>;
+      store_vector(holds == Holds::others ? load_vector(to) + sum[p][n] : sum[p][n], to);
+    }
   }
 }
 
@@ -136,8 +171,19 @@ int64_t multiply_row(int64_t panel, const PanelRows<C>& row, const Panels<C>& pa
     for (int p = 0; p < P; ++p) {
       if constexpr (resumes) start(panel + p, 0, 1, out + p * N * lanes<C>);
     }
-    product_of_panels<C, N, P, resumes>(row, panels.weights + panel * panels.size, panels.size,
-                                        out);
+    const C* first = panels.weights + panel * panels.size;
+    if constexpr (resumes) {  // of one segment
+      product_piece_of_panels<C, N, P, Holds::start>(row, first, panels.size, out);
+    } else {
+      for_pieces(row, [&](int64_t s, const PanelRows<C>& piece) {
+        const C* weights = first + s * row.length * N * lanes<C>;
+        if (s == 0) {
+          product_piece_of_panels<C, N, P, Holds::nothing>(piece, weights, panels.size, out);
+        } else {
+          product_piece_of_panels<C, N, P, Holds::others>(piece, weights, panels.size, out);
+        }
+      });
+    }
     for (int p = 0; p < P; ++p) epilogue(panel + p, 0, 1, out + p * N * lanes<C>);
   }
   if constexpr (P > 1) {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def _distance(value: Tensor, exact: Tensor) -> float:
+def distance(value: Tensor, exact: Tensor) -> float:
     """Largest |value - exact|, with NaN and infinities required to agree in place and sign."""
     value, exact = value.detach().double(), exact.detach().double()
     if value.shape != exact.shape:
@@ -38,7 +38,7 @@ def error_bound(
     finite = exact[exact.isfinite()]
     scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
     floor = floor_ulps * torch.finfo(eager.dtype).eps * scale
-    eager_error = _distance(eager, exact)
+    eager_error = distance(eager, exact)
     # Where eager itself overflows, only the floor counts.
     return floor + (2 * eager_error if eager_error != float("inf") else 0.0)
 
@@ -64,7 +64,7 @@ def assert_close(
     """
     if value.dtype != eager.dtype:
         raise AssertionError(f"{name}: dtype {value.dtype}, expected {eager.dtype}")
-    error = _distance(value, exact)
+    error = distance(value, exact)
     bound = error_bound(eager, exact, floor_ulps=floor_ulps, scale=scale)
     if not error <= bound:
         raise AssertionError(f"{name}: error {error:.3g} exceeds the bound {bound:.3g}")
