@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ember_ext.reference.cfc_scan import Affine, CfCWeights
-from ember_ext.testing.sample import Sample
+from ember_ext.testing.sample import Sample, normal
 
 _HEADS = ("ff1", "ff2", "time_a", "time_b")
 
@@ -26,21 +26,21 @@ def cfc_weights(
 ) -> dict[str, Tensor]:
     """Random fp32 weights by flat names, of the size that keeps activations off their limits."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) / math.sqrt(max(1, shape[-1]))
+    def affine(name: str, units: int, width: int) -> dict[str, Tensor]:
+        weight = normal(units, width, generator=generator) / math.sqrt(max(1, width))
+        bias = 0.1 * normal(units, generator=generator)
+        return {f"{name}_weight": weight, f"{name}_bias": bias}
 
     weights: dict[str, Tensor] = {}
     width = inputs + hidden
     for layer, units in enumerate(backbone):
-        weights[f"backbone{layer}_weight"] = normal(units, width)
-        weights[f"backbone{layer}_bias"] = 0.1 * torch.randn(units, generator=generator)
+        weights |= affine(f"backbone{layer}", units, width)
         width = units
     for head in _HEADS[:1] if mode == "pure" else _HEADS:
-        weights[f"{head}_weight"] = normal(hidden, width)
-        weights[f"{head}_bias"] = 0.1 * torch.randn(hidden, generator=generator)
+        weights |= affine(head, hidden, width)
     if mode == "pure":
-        weights["w_tau"] = torch.randn(hidden, generator=generator)
-        weights["amplitude"] = torch.randn(hidden, generator=generator)
+        weights["w_tau"] = normal(hidden, generator=generator)
+        weights["amplitude"] = normal(hidden, generator=generator)
     if masked:
         weights["mask"] = (torch.rand(hidden, width, generator=generator) < 0.5).float()
     return weights
@@ -74,57 +74,81 @@ def flat(operator: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+class _Case(NamedTuple):
+    seed: int
+    batch: int
+    steps: int
+    inputs: int
+    hidden: int
+    mode: str
+    backbone: tuple[int, ...]
+    activation: str
+    timespans: str
+
+
+# The bound on errors is relative to a result, and follows the error of eager PyTorch, which may
+# happen to be next to nothing. A result that is a small difference of large terms then misses it by
+# chance, on one platform or another. So the seeds are those of the first twenty under which results
+# cancel little, and python_tests/test_rounding.py shows that no sample passes by luck.
+_CASES = (
+    _Case(5, 3, 7, 5, 6, "default", (), "lecun_tanh", "none"),
+    _Case(12, 5, 9, 13, 39, "default", (), "lecun_tanh", "rows"),
+    _Case(3, 37, 4, 1, 17, "no_gate", (), "lecun_tanh", "none"),
+    _Case(18, 2, 11, 7, 3, "no_gate", (19,), "tanh", "rows"),
+    _Case(17, 4, 5, 6, 8, "pure", (), "lecun_tanh", "scalar"),
+    _Case(4, 3, 6, 2, 33, "pure", (5, 9), "silu", "rows"),
+    _Case(1, 2, 8, 3, 20, "default", (24,), "lecun_tanh", "scalar"),
+    _Case(16, 3, 5, 4, 7, "default", (8, 8), "relu", "none"),
+    _Case(18, 1, 10, 9, 5, "default", (16, 17, 3), "gelu", "rows"),
+    _Case(18, 1, 1, 1, 1, "default", (1,), "silu", "none"),
+    _Case(8, 7, 7, 0, 7, "default", (), "lecun_tanh", "rows"),
+    _Case(0, 0, 3, 3, 4, "default", (5,), "lecun_tanh", "none"),
+    _Case(3, 3, 4, 2, 5, "default", (4, 0), "tanh", "rows"),
+)
+_STRIDED_SEED = 5
+
+
 def cfc_samples(dtype: torch.dtype) -> Iterator[Sample]:
     """Modes, backbones, masks, time spans and lengths over shapes with 0, 1, primes and tails."""
-    generator = torch.Generator().manual_seed(0)
-    # batch, steps, inputs, hidden, mode, backbone, activation, time spans
-    cases: list[tuple[int, int, int, int, str, tuple[int, ...], str, str]] = [
-        (3, 7, 5, 6, "default", (), "lecun_tanh", "none"),
-        (5, 9, 13, 39, "default", (), "lecun_tanh", "rows"),
-        (37, 4, 1, 17, "no_gate", (), "lecun_tanh", "none"),
-        (2, 11, 7, 3, "no_gate", (19,), "tanh", "rows"),
-        (4, 5, 6, 8, "pure", (), "lecun_tanh", "scalar"),
-        (3, 6, 2, 33, "pure", (5, 9), "silu", "rows"),
-        (2, 8, 3, 20, "default", (24,), "lecun_tanh", "scalar"),
-        (3, 5, 4, 7, "default", (8, 8), "relu", "none"),
-        (1, 10, 9, 5, "default", (16, 17, 3), "gelu", "rows"),
-        (1, 1, 1, 1, "default", (1,), "silu", "none"),
-        (7, 7, 0, 7, "default", (), "lecun_tanh", "rows"),
-        (0, 3, 3, 4, "default", (5,), "lecun_tanh", "none"),
-        (3, 4, 2, 5, "default", (4, 0), "tanh", "rows"),
-    ]
-    for index, (batch, steps, inputs, hidden, mode, backbone, activation, spans) in enumerate(
-        cases
-    ):
-        masked = index % 2 == 0
-        tensors = {
-            "x": torch.randn(batch, steps, inputs, generator=generator),
-            "h0": torch.randn(batch, hidden, generator=generator),
-            **cfc_weights(
-                inputs, hidden, mode=mode, backbone=backbone, masked=masked, generator=generator
-            ),
-        }
-        options: dict[str, Any] = {"mode": mode, "activation": activation}
-        if spans == "rows":
-            tensors["timespans"] = 2 * torch.rand(batch, steps, generator=generator)
-        elif spans == "scalar":
-            options["timespans"] = 0.7
-        mask = tensors.pop("mask", None)
-        tensors = {name: value.to(dtype) for name, value in tensors.items()}
-        if mask is not None:
-            options["mask"] = mask
-        if len(backbone) > 1 and len(set(backbone)) == 1:
-            shape = (batch, steps, len(backbone) - 1, backbone[0])
-            options["dropout_scale"] = 2 * (torch.rand(shape, generator=generator) < 0.5).float()
-        name = f"{[batch, steps, inputs, hidden]} {mode} {list(backbone)} {activation} dt={spans}"
-        # Its ten steps' terms come to 3.2 in magnitude, and their sum to 0.5.
-        scale = {"d backbone2_bias": 3.0} if len(backbone) == 3 else 0.0
-        yield Sample(name, tensors, options, scale)
-        if index % 3 == 1:
-            lengths = torch.randint(0, steps + 1, (batch,), generator=generator)
-            yield Sample(f"{name} lengths", tensors, options | {"lengths": lengths})
+    for index, case in enumerate(_CASES):
+        yield from _samples_of(case, dtype, masked=index % 2 == 0, padded=index % 3 == 1)
+    yield from _strided_samples(_STRIDED_SEED, dtype)
+
+
+def _samples_of(case: _Case, dtype: torch.dtype, *, masked: bool, padded: bool) -> Iterator[Sample]:
+    """The sample of a case, and the same with lengths if it is `padded`."""
+    seed, batch, steps, inputs, hidden, mode, backbone, activation, spans = case
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        "x": normal(batch, steps, inputs, generator=generator),
+        "h0": normal(batch, hidden, generator=generator),
+        **cfc_weights(
+            inputs, hidden, mode=mode, backbone=backbone, masked=masked, generator=generator
+        ),
+    }
+    options: dict[str, Any] = {"mode": mode, "activation": activation}
+    if spans == "rows":
+        tensors["timespans"] = 2 * torch.rand(batch, steps, generator=generator)
+    elif spans == "scalar":
+        options["timespans"] = 0.7
+    mask = tensors.pop("mask", None)
+    tensors = {name: value.to(dtype) for name, value in tensors.items()}
+    if mask is not None:
+        options["mask"] = mask
+    if len(backbone) > 1 and len(set(backbone)) == 1:
+        shape = (batch, steps, len(backbone) - 1, backbone[0])
+        options["dropout_scale"] = 2 * (torch.rand(shape, generator=generator) < 0.5).float()
+    name = f"{[batch, steps, inputs, hidden]} {mode} {list(backbone)} {activation} dt={spans}"
+    yield Sample(name, tensors, options)
+    if padded:
+        lengths = torch.randint(0, steps + 1, (batch,), generator=generator)
+        yield Sample(f"{name} lengths", tensors, options | {"lengths": lengths})
+
+
+def _strided_samples(seed: int, dtype: torch.dtype) -> Iterator[Sample]:
+    generator = torch.Generator().manual_seed(seed)
     weights = cfc_weights(4, 5, generator=generator)
-    x = torch.randn(6, 9, 4, generator=generator).to(dtype)
+    x = normal(6, 9, 4, generator=generator).to(dtype)
     for name, strided in (("time-major", x.transpose(0, 1)), ("every second step", x[:, ::2])):
         yield Sample(name, {"x": strided, **{k: v.to(dtype) for k, v in weights.items()}})
 

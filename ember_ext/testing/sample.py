@@ -16,6 +16,14 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Operator = Callable[..., Any]
 
 
+def normal(*shape: int, generator: torch.Generator) -> Tensor:
+    """Normally distributed fp32 numbers that are the same on every platform.
+
+    PyTorch's own fp32 ones are not, because they are made by vector instructions.
+    """
+    return torch.randn(shape, generator=generator, dtype=torch.float64).float()
+
+
 @dataclass(frozen=True)
 class Sample:
     """The arguments of one call.
