@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -218,6 +219,19 @@ def test_a_state_can_be_continued_in_several_ways(build: Any, condition: str) ->
     model(b, state=state)
     again, _, _ = model(a, state=state)
     assert torch.equal(first, again)
+
+
+@every_model
+def test_a_saved_state_goes_on(build: Any, condition: str) -> None:
+    model = scramble(build(condition)).eval()
+    idx = tokens(2, 9)
+    _, _, state = model(idx[:, :5], state=model.initial_state(2))
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    rest = idx[:, 5:]
+    assert torch.equal(model(rest, state=loaded)[0], model(rest, state=state)[0])
 
 
 @every_model

@@ -111,6 +111,10 @@ class StoredSelfAttention(SelfAttention):
         """The weights before dropout [B, n_head, T, S + T], and `attend`'s other two results."""
         raise NotImplementedError
 
+    def extra_repr(self) -> str:
+        """The arguments that tell one layer from another."""
+        return f"n_head={self.n_head}, dropout={self.dropout}"
+
 
 @torch.no_grad()
 def _dropped(weights: Tensor, dropout_p: float) -> Tensor:
@@ -219,3 +223,7 @@ class PersistentSelfAttention(StoredSelfAttention):
             trace=previous_load,
             past=past if isinstance(past, PersistenceState) else None,
         )
+
+    def extra_repr(self) -> str:
+        """The arguments that tell one layer from another."""
+        return f"{super().extra_repr()}, mode={self.mode!r}"
