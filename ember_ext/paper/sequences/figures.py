@@ -80,9 +80,13 @@ def xor_figure(results: Sequence[SequenceResult]) -> Figure:
             limits = [entry[2] for entry in result.outcome["curve"]]
             epochs = range(1, len(limits) + 1)
             right.plot(epochs, limits, color=color, linewidth=0.8, marker=marker, markersize=3)
-    right.set(xlabel="epoch", ylabel="steps of a stream", ylim=(0, None))
+    # Room for the legend above, which no curve then crosses.
+    longest = max(int(r.outcome["curve"][-1][2]) for r in results)
+    right.set(xlabel="epoch", ylabel="steps of a stream", ylim=(0, 1.6 * longest))
+    right.set_yticks(range(0, longest + 1, 5))
     looks = [Line2D([], [], color=c, marker=m, markersize=3, linewidth=0.8) for c, m in _CURVES]
-    right.legend(looks[: len(cells)], [CELL_LABELS[cell] for cell in cells], loc="lower right")
+    labels = [CELL_LABELS[cell] for cell in cells]
+    right.legend(looks[: len(cells)], labels, loc="upper left", ncols=2)
     return figure
 
 

@@ -15,7 +15,7 @@ from ember_ext.paper.files import write_atomically
 from ember_ext.paper.formatting import DASH, p_value
 from ember_ext.paper.sequences.confusion import plot_confusion
 from ember_ext.paper.sequences.figures import vowels_figure, xor_figure
-from ember_ext.paper.sequences.labels import CELL_LABELS, sampling_label
+from ember_ext.paper.sequences.labels import CELL_LABELS, sampling_label, short_machine
 from ember_ext.paper.sequences.published import XOR_ACCURACY
 from ember_ext.paper.sequences.results import SequenceResult, paired, select
 from ember_ext.paper.sequences.statistics import spread
@@ -103,10 +103,10 @@ def _cost(results: Sequence[SequenceResult]) -> Row:
     # That of the fastest run: other work on the machine can only add to a time.
     seconds = min(float(r.outcome["seconds_per_epoch"]) for r in results)
     updates = statistics.median(int(r.outcome["updates"]) for r in results)
-    machines = sorted({str(r.outcome["machine"]) for r in results})
+    machines = sorted({short_machine(str(r.outcome["machine"])) for r in results})
     return {
         "updates": f"{updates:,.0f}",
         "parameters": f"{first.outcome['parameters']:,}",
         "epoch": f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms",
-        "device": " / ".join(machine.split(", torch")[0] for machine in machines),
+        "device": " / ".join(machines),
     }

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ember_ext import decelerate
 from ember_ext._machine import machine
 from ember_ext.paper.sequences.batches import Sampler
-from ember_ext.paper.sequences.labels import CELL_LABELS
+from ember_ext.paper.sequences.labels import CELL_LABELS, short_machine
 from ember_ext.paper.sequences.models import CONTINUOUS, CellName, SequenceClassifier
 from ember_ext.paper.sequences.series import SeriesSet
 from ember_ext.paper.sequences.settings import model_settings, training_settings
@@ -99,7 +99,6 @@ def _time_cell(
     epochs = {name: sampler.batches * statistics.median(s) for name, s in seconds.items()}
     ratio = epochs["ncps"] / epochs["ember-ext"]
     notify(f"{cell}: {epochs['ember-ext']:.1f} s an epoch, ncps {epochs['ncps']:.1f} s")
-    parts = machine(torch.device("cpu")).split(", ")
     return {
         "cell": CELL_LABELS[cell],
         "units": str(ours.config.units),
@@ -107,7 +106,7 @@ def _time_cell(
         "ncps": f"{epochs['ncps']:.1f} s",
         "speedup": f"{ratio:.1f}x",
         "updates": str(sampler.batches),
-        "device": ", ".join(parts[:3]),
+        "device": short_machine(machine(torch.device("cpu"))),
     }
 
 
