@@ -177,6 +177,11 @@ struct FastMaximum {
   static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
 };
 
+// The exponent of a row's sum of exponentials, of which `largest` is the row's largest score.
+__device__ __forceinline__ float largest_exponent(float largest) {
+  return largest * kLog2e;
+}
+
 // The rows of a warp: the largest product of each, and the sum of powers of two.
 struct HalfMaxima {
   float largest[2] = {-kInfinity, -kInfinity};  // over this lane's keys
@@ -193,9 +198,11 @@ struct HalfMaxima {
 #pragma unroll
         for (int a = 0; a < 4; ++a) most = fmaxf(most, scores[c][a / 2][2 * half + a % 2]);
       }
-      float top = most * scale;
+      float top = rounded_product(most, scale);
       if (!whole && most == -kInfinity) top = 0;  // no key so far
-      float total = sum[half] * fast_exp2(fmaf(largest[half], scale, -top));
+      // The sum so far is of powers with `top` as it was rounded then: unchanged, it stays as it
+      // is.
+      float total = sum[half] * fast_exp2(rounded_product(largest[half], scale) - top);
 #pragma unroll
       for (int c = 0; c < n; ++c) {
 #pragma unroll
@@ -207,12 +214,90 @@ struct HalfMaxima {
       sum[half] = total;
     }
   }
+
+  // Adds all keys that queries from `first` on see, tile by tile of `tiles`; bring(n) starts to
+  // bring the n-th.
+  template <int kSize, typename T, typename Rows, typename Bring>
+  __device__ __forceinline__ void sweep(const LifAttentionParams& p, const AttentionHead<T>& head,
+                                        const Rows& query, uint32_t key_tiles, int first, int tiles,
+                                        float scale, const Bring& bring) {
+    using Layout = TileLayout<kSize>;
+    constexpr int kKeys = Layout::kRows, kChunks = kKeys / 16;
+    for (int tile = 0; tile < tiles; ++tile) {
+      wait_for_copies<0>();
+      __syncthreads();
+      bring(tile + 1);
+      const int keys = tile * kKeys;
+      const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
+      if (keys >= head.end_of_keys(warp_first + kFragmentRows - 1)) continue;
+      const auto columns =
+          TileRows<kSize>::by_column(key_tiles + uint32_t(tile & 1) * Layout::kBytes);
+      if (!p.mask && keys + kKeys <= head.end_of_keys(warp_first)) {
+        float scores[kChunks][2][4] = {};
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          query.multiply(columns, uint32_t(c * 16 * Layout::kRowBytes), scores[c]);
+        }
+        add<true>(scores, scale);
+      } else {
+#pragma unroll 1
+        for (int c = 0; c < kChunks; ++c) {
+          float scores[1][2][4] = {};
+          query.multiply(columns, uint32_t(c * 16 * Layout::kRowBytes), scores[0]);
+          hide_scores(scores[0], visible_scores(head, row, keys + 16 * c + fragment_column()));
+          add<false>(scores, scale);
+        }
+      }
+    }
+  }
+
+  // Of a row: its largest score, and 1 over the sum of exponentials; 0 if there is none.
+  __device__ __forceinline__ void finish(int half, const HalfOptions& options, float& row_largest,
+                                         float& inverse_sum) const {
+    const float mine = largest[half], most = across_lanes<FastMaximum>(mine);
+    const bool none = most == -kInfinity && sum[half] == 0;
+    row_largest = none ? 0 : rounded_product(most, options.magnitude);
+    const float exponent = largest_exponent(row_largest);
+    const float top = mine == -kInfinity ? exponent : rounded_product(mine, options.exponents);
+    const float total = across_lanes<Sum>(sum[half] * fast_exp2(top - exponent));
+    inverse_sum = total == 0 ? 0.0f : 1 / total;
+  }
 };
 
-// The exponent of a row's sum of exponentials, of which `largest` is the row's largest score.
-__device__ __forceinline__ float largest_exponent(float largest) {
-  return largest * kLog2e;
-}
+// A power of two by which values that a product takes rounded to fp16 are multiplied, the same for
+// the warp and for all of a sum. It shrinks, and the sum with it, when a value calls for that; bf16
+// has the range of fp32.
+template <typename T>
+struct HalfScale {
+  static constexpr bool kScales = AttentionProducts<T, true>::kScales;
+  float factor = kScales ? AttentionProducts<T, true>::scale_for(0).factor : 1.0f;
+
+  // Scales values, and rescales the sum of those before. All lanes of the warp must call together.
+  template <int n>
+  __device__ __forceinline__ void apply(float (&values)[2][4], float (&sums)[n][4]) {
+    if constexpr (kScales) {
+      float most = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) most = fmaxf(most, absolute(values[i / 4][i % 4]));
+      if (__any_sync(kAllLanes, most * factor > 32768.0f)) {
+#pragma unroll
+        for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+          most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, offset));
+        }
+        const float before = factor;
+        factor = AttentionProducts<T, true>::scale_for(most).factor;
+        scale_rows(sums, factor / before, factor / before);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i / 4][i % 4] *= factor;
+    }
+  }
+};
+
+// What the weights that multiply grad_out are multiplied by, for fp16 to hold small ones. Those of
+// a row add up to 1.
+template <typename T>
+constexpr float kHalfWeight = std::is_same<T, float16>::value ? 4096.0f : 1.0f;
 
 // What a block works on: heads (or groups of heads) come first in its index, then the batch.
 struct HalfBlock {

@@ -1,7 +1,7 @@
 // Launchers of LIF attention's kernels.
-#include <initializer_list>
 #include <type_traits>
 
+#include "half_launch.cuh"
 #include "lif_attention.cuh"
 #include "lif_attention_half.cuh"
 #include "lif_attention_half_backward.cuh"
@@ -9,18 +9,6 @@
 namespace ember {
 namespace cuda {
 namespace {
-
-// What the kernels for 16-bit types in registers hold at most.
-constexpr int64_t kHalfSize = 128;
-
-template <typename T>
-constexpr bool is_half() {
-  return sizeof(T) == 2;
-}
-bool may_be_half(const LifAttentionParams& p) {
-  return (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.size <= kHalfSize &&
-         p.size % 8 == 0;
-}
 
 struct Scratch {
   int64_t gates;  // in bytes, like the rest
@@ -37,28 +25,8 @@ Scratch backward_scratch(const LifAttentionParams& p) {
   return {rows, rows + pairs * attention_tiles(p.queries) * 3 * int64_t(sizeof(double))};
 }
 
-// Calls `body` with the number of columns, as a type, that the kernels for 16-bit types hold.
-template <typename Body>
-cudaError_t dispatch_size(const LifAttentionParams& p, const Body& body) {
-  if (p.size <= 64) return body(std::integral_constant<int, 64>());
-  return body(std::integral_constant<int, 128>());
-}
-
-// Whether these kernels run: with rows that they can copy, and on a GPU for which their code is
-// more than an empty shell. Others take any of what they leave to backward.
-template <typename T>
-cudaError_t runs_half(const LifAttentionParams& p, std::initializer_list<AttentionTensor> others,
-                      bool& runs) {
-  runs = is_half<T>() && may_be_half(p);
-  for (const AttentionTensor* t : {&p.query, &p.key, &p.value}) runs = runs && copies_whole(*t);
-  for (const AttentionTensor& t : others) runs = runs && copies_whole(t);
-  if (!runs) return cudaSuccess;
-  cudaFuncAttributes attributes;
-  const cudaError_t status =
-      cleared(cudaFuncGetAttributes(&attributes, lif_attention_half_forward_kernel<bfloat16, 64>));
-  runs = status == cudaSuccess && attributes.ptxVersion >= 80;
-  return status;
-}
+// Compiled like all of the kernels for 16-bit types.
+const auto kHalfProbe = lif_attention_half_forward_kernel<bfloat16, 64>;
 
 template <typename T>
 cudaError_t half_forward(const LifAttentionParams& p, cudaStream_t stream) {
@@ -76,7 +44,7 @@ cudaError_t forward(const LifAttentionParams& p, cudaStream_t stream) {
   const int64_t pairs = p.batch * p.heads;
   const size_t shared = attention_shared_bytes<T, matrix_units>();
   bool half = false;
-  cudaError_t status = runs_half<T>(p, {p.out}, half);
+  cudaError_t status = runs_half<T>(p, kHalfProbe, {p.out}, half);
   if (status != cudaSuccess) return status;
   if constexpr (is_half<T>()) {
     if (half) status = half_forward<T>(p, stream);
@@ -135,8 +103,8 @@ cudaError_t backward(const LifAttentionParams& p, cudaStream_t stream) {
   double* gate_partials =
       reinterpret_cast<double*>(static_cast<char*>(p.scratch) + backward_scratch(p).gates);
   bool half = false;
-  cudaError_t status =
-      runs_half<T>(p, {p.out, p.grad_out, p.grad_query, p.grad_key, p.grad_value}, half);
+  cudaError_t status = runs_half<T>(
+      p, kHalfProbe, {p.out, p.grad_out, p.grad_query, p.grad_key, p.grad_value}, half);
   if (status != cudaSuccess) return status;
   if (half && p.out.data) {
     if constexpr (is_half<T>()) status = half_backward<T>(p, gate_partials, stream);

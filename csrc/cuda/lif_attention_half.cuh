@@ -55,45 +55,15 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : 3)
     const KeptRows<T, kSize, true> query(query_place);
 
     HalfMaxima maxima;
-    for (int tile = 0; tile < tiles; ++tile) {
-      wait_for_copies<0>();
-      __syncthreads();
-      bring(tile + 1);
-      const int keys = tile * kKeys;
-      const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
-      if (keys >= head.end_of_keys(warp_first + kFragmentRows - 1)) continue;
-      const auto columns =
-          TileRows<kSize>::by_column(key_tiles + uint32_t(tile & 1) * Layout::kBytes);
-      if (!p.mask && keys + kKeys <= head.end_of_keys(warp_first)) {
-        float scores[kChunks][2][4] = {};
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          query.multiply(columns, uint32_t(c * 16 * Layout::kRowBytes), scores[c]);
-        }
-        maxima.add<true>(scores, options.exponents);
-      } else {
-#pragma unroll 1
-        for (int c = 0; c < kChunks; ++c) {
-          float scores[1][2][4] = {};
-          query.multiply(columns, uint32_t(c * 16 * Layout::kRowBytes), scores[0]);
-          hide_scores(scores[0], visible_scores(head, row, keys + 16 * c + fragment_column()));
-          maxima.add<false>(scores, options.exponents);
-        }
-      }
-    }
+    maxima.sweep<kSize>(p, head, query, key_tiles, first, tiles, options.exponents, bring);
 
     // Stored weights are p / unit. A row's largest weight, which belongs to its largest score, says
     // how its weights are scaled.
     float largest[2], inverse_sum[2], exponent[2], unit[2], rate[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float mine = maxima.largest[half], most = across_lanes<FastMaximum>(mine);
-      const bool none = most == -kInfinity && maxima.sum[half] == 0;
-      largest[half] = none ? 0 : rounded_product(most, options.magnitude);
+      maxima.finish(half, options, largest[half], inverse_sum[half]);
       exponent[half] = largest_exponent(largest[half]);
-      const float top = mine == -kInfinity ? exponent[half] : mine * options.exponents;
-      const float total = across_lanes<Sum>(maxima.sum[half] * fast_exp2(top - exponent[half]));
-      inverse_sum[half] = total == 0 ? 0.0f : 1 / total;
       const AttentionScale<float> stored =
           AttentionProducts<T, true>::scale_for(gate.gate(inverse_sum[half]));
       unit[half] = inverse_sum[half] * stored.unit;

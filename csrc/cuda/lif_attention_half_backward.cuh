@@ -14,41 +14,6 @@ constexpr int kHalfQueriesBlocks = 2;
 constexpr int kHalfQueriesBlocks = 3;
 #endif
 
-// A power of two by which values that a product takes rounded to fp16 are multiplied, the same for
-// the warp and for all of a sum. It shrinks, and the sum with it, when a value calls for that; bf16
-// has the range of fp32.
-template <typename T>
-struct HalfScale {
-  static constexpr bool kScales = AttentionProducts<T, true>::kScales;
-  float factor = kScales ? AttentionProducts<T, true>::scale_for(0).factor : 1.0f;
-
-  // Scales values, and rescales the sum of those before. All lanes of the warp must call together.
-  template <int n>
-  __device__ __forceinline__ void apply(float (&values)[2][4], float (&sums)[n][4]) {
-    if constexpr (kScales) {
-      float most = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) most = fmaxf(most, absolute(values[i / 4][i % 4]));
-      if (__any_sync(kAllLanes, most * factor > 32768.0f)) {
-#pragma unroll
-        for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-          most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, offset));
-        }
-        const float before = factor;
-        factor = AttentionProducts<T, true>::scale_for(most).factor;
-        scale_rows(sums, factor / before, factor / before);
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[i / 4][i % 4] *= factor;
-    }
-  }
-};
-
-// What the weights that multiply grad_out are multiplied by, for fp16 to hold small ones. Those of
-// a row add up to 1.
-template <typename T>
-constexpr float kHalfWeight = std::is_same<T, float16>::value ? 4096.0f : 1.0f;
-
 // Sums over a row's keys, with s = t - delta as rounded: of w s, v s, p v s and u s, and of v, p v
 // and u, where v = p f (1 - f) and u = p (1 - f).
 struct HalfRowSums {
