@@ -45,6 +45,119 @@ def test_matches_reference(operator: Any, dtype: torch.dtype) -> None:
         check_sample(operator, expected, one)
 
 
+HALF_TYPES = (torch.bfloat16, torch.float16)
+
+
+def half_samples(dtype: torch.dtype, mode: str) -> list[Sample]:
+    """Whole tiles and ragged ones of the kernels with scores in registers, and their limits."""
+    generator = torch.Generator().manual_seed(3)
+    # batch, heads, key and value heads, queries, earlier keys, head size, dropout, rows of the load
+    cases = [
+        (1, 2, 1, 130, 30, 64, 0.0, "rows"),  # pairs of keys are aligned, tiles whole
+        (1, 2, 2, 70, 2, 128, 0.0, "row"),
+        (2, 1, 1, 67, 20, 40, 0.3, "rows"),  # rows of keys at odd addresses
+        (1, 2, 2, 33, 0, 96, 0.2, ""),
+    ]
+    result = []
+    for batch, heads, groups, queries, earlier, size, dropout_p, previous in cases:
+        keys = queries + earlier
+        tensors = refractory_tensors(batch, heads, groups, queries, earlier, size, dtype, generator)
+        options: dict[str, Any] = {"is_causal": True, "mode": mode, "dropout_p": dropout_p}
+        if previous:
+            rows = queries if previous == "rows" else 1
+            tensors["previous_load"] = torch.rand(batch, rows, keys, generator=generator) / keys
+        else:
+            options["across"] = tensors.pop("across")
+        if mode == "causal" and earlier:
+            tensors["past_probabilities"] = torch.rand(batch, heads, earlier, generator=generator)
+            tensors["past_weights"] = torch.rand(batch, earlier, generator=generator)
+        if dropout_p:
+            options["seed"] = torch.tensor(2**62 + 5)
+        name = f"{mode} {[batch, heads, groups, queries, earlier, size]} {previous}"
+        result.append(Sample(name, tensors, options, refractory_gradient_scales(tensors)))
+    return result
+
+
+def launched(before: int) -> list[str]:
+    """The kernels with products that the shim has run since it had run `before`."""
+    names = [launch.kernel for launch in cuda_shim.operators().launches()[before:]]
+    return [name for name in names if "<float>" not in name]
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("mode", ["causal", "look_ahead"])
+def test_scores_in_registers(operator: Any, dtype: torch.dtype, mode: str) -> None:
+    for one in half_samples(dtype, mode):
+        check_sample(operator, expected, one)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("mode", ["causal", "look_ahead"])
+def test_scores_of_10000(operator: Any, dtype: torch.dtype, mode: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    tensors = refractory_tensors(1, 1, 1, 66, 0, 64, dtype, generator)
+    tensors["query"], tensors["key"] = 100 * tensors["query"], 10 * tensors["key"]
+    options = {"is_causal": True, "mode": mode, "scale": -0.5, "across": tensors.pop("across")}
+    # Each row sees one key only, so that the softmax has all but no gradient.
+    scales = refractory_gradient_scales(tensors) | {"d query": 1.0, "d key": 1.0}
+    check_sample(operator, expected, Sample("scores up to 2e4", tensors, options, scales))
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_nan_reaches_later_queries_only(operator: Any, dtype: torch.dtype) -> None:
+    """Through the loads it reaches all that come after its query, and no other head's output."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = refractory_tensors(1, 2, 2, 80, 0, 64, dtype, generator)
+    tensors["query"][0, 1, 37] = torch.nan
+    out, next_load, *_ = operator(**tensors, is_causal=True)
+    bad = out.isnan().any(-1)
+    assert not bad[0, 0].any()
+    assert not bad[0, 1, :37].any()
+    assert bad[0, 1, 37:].all()
+    assert not next_load[0, :37].isnan().any()
+    assert next_load[0, 37:, 0].isnan().all()
+
+
+@pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_which_kernels_run(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are not aligned, in one pass or in both, take kernels that cope with them."""
+    shim_run = cuda_shim.lif_attention.run
+    one = half_samples(dtype, "causal")[2]
+
+    def check(padded: tuple[str, ...]) -> list[bool]:
+        def run_padded(shim: Any, name: str, *arguments: Any) -> Any:
+            return shim_run(shim, name, *arguments, pad=1 if name.endswith(padded) else None)
+
+        before = len(cuda_shim.operators().launches())
+        with monkeypatch.context() as patch:
+            if padded:
+                patch.setattr(cuda_shim.lif_attention, "run", run_padded)
+            flat = with_flat_state(cuda_shim.refractory_lif_attention.refractory_lif_attention)
+            check_sample(flat, expected, one)
+        return ["_half_" in name for name in launched(before)]
+
+    assert all(check(()))
+    assert not any(check(("_forward", "_backward")))
+    forward_only = check(("_backward",))
+    assert any(forward_only)
+    assert not all(forward_only)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_drops_the_same_weights_as_the_cpu(operator: Any, dtype: torch.dtype) -> None:
+    """With the unit matrix for values the output is the matrix of weights."""
+    generator = torch.Generator().manual_seed(2)
+    tensors = refractory_tensors(1, 2, 2, 72, 0, 72, dtype, generator)
+    tensors["query"] = 0.1 * tensors["query"]
+    tensors["value"] = torch.eye(72, dtype=dtype).expand(1, 2, 72, 72)
+    options: dict[str, Any] = {"is_causal": True, "dropout_p": 0.4, "seed": torch.tensor(2**62 + 5)}
+    kept = operator(**tensors, **options)[0] != 0
+    assert torch.equal(
+        kept, with_flat_state(refractory_lif_attention)(**tensors, **options)[0] != 0
+    )
+
+
 @pytest.mark.parametrize("mode", ["causal", "look_ahead"])
 def test_several_tiles(operator: Any, mode: str) -> None:
     """Sums over three tiles of queries and four of keys, with earlier keys of their own."""
@@ -78,9 +191,10 @@ def test_gates_that_open_for_some_rows_only(
 
 def test_repeats_bit_by_bit(operator: Any) -> None:
     one = next(s for s in samples(torch.float32) if s.tensors["query"].shape[2] == 101)
-    first, second = run(operator, one), run(operator, one)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    for repeated in (one, half_samples(torch.bfloat16, "causal")[2]):
+        first, second = run(operator, repeated), run(operator, repeated)
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), name
 
 
 def test_every_kernel_ran() -> None:

@@ -192,6 +192,22 @@ def test_instructions_of_attention_in_16_bits() -> None:
 @pytest.mark.slow
 @needs_nvdisasm
 @pytest.mark.timeout(900)
+def test_instructions_of_refractory_attention_in_16_bits() -> None:
+    costs = [one for one in counted_kernels("refractory_lif_attention") if "half" in one.kernel]
+    assert len(costs) == 18
+    for element, parts in (("__nv_bfloat16", 1), ("__half", 2)):
+        # The gradient of previous loads is for those that ask for it.
+        mine = [o.cost for o in costs if f"<{element}," in o.kernel and "previous" not in o.kernel]
+        assert sum(cost.instructions for cost in mine) <= 300
+        # 17 products, sums of rounded weights and a test for NaN; for each 8 scores two matrix
+        # instructions a sum over queries, five times of p, as two numbers, and twice of tau.
+        products, sums = 17 + 1 / 8 + 1 / 32, 5 * 2 * 2 / 8 + 2 * parts * 2 / 8
+        assert sum(cost.kinds["matrix"] for cost in mine) == pytest.approx(products + sums)
+
+
+@pytest.mark.slow
+@needs_nvdisasm
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stem", ["lif_gate", "ltc_scan"])
 def test_counts_are_those_of_the_table(stem: str) -> None:
     """Else `python scripts/cuda_report.py --instructions` has to be run anew."""

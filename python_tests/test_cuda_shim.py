@@ -53,6 +53,8 @@ def test_sound_copy_passes(faulty: cuda_shim.Shim) -> None:
 def test_sound_fragments_pass(faulty: cuda_shim.Shim) -> None:
     a = (torch.arange(64.0) - 32).repeat(4).view(16, 16)
     assert torch.equal(run(faulty, "sound_fragments").view(8, 8), a[:8] @ a[:8].T)
+    transposed = torch.arange(64.0).view(8, 8).T
+    assert torch.equal(run(faulty, "sound_transposed").view(8, 8), transposed)
 
 
 def test_sound_exchange_passes(faulty: cuda_shim.Shim) -> None:
@@ -85,6 +87,7 @@ def test_clusters_that_the_device_has_not_are_refused(faulty: cuda_shim.Shim) ->
         ("misaligned_copy", "memory that is not aligned to 16 bytes"),
         ("abandoned_copy", "leaves with copies under way"),
         ("divergent_fragments", "some wait for their warp in faulty.cu"),
+        ("divergent_transposed", "some wait for their warp in faulty.cu"),
         ("misaligned_fragments", "shared memory that is not aligned to 16 bytes"),
         ("fragments_past_the_end", "past the block's shared memory"),
         ("unpublished_exchange", "depends on the order of threads"),

@@ -124,6 +124,17 @@ struct KeptRows {
     for (int s = 0; s < kSize / 16; ++s) load_matrices(left[s], rows.at(s));
   }
 
+  // Makes 0 of the lane's rows, of which it has two.
+  __device__ __forceinline__ void clear(const bool (&which)[2]) {
+#pragma unroll
+    for (int s = 0; s < kSize / 16; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (which[i % 2]) left[s][i] = 0;
+      }
+    }
+  }
+
   // scores += the products with 16 rows seen by_column(), `offset` bytes further.
   __device__ __forceinline__ void multiply(const TileRows<kSize>& rows, uint32_t offset,
                                            float (&scores)[2][4]) const {

@@ -87,6 +87,17 @@ __device__ __forceinline__ void load_transposed(uint32_t (&matrices)[4],
 #endif
 }
 
+// The transposed of an 8 x 8 matrix of 16-bit elements.
+__device__ __forceinline__ uint32_t transposed_matrix(uint32_t matrix EMBER_PLACE) {
+#ifdef __NVCC__
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(matrix));
+  return result;
+#else
+  return cuda_shim::transposed_matrix(matrix EMBER_PLACE_ARGUMENT);
+#endif
+}
+
 // d = a b + c for a of 16 x 16, b of 16 x 8, c and d of 16 x 8 in fp32. a: pieces (0, 0), (1, 0),
 // (0, 1), (1, 1); b: pieces (0, 0), (1, 0), transposed; c, d: two numbers of either piece.
 template <typename T>
@@ -109,6 +120,13 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 #else
   cuda_shim::multiply_add(d, a, b0, b1, c, is_half EMBER_PLACE_ARGUMENT);
 #endif
+}
+
+// The two numbers of T that a pair holds.
+template <typename T>
+__device__ __forceinline__ void widen_pair(uint32_t pair, float& low, float& high) {
+  low = widen(bit_cast<T>(uint16_t(pair)));
+  high = widen(bit_cast<T>(uint16_t(pair >> 16)));
 }
 
 // Two numbers rounded to T, the first in the low half.
@@ -190,6 +208,17 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
   return result;
 #else
   return cuda_shim::fast_reciprocal(x);
+#endif
+}
+
+// The smaller number; of NaN and another, NaN.
+__device__ __forceinline__ float fast_minimum(float a, float b) {
+#ifdef __NVCC__
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a != a || a < b ? a : b;
 #endif
 }
 

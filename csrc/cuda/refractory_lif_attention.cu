@@ -1,8 +1,11 @@
 // Launchers of refractory LIF attention's kernels.
 #include <type_traits>
 
+#include "half_launch.cuh"
 #include "refractory_lif_attention.cuh"
 #include "refractory_lif_attention_backward.cuh"
+#include "refractory_lif_attention_half.cuh"
+#include "refractory_lif_attention_half_backward.cuh"
 
 namespace ember {
 namespace cuda {
@@ -37,6 +40,27 @@ RefractoryScratch<C> lay_out(const RefractoryLifAttentionParams& p, bool backwar
   scratch.row_sums = arena.take<C>(3 * pairs * p.queries);
   if (p.one_previous_row) scratch.mean_sums = arena.take<C>(p.batch * tiles * p.keys);
   return scratch;
+}
+
+// The same for kernels whose scores stay in registers.
+RefractoryHalfScratch lay_out_half(const RefractoryLifAttentionParams& p, Arena& arena) {
+  const int64_t tiles = attention_tiles(p.queries), pairs = p.batch * p.heads;
+  RefractoryHalfScratch scratch{};
+  scratch.gates = arena.take<double>(pairs * tiles * 5);
+  scratch.rows = arena.take<HalfQuery>(pairs * p.queries);
+  scratch.rest = arena.take<float>(pairs * p.queries);
+  scratch.ends = arena.take<float>(pairs * RefractoryOptions(p).load_blocks * p.keys);
+  scratch.above = arena.take<float>(p.batch * (p.look_ahead ? 1 : p.queries) * p.keys);
+  if (!p.grad_next_load && !p.grad_weights && !p.grad_past_weights) scratch.above = nullptr;
+  scratch.grad_key = arena.take<float>(p.batch * p.groups * p.keys * p.size);
+  if (p.one_previous_row) scratch.mean_sums = arena.take<float>(p.batch * tiles * p.keys);
+  return scratch;
+}
+
+// `block` is of no meaning with look_ahead, where kernels take sums over tiles.
+RefractoryLifAttentionParams with_block(RefractoryLifAttentionParams p) {
+  if (p.look_ahead) p.block = kTile;
+  return p;
 }
 
 // What the launches of one call have in common.
@@ -81,24 +105,92 @@ struct Launches {
                     kAttentionThreads * sizeof(C), stream, p, arguments...);
   }
 
+  // A kernel for 16-bit types whose scores stay in registers.
+  template <typename... P, typename... A>
+  void half(int64_t blocks, size_t shared,
+            void (*kernel)(RefractoryLifAttentionParams, RefractoryOptions, P...), A... arguments) {
+    if (status != cudaSuccess) return;
+    status = launch(kernel, blocks, kFragmentThreads, shared, stream, p, RefractoryOptions(p),
+                    arguments...);
+  }
+
+  template <int kSize>
+  void half_forward(C* mean_sums) {
+    half(pairs * query_tiles, kHalfRowsBytes<kSize>,
+         refractory_lif_attention_half_rows_kernel<T, kSize>);
+    half(pairs * key_tiles, kHalfLoadsBytes<kSize>,
+         refractory_lif_attention_half_loads_kernel<T, kSize>);
+    half(pairs * query_tiles, kHalfForwardBytes<kSize>,
+         refractory_lif_attention_half_out_kernel<T, kSize>);
+    half(p.batch * query_tiles * key_tiles, kHalfPairBytes<kSize, 2>,
+         refractory_lif_attention_half_weights_kernel<T, kSize>, mean_sums);
+  }
+
+  // Whether the kernels for 16-bit types run, of which `others` are to be aligned, too.
+  bool runs_in_registers(std::initializer_list<AttentionTensor> others) {
+    if constexpr (is_half<T>()) {
+      bool runs = false;
+      status =
+          runs_half<T>(p, refractory_lif_attention_half_rows_kernel<bfloat16, 64>, others, runs);
+      return runs && (p.look_ahead || p.block == kLoadRows);
+    } else {
+      return false;
+    }
+  }
+
+  template <int kSize>
+  void half_backward(const RefractoryHalfScratch& scratch) {
+    if (scratch.above) scan_queries(refractory_lif_attention_above_kernel<C>, scratch.above);
+    half(pairs * query_tiles, kHalfKept<kSize>,
+         refractory_lif_attention_half_delta_kernel<T, kSize>, scratch);
+    if (p.grad_previous_load) {
+      half(p.batch * query_tiles * ceil_div(p.keys, kPreviousKeys), kHalfPairBytes<kSize, 3>,
+           refractory_lif_attention_half_previous_kernel<T, kSize>, scratch);
+    }
+    const int64_t key_blocks = p.batch * p.groups * key_tiles;
+    constexpr bool at_once = kSize <= 64;
+    half(key_blocks, kRefractoryKeysBytes<kSize>,
+         refractory_lif_attention_half_backward_keys_kernel<T, kSize, true, at_once>, scratch);
+    if constexpr (!at_once) {
+      half(key_blocks, kRefractoryKeysBytes<kSize>,
+           refractory_lif_attention_half_backward_keys_kernel<T, kSize, false, true>, scratch);
+    }
+    half(pairs * query_tiles, kHalfKept<kSize>,
+         refractory_lif_attention_half_backward_queries_kernel<T, kSize, true, at_once>, scratch);
+    if constexpr (!at_once) {
+      half(pairs * query_tiles, kHalfKept<kSize>,
+           refractory_lif_attention_half_backward_queries_kernel<T, kSize, false, true>, scratch);
+    }
+    half(key_blocks, kHalfMeansBytes<kSize>, refractory_lif_attention_half_means_kernel<T, kSize>,
+         scratch);
+  }
+
   cudaError_t forward() {
+    const bool in_registers = runs_in_registers({p.out});
     Arena arena{static_cast<char*>(p.scratch)};
     const auto scratch = lay_out<C>(p, false, arena);
-    C* const sums = p.look_ahead ? scratch.sums : static_cast<C*>(p.block_loads);
-    tiles(pairs * query_tiles, refractory_lif_attention_rows_kernel<T, matrix_units>, sums);
-    each(pairs * p.keys, refractory_lif_attention_scan_kernel<C>, static_cast<const C*>(sums));
-    tiles(pairs * query_tiles * columns, refractory_lif_attention_out_kernel<T, matrix_units>,
-          keep);
-    tiles(p.batch * query_tiles * key_tiles,
-          refractory_lif_attention_weights_kernel<T, matrix_units>, scratch.mean_sums);
+    if (in_registers) {
+      if constexpr (is_half<T>()) {
+        dispatch_size(p, [&](auto size) {
+          half_forward<decltype(size)::value>(scratch.mean_sums);
+          return status;
+        });
+      }
+    } else {
+      C* const sums = p.look_ahead ? scratch.sums : static_cast<C*>(p.block_loads);
+      tiles(pairs * query_tiles, refractory_lif_attention_rows_kernel<T, matrix_units>, sums);
+      each(pairs * p.keys, refractory_lif_attention_scan_kernel<C>, static_cast<const C*>(sums));
+      tiles(pairs * query_tiles * columns, refractory_lif_attention_out_kernel<T, matrix_units>,
+            keep);
+      tiles(p.batch * query_tiles * key_tiles,
+            refractory_lif_attention_weights_kernel<T, matrix_units>, scratch.mean_sums);
+    }
     scan_queries(refractory_lif_attention_next_load_kernel<C>,
                  static_cast<const C*>(scratch.mean_sums));
     return status;
   }
 
-  cudaError_t backward() {
-    Arena arena{static_cast<char*>(p.scratch)};
-    const auto scratch = lay_out<C>(p, true, arena);
+  void wide_backward(const RefractoryScratch<C>& scratch) {
     scan_queries(refractory_lif_attention_above_kernel<C>, scratch.above);
     tiles(pairs * query_tiles, refractory_lif_attention_backward_rows_kernel<T, matrix_units>, keep,
           scratch);
@@ -119,22 +211,45 @@ struct Launches {
     if (p.grad_previous_load) {
       tiles(p.batch * query_tiles * key_tiles,
             refractory_lif_attention_previous_kernel<T, matrix_units>, keep, scratch);
-      if (p.one_previous_row) {
-        each(p.batch * p.keys, refractory_lif_attention_sum_previous_kernel<C>,
-             static_cast<const C*>(scratch.mean_sums));
+    }
+  }
+
+  cudaError_t backward() {
+    const bool in_registers =
+        runs_in_registers({p.grad_out, p.grad_query, p.grad_key, p.grad_value});
+    Arena arena{static_cast<char*>(p.scratch)};
+    const double* gates = nullptr;
+    const C* mean_sums = nullptr;
+    if (in_registers) {
+      if constexpr (is_half<T>()) {
+        const auto scratch = lay_out_half(p, arena);
+        dispatch_size(p, [&](auto size) {
+          half_backward<decltype(size)::value>(scratch);
+          return status;
+        });
+        gates = scratch.gates;
+        mean_sums = scratch.mean_sums;
       }
+    } else {
+      const auto scratch = lay_out<C>(p, true, arena);
+      wide_backward(scratch);
+      gates = scratch.gates;
+      mean_sums = scratch.mean_sums;
+    }
+    if (p.grad_previous_load && p.one_previous_row) {
+      each(p.batch * p.keys, refractory_lif_attention_sum_previous_kernel<C>, mean_sums);
     }
     if (status != cudaSuccess) return status;
     return launch(refractory_lif_attention_sum_gates_kernel<C>, p.heads, kAttentionThreads,
-                  kReductionBytes, stream, p, static_cast<const double*>(scratch.gates));
+                  kReductionBytes, stream, p, gates);
   }
 };
 
 // Calls `body` with the launches for the type that `p` names; 16-bit types use matrix units.
 template <typename Body>
 cudaError_t dispatch(const RefractoryLifAttentionParams& p, cudaStream_t stream, const Body& body) {
-  // Loads are saved where tiles begin.
-  if (!attention_fits(p) || (!p.look_ahead && p.block != kTile)) return cudaErrorInvalidValue;
+  const bool knows_block = p.block == kTile || p.block == kLoadRows;
+  if (!attention_fits(p) || !knows_block) return cudaErrorInvalidValue;
   cudaError_t status = cudaErrorInvalidValue;
   dispatch_dtype(p.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
@@ -145,25 +260,31 @@ cudaError_t dispatch(const RefractoryLifAttentionParams& p, cudaStream_t stream,
 
 }  // namespace
 
-int64_t refractory_lif_attention_scratch_bytes(const RefractoryLifAttentionParams& p,
+int64_t refractory_lif_attention_scratch_bytes(const RefractoryLifAttentionParams& params,
                                                bool backward) {
+  const RefractoryLifAttentionParams p = with_block(params);
   Arena arena{nullptr};
   if (p.dtype == DType::f64) {
     lay_out<double>(p, backward, arena);
   } else {
     lay_out<float>(p, backward, arena);
   }
+  if (backward && may_be_half(p)) {
+    Arena half{nullptr};
+    lay_out_half(p, half);
+    if (half.bytes > arena.bytes) return half.bytes;
+  }
   return arena.bytes;
 }
 
 cudaError_t refractory_lif_attention_forward(const RefractoryLifAttentionParams& p,
                                              cudaStream_t stream) {
-  return dispatch(p, stream, [](auto launches) { return launches.forward(); });
+  return dispatch(with_block(p), stream, [](auto launches) { return launches.forward(); });
 }
 
 cudaError_t refractory_lif_attention_backward(const RefractoryLifAttentionParams& p,
                                               cudaStream_t stream) {
-  return dispatch(p, stream, [](auto launches) { return launches.backward(); });
+  return dispatch(with_block(p), stream, [](auto launches) { return launches.backward(); });
 }
 
 }  // namespace cuda

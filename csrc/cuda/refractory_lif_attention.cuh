@@ -6,7 +6,8 @@
 // that adds the tiles up in order, and then, wherever a tile is worked on again, sums within it
 // from where it begins. Nothing that has a row for each query and key is stored for a head: a
 // tile's scores, loads and thresholds are computed again in every kernel that needs them. What sums
-// over heads or is asked for as a result, [B, Q, K], is stored.
+// over heads or is asked for as a result, [B, Q, K], is stored. Of 16-bit types these kernels take
+// what those of refractory_lif_attention_half.cuh leave.
 //
 //   forward    rows     statistics of the rows, sums of p over tiles of queries
 //              scan     P where tiles begin and at the end
@@ -25,8 +26,8 @@
 namespace ember {
 namespace cuda {
 
-// Grid: batch x heads x tiles of queries. Writes two of row_stats, and the sums of p over the
-// queries of the tile to `sums` [B, H, tiles of queries, K].
+// Grid: batch x heads x tiles of queries. Writes two of row_stats, and the sums of p over blocks of
+// queries to `sums` [B, H, blocks, K].
 template <typename T, bool matrix_units>
 EMBER_REFRACTORY_TILES(refractory_blocks<T>(kMostRefractoryBlocks))
 refractory_lif_attention_rows_kernel(RefractoryLifAttentionParams p, compute_t<T>* sums) {
@@ -50,19 +51,22 @@ refractory_lif_attention_rows_kernel(RefractoryLifAttentionParams p, compute_t<T
   }
   __syncthreads();
 
-  C* to =
-      sums +
-      ((int64_t(head.batch) * p.heads + head.head) * attention_tiles(p.queries) + index) * p.keys;
+  const int size = int(p.block), parts = size == kTile ? 1 : kTile / kLoadRows;
+  const int blocks = (int(p.queries) + size - 1) / size, begin = index * parts;
+  C* to = sums + ((int64_t(head.batch) * p.heads + head.head) * blocks + begin) * p.keys;
   C values[kPatch][kPatch];
   tile.queries = first;
   for (tile.keys = 0; tile.keys < end; tile.keys += kTile) {
     tile.probabilities(head, values);
-    tile.sum_queries(p, values, to);
+    tile.sum_queries(p, values, to, size);
   }
-  for (int j = tile.keys + int(threadIdx.x); j < int(p.keys); j += kAttentionThreads) to[j] = 0;
+  for (int n = begin; n < blocks && n < begin + parts; ++n) {
+    for (int j = tile.keys + int(threadIdx.x); j < int(p.keys); j += kAttentionThreads) to[j] = 0;
+    to += p.keys;
+  }
 }
 
-// Grid: as many threads as there are keys in all heads. From sums of p over tiles of queries: P
+// Grid: as many threads as there are keys in all heads. From sums of p over blocks of queries: P
 // where each begins, and at the end.
 template <typename C>
 EMBER_REFRACTORY_KERNEL refractory_lif_attention_scan_kernel(RefractoryLifAttentionParams p,
@@ -70,14 +74,14 @@ EMBER_REFRACTORY_KERNEL refractory_lif_attention_scan_kernel(RefractoryLifAttent
   const int64_t index = int64_t(blockIdx.x) * kAttentionThreads + threadIdx.x;
   if (index >= p.batch * p.heads * p.keys) return;
   const int64_t pair = index / p.keys, j = index % p.keys, earlier = p.keys - p.queries;
-  const int64_t tiles = attention_tiles(p.queries);
+  const int64_t blocks = ceil_div(p.queries, p.block);
   C* loads = static_cast<C*>(p.block_loads);
   C sum = 0;
   if (p.past_probabilities && j < earlier) {
     sum = static_cast<const C*>(p.past_probabilities)[pair * earlier + j];
   }
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t element = (pair * tiles + tile) * p.keys + j;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t element = (pair * blocks + block) * p.keys + j;
     const C more = sums[element];
     if (!p.look_ahead) loads[element] = sum;
     sum += more;

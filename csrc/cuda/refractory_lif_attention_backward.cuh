@@ -186,7 +186,7 @@ refractory_lif_attention_backward_queries_kernel(RefractoryLifAttentionParams p,
   for (tile.keys = 0; tile.keys < end; tile.keys += kTile) {
     tile.probabilities(head, values);
     C ending[kPatch];
-    head.read_tile(scratch.ends, tile.queries / kTile, tile.key(0), ending);
+    head.read_block(scratch.ends, kTile, tile.queries, tile.key(0), ending);
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {
 #pragma unroll

@@ -8,6 +8,11 @@
 namespace ember {
 namespace cuda {
 
+// Queries from one saved load to the next are a tile, or the rows that a warp has where scores stay
+// in registers.
+constexpr int kLoadRows = 16;
+static_assert(kTile == 64 && kLoadRows == 16, "of which read_block() knows the logarithms");
+
 // Arrays between the kernels of one call. With look_ahead, loads and gradients that are the same
 // for all queries have one row: `rows` is 1, otherwise Q.
 template <typename C>
@@ -70,11 +75,14 @@ struct RefractoryHead : AttentionHead<T> {
     return this->threshold + within * load + across * previous_load;
   }
 
-  // Of an array [B, H, tiles of queries, K], or [B, H, 1, K] with look_ahead: the keys j ... j + 3.
-  __device__ __forceinline__ void read_tile(const C* array, int tile, int j,
-                                            C (&values)[kPatch]) const {
+  // Of an array [B, H, blocks of `block` queries, K], or [B, H, 1, K] with look_ahead: the keys
+  // j ... j + 3 of the block that begins with query i.
+  __device__ __forceinline__ void read_block(const C* array, int block, int i, int j,
+                                             C (&values)[kPatch]) const {
     const int64_t pair = int64_t(this->batch) * r.heads + this->head;
-    const int64_t row = r.look_ahead ? pair : pair * attention_tiles(r.queries) + tile;
+    const int shift = block == kTile ? 6 : 4;
+    const int64_t row =
+        r.look_ahead ? pair : pair * ((int(r.queries) + block - 1) >> shift) + (i >> shift);
     read_keys(array + row * r.keys, j, int(r.keys), values);
   }
 };
@@ -189,10 +197,10 @@ struct RefractoryTile {
     }
   }
 
-  // Writes the sums over the tile's queries to `to`, one for each key that there is. `totals` as in
-  // scan().
+  // Writes the sums over each `block` of the tile's queries to rows of `to`, one for each key that
+  // there is. `totals` as in scan().
   __device__ __forceinline__ void sum_queries(const RefractoryLifAttentionParams& p, Values& values,
-                                              C* to) {
+                                              C* to, int block = kTile) {
     C sums[kPatch];
 #pragma unroll
     for (int k = 0; k < kPatch; ++k) {
@@ -203,11 +211,15 @@ struct RefractoryTile {
     total_warps(sums);
     __syncthreads();
     const int column = int(threadIdx.x);
-    if (column < kTile && keys + column < int(p.keys)) {
+    if (column >= kTile || keys + column >= int(p.keys)) return;
+    constexpr int kQueries = kTile / kWarps;  // of a warp
+    for (int first = 0; first < kTile && queries + first < int(p.queries); first += block) {
       C sum = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += totals[w * kTile + column];
+      for (int w = 0; w < block / kQueries; ++w) {
+        sum += totals[(first / kQueries + w) * kTile + column];
+      }
       to[keys + column] = sum;
+      to += p.keys;
     }
   }
 
@@ -265,7 +277,8 @@ struct RefractoryTile {
   // The loads of the elements whose probabilities are `p`.
   __device__ __forceinline__ void loads(const Head& head, Values& p, Values& load) {
     C start[kPatch];
-    head.read_tile(static_cast<const C*>(head.r.block_loads), queries / kTile, key(0), start);
+    head.read_block(static_cast<const C*>(head.r.block_loads), int(head.r.block), queries, key(0),
+                    start);
     if (head.r.look_ahead) {
 #pragma unroll
       for (int q = 0; q < kPatch; ++q) {
@@ -348,7 +361,7 @@ struct RefractoryTile {
   __device__ __forceinline__ void probability_gradients(const Head& head, const C* ends, Values& p,
                                                         Values& threshold, Values& t) {
     C end[kPatch];
-    head.read_tile(ends, queries / kTile, key(0), end);
+    head.read_block(ends, kTile, queries, key(0), end);
 #pragma unroll
     for (int q = 0; q < kPatch; ++q) {
       const C factor = quotient(head.within, head.count(query(q)));

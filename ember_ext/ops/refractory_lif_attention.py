@@ -21,7 +21,9 @@ from ember_ext.reference.refractory_lif_attention import (
 _OP = "refractory_lif_attention"
 _MODES = ("causal", "look_ahead")
 _BLOCK = {"cpu": 48, "cuda": 64}
-"""Queries that are worked on together; forward saves the keys' loads where each block begins."""
+"""Queries from one saved load of the keys to the next: those that are worked on together."""
+_WARP_BLOCK = 16
+"""The same of 16-bit types on CUDA, where each warp works by itself."""
 
 
 def refractory_lif_attention(
@@ -167,7 +169,8 @@ def refractory_lif_attention(
         if needs_grad
         else operators.refractory_lif_attention_forward
     )
-    arguments = (*tensors, seed, dropout_p, mode == "look_ahead", scale, eps, _BLOCK[device])
+    block = _WARP_BLOCK if device == "cuda" and query.element_size() == 2 else _BLOCK[device]
+    arguments = (*tensors, seed, dropout_p, mode == "look_ahead", scale, eps, block)
     out, load, probabilities, weights, _, _ = _attention.call_kernel(
         _OP, operator, arguments, (threshold, leak, steepness)
     )

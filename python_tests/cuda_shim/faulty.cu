@@ -150,6 +150,20 @@ __device__ void multiply_fragments(const float* in, float* out, int offset, bool
   multiply_add<bfloat16>(sums, a, b[0], b[1], sums);
   for (int n = 0; n < 2; ++n) out[(lane % 4 * 2 + n) * 8 + lane / 4] = sums[n];
 }
+// Transposes an 8 x 8 matrix that the first warp has in registers.
+__device__ void transpose_fragment(const float* in, float* out, bool takes_part) {
+  if (threadIdx.x >= 32) return;
+  const int place = int(threadIdx.x) * 2;
+  uint32_t pair = rounded_pair<bfloat16>(in[place], in[place + 1]);
+  if (takes_part) pair = transposed_matrix(pair);
+  widen_pair<bfloat16>(pair, out[place], out[place + 1]);
+}
+__global__ void sound_transposed(const float* in, float* out) {
+  transpose_fragment(in, out, true);
+}
+__global__ void divergent_transposed(const float* in, float* out) {
+  transpose_fragment(in, out, threadIdx.x != 7);
+}
 __global__ void sound_fragments(const float* in, float* out) {
   multiply_fragments(in, out, 0, true);
 }
@@ -244,6 +258,8 @@ FAULT(unawaited_copy, 64)
 FAULT(copy_over_what_is_read, 64)
 FAULT(misaligned_copy, 64)
 FAULT(abandoned_copy, 64)
+FAULT(sound_transposed, 64)
+FAULT(divergent_transposed, 64)
 FAULT(sound_fragments, 128)
 FAULT(divergent_fragments, 128)
 FAULT(misaligned_fragments, 128)

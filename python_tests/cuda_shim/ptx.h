@@ -46,6 +46,26 @@ inline void load_matrices(uint32_t (&matrices)[4], uint32_t address, bool transp
   meet(&mine, together, place);
 }
 
+inline uint32_t transposed_matrix(uint32_t matrix, Place place) {
+  struct Lane {
+    uint32_t matrix, result;
+  } mine{matrix, 0};
+  const auto together = [](void* const* arguments) {
+    uint16_t elements[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const uint32_t pair = static_cast<Lane*>(arguments[lane])->matrix;
+      for (int n = 0; n < 2; ++n) elements[lane / 4][lane % 4 * 2 + n] = uint16_t(pair >> 16 * n);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const int row = lane / 4, column = lane % 4 * 2;
+      static_cast<Lane*>(arguments[lane])->result =
+          uint32_t(elements[column][row]) | uint32_t(elements[column + 1][row]) << 16;
+    }
+  };
+  meet(&mine, together, place);
+  return mine.result;
+}
+
 inline float half_of(uint32_t pair, int which, bool is_half) {
   const uint16_t bits = uint16_t(pair >> (16 * which));
   return is_half ? __half2float(__half{bits}) : __bfloat162float(__nv_bfloat16{bits});

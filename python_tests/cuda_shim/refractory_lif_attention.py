@@ -18,7 +18,6 @@ from ember_ext.reference.refractory_lif_attention import (
 )
 
 _OP = "refractory_lif_attention"
-_BLOCK = 64
 
 
 class Params(lif_attention.Params):
@@ -53,6 +52,11 @@ _INPUTS = (
 )
 
 
+def _block(query: Tensor) -> int:
+    """Queries from one saved load to the next, as the operator asks for."""
+    return 16 if query.element_size() == 2 else 64
+
+
 def _params_size() -> int:
     return int(cuda_shim.operators().library.ember_refractory_lif_attention_params_size())
 
@@ -63,7 +67,7 @@ def _describe(
     """The parameters, and the inputs without what is expanded, which a launcher gets by strides."""
     p = lif_attention.describe(inputs["query"], inputs["key"], options, Params)
     assert isinstance(p, Params)
-    p.look_ahead, p.block = options["look_ahead"], _BLOCK
+    p.look_ahead, p.block = options["look_ahead"], _block(inputs["query"])
     previous = inputs["previous_load"]
     if previous is None:
         return p, inputs
@@ -87,7 +91,7 @@ class _Attention(torch.autograd.Function):
         query, threshold = inputs["query"], inputs["threshold"]
         batch, heads, queries, _ = query.shape
         keys = inputs["key"].shape[2]
-        rows, blocks = (1, 1) if p.look_ahead else (queries, math.ceil(queries / _BLOCK))
+        rows, blocks = (1, 1) if p.look_ahead else (queries, math.ceil(queries / p.block))
         outputs = {
             "out": query,
             "row_stats": threshold.new_empty(3, batch, heads, queries),

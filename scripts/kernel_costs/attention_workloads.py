@@ -223,6 +223,8 @@ def refractory_workloads() -> Iterator[Workload]:
                 variant,
             )
 
+    yield from _refractory_half_workloads()
+
     # A thread for each key, of all heads or of the batch, or a block for 32.
     pairs = batch * heads
     for name, blocks, shared, elements in (
@@ -244,3 +246,55 @@ def refractory_workloads() -> Iterator[Workload]:
                 blocks=blocks,
             )
     yield from _sums("refractory_lif_attention_sum_gates_kernel", 5 * pairs * tiles, heads)
+
+
+def _refractory_half_workloads() -> Iterator[Workload]:
+    """Refractory attention's kernels for 16-bit types whose scores stay in registers."""
+    batch, heads, tokens, _ = _ATTENTION
+    pairs = batch * heads * tokens * (tokens + 1) / 2
+    square = batch * tokens * tokens * 4
+    # The keys' loads, or c, where each 16 queries begin, and what backward knows of each query.
+    blocks = batch * heads * tokens // 16 * tokens * 4
+    of_rows = batch * heads * tokens * 16
+    for columns, rows, in_registers in ((64, 64, True), (128, 16, False)):
+        # csrc/cuda/refractory_half.cuh and half_scores.cuh, where shared memory is laid out.
+        tile, tile_of_64 = rows * 2 * columns, 64 * 2 * columns
+        kept = 0 if in_registers else tile_of_64
+        array = batch * heads * tokens * columns * 2
+        # Of 128 columns there are not the registers for two results at once.
+        of_keys = 4 * tile + 2 * kept + 2 * rows * (16 + 8)
+        kernels: list[tuple[str, int, int, float, int, str]] = [
+            ("rows", 1, 8, 2 * array, 2 * tile + tile_of_64, ""),
+            ("loads", 1, 8, 2 * array + blocks, 2 * tile + tile_of_64 + 2 * rows * 8, ""),
+            ("out", 2, 40, 4 * array + blocks, 4 * tile + kept, ""),
+            ("weights", 1, 40, 2 * array + blocks + square, 2 * tile_of_64, ""),
+            ("delta", 2, 50, 4 * array + blocks + square + of_rows, 4 * tile + 2 * kept, ""),
+            ("means", 2, 12, 5 * array, 2 * tile + tile_of_64 + 2 * rows * 16, ""),
+            ("previous", 2, 50, 4 * array + blocks + 3 * square, 3 * tile_of_64, ""),
+        ]
+        of_queries, pairs_read = 4 * tile + 2 * kept, 2 * blocks + square
+        kernels += (
+            [
+                ("backward_keys", 4, 65, 7 * array + pairs_read, of_keys, ", true, true"),
+                ("backward_queries", 4, 65, 5 * array + pairs_read, of_queries, ", true, true"),
+            ]
+            if in_registers
+            else [
+                ("backward_keys", 3, 60, 6 * array + pairs_read, of_keys, ", true, false"),
+                ("backward_keys", 2, 40, 4 * array + blocks, of_keys, ", false, true"),
+                ("backward_queries", 2, 60, 4 * array + pairs_read, of_queries, ", true, false"),
+                ("backward_queries", 3, 60, 5 * array + pairs_read, of_queries, ", false, true"),
+            ]
+        )
+        for name, products, work, size, shared, variant in kernels:
+            arguments = f"{columns}{variant}"
+            for kind in ("__nv_bfloat16", "__half"):
+                yield Workload(
+                    f"refractory_lif_attention_half_{name}_kernel<{kind}, {arguments}>",
+                    f"attention {[batch, heads, tokens, columns]}, causal",
+                    128,
+                    shared,
+                    size,
+                    pairs * work,
+                    products=pairs * 2 * columns * products,
+                )

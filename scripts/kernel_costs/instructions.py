@@ -6,6 +6,7 @@ Kernels in fp64 are not counted, nor those that add up what others leave.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,6 +144,56 @@ def _half_scores(kernel: str, blocks: Sequence[Block]) -> Iterator[Counted]:
         yield _counted(kernel, "score", total, 1)
 
 
+_REFRACTORY_TURNS = {
+    "rows": (32, 32),
+    "loads": (32, 32),
+    "out": (21, 8),
+    "weights": (49, 32),
+    "delta": (20, 8),
+    "backward_keys": (38, 8),
+    "backward_queries": (38, 8),
+    "means": (16, 8),
+    "previous": (40, 16),
+}
+"""Of refractory attention's kernels with scores in registers: how many matrix instructions and
+scores of a thread a turn of the loop for whole tiles has in causal mode, for results of bf16."""
+
+
+def _refractory_scores(kernel: str, blocks: Sequence[Block]) -> Iterator[Counted]:
+    """Refractory attention with scores in registers, of which a thread has 32 a tile."""
+    found = re.fullmatch(r"refractory_lif_attention_half_(\w+)_kernel<(\w+), 64.*>", kernel)
+    assert found is not None
+    products, scores = _REFRACTORY_TURNS[found[1]]
+    if found[2] == "__half" and found[1] in ("backward_keys", "backward_queries"):
+        products += 2  # what enters c is two numbers
+
+    def required(block: Block) -> bool:
+        # A loop without tests has no selections of scores.
+        return _has(block, r"HMMA|MOVM|LDGSTS") and operations([block], [0])["FSEL"] < 4
+
+    ways: list[tuple[int, Counter[str]]] = []
+    for root in loop_nest(blocks):
+        for loop in root.nest():
+            inside = turn(blocks, loop, required, lambda _: False)
+            if operations(blocks, inside)["HMMA"] != products:
+                continue
+            turns: list[tuple[float, Sequence[int]]] = [(32 / scores, inside)]
+            around = next(
+                (o for r in loop_nest(blocks) for o in r.nest() if loop.head in o.children), None
+            )
+            if scores == 8 and around is not None:
+                only = functools.partial(_is_loop, loop.head)
+                turns.append((1, turn(blocks, around, required, only)))
+            counts = _tally(blocks, turns)
+            ways.append((sum(counts[k] for k in KINDS), counts))
+    if ways:
+        yield _counted(kernel, "score", min(ways, key=lambda way: way[0])[1], 32)
+
+
+def _is_loop(head: int, loop: Loop) -> bool:
+    return loop.head == head
+
+
 def _products(kernel: str, blocks: Sequence[Block]) -> Iterator[Counted]:
     """The CfC's products outside the recurrence, 16 columns at a time of 4 x 4 sums a thread."""
     for root in loop_nest(blocks):
@@ -244,6 +295,7 @@ _FAMILIES: tuple[tuple[str, Callable[[str, Sequence[Block]], Iterator[Counted]]]
     (r"lif_gate_(rows_)?(forward|backward)_kernel<(float|__\w+).*>", _gate),
     (r"lif_attention_half_\w+_kernel<\w+, 64>", _half_scores),
     (r"lif_attention_(forward|backward_queries|backward_keys)_kernel<(float|__\w+), \w+>", _tiles),
+    (r"refractory_lif_attention_half_\w+_kernel<\w+, 64.*>", _refractory_scores),
     (r"refractory_lif_attention_(?!half)\w+_kernel<(float|__\w+), \w+.*>", _tiles),
     (r"cfc_scan_(forward|backward)_kernel<(float|__\w+), \d>", _cells),
     (r"cfc_scan_product_kernel<float, .*>", _products),
