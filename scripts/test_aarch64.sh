@@ -11,7 +11,8 @@
 #   --selftest  only `python -m ember_ext`, without pytest
 #
 # The Arm Python and its libraries are Debian packages, unpacked into a folder. Emulation is some 20
-# times slower than the machine: expect 20 minutes.
+# times slower than the machine: expect 20 minutes for the self-test, and several times as long for
+# all tests. PYTEST ARGUMENTS, such as python_tests/test_rounding.py, choose among them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,8 +31,8 @@ while (($#)); do
   esac
 done
 if ((${#tests[@]} == 0)); then
-  for operator in lif_gate lif_attention refractory_lif_attention cfc_scan ltc_scan; do
-    tests+=("python_tests/test_$operator.py")
+  for name in rounding lif_gate lif_attention refractory_lif_attention cfc_scan ltc_scan; do
+    tests+=("python_tests/test_$name.py")
   done
 fi
 
@@ -98,11 +99,9 @@ cmake --build "$build"
 rm -rf "$cache/site"
 cmake --install "$build" --prefix "$cache/site"
 cp -r ember_ext "$cache/site"
-# The library looks for torch beside its own package.
-ln -sfn "$cache/torch-$torch/torch" "$cache/site/torch"
 
 export PYTHONPATH=$cache/hook:$cache/site:$cache/torch-$torch PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-export OMP_NUM_THREADS=2
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 say "Self-test with torch $torch"
 (cd "$cache" && time "$emulated" -m ember_ext)
 if ((pytest)); then
