@@ -50,8 +50,11 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|ncps|numpy|collections|typing|pathlib|optional)\b.*"),
     ("py:class", r"(Any|Callable|Generator|Iterable|Iterator|Literal|Mapping|NamedTuple|Path)"),
     ("py:class", r"(Self|Sequence|Tensor|Wiring|bool|dict|float|int|list|str|tuple|type)"),
-    ("py:class", r"(CellName|EmberCondition|Hidden|LiquidEmberCondition|LiquidLayer|PresetName)"),
-    ("py:class", r"(RefractoryMode|.*\.Progress|.*\.State|os\.PathLike|tyro\..*)"),
+    ("py:class", r"(CellName|EmberCondition|Hidden|LayerState|LiquidEmberCondition|LiquidLayer)"),
+    (
+        "py:class",
+        r"(PersistenceMode|PresetName|RefractoryMode|.*\.Progress|.*\.State|os\.PathLike|tyro\..*)",
+    ),
     ("py:exc", ".*(Error|Warning)"),
 ]
 
