@@ -1,0 +1,492 @@
+// Kernels of the backward pass of refractory LIF attention of 16-bit types with queries as rows:
+// `delta`, `queries` and `previous` (refractory_lif_attention_half_backward.cuh).
+#pragma once
+
+#include "refractory_half_gradients.cuh"
+
+namespace ember {
+namespace cuda {
+
+// Keys that a block of `previous` has, with all heads: of more, its sums would take too many
+// registers.
+constexpr int kPreviousKeys = 32;
+
+// What a block that takes 64 queries past all keys and values keeps, as it begins.
+template <typename T, int kSize>
+struct GradientRows {
+  using Layout = TileLayout<kSize>;
+  static constexpr uint32_t kValues = 2 * Layout::kBytes;  // from a tile of keys to their values
+  static constexpr bool kInRegisters = kHalfInRegisters<kSize>;
+  uint32_t query_place, grad_place;
+
+  __device__ __forceinline__ explicit GradientRows(uint32_t shared)
+      : query_place(shared + (kInRegisters ? 1 : 4) * Layout::kBytes),
+        grad_place(kInRegisters ? shared + kValues + Layout::kBytes
+                                : query_place + kTile * Layout::kRowBytes) {}
+
+  template <typename Bring>
+  __device__ __forceinline__ void begin(const AttentionRows<T>& query,
+                                        const AttentionRows<T>& grads, int first, bool negative,
+                                        const Bring& bring) const {
+    bring_rows<kSize, kTile>(query, first, query_place);
+    bring_rows<kSize, kTile>(grads, first, grad_place);
+    commit_copies();
+    bring(0);
+    wait_for_copies<0>();
+    if (negative) negate_rows<kSize>(query_place);
+    __syncthreads();
+  }
+};
+
+// Grid: tiles of queries, the last ones first, x batch x heads. Writes `rows`.
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kFragmentThreads, 2)
+    refractory_lif_attention_half_delta_kernel(RefractoryLifAttentionParams p,
+                                               RefractoryOptions options,
+                                               RefractoryHalfScratch scratch) {
+  if constexpr (has_fragments()) {
+    using Layout = TileLayout<kSize>;
+    using Rows = GradientRows<T, kSize>;
+    constexpr int kKeys = Layout::kRows, kChunks = kKeys / 16;
+    const HalfBlock block(p, p.heads);
+    const int first = (int(attention_tiles(p.queries)) - 1 - block.tile) * kTile;
+    const AttentionHead<T> head(p, options.keep, block.batch, block.head);
+    const HalfThresholds gate(p, head.head);
+    const AttentionRows<T> grad_out(p.grad_out, block.batch, block.head, p.queries, p.size);
+
+    const uint32_t shared = shared_address(shared_memory<unsigned char>());
+    const int end = head.end_of_keys(first + kTile - 1);
+    const int tiles = (end + kKeys - 1) / kKeys;
+    const auto bring = [&](int tile) {
+      if (tile >= tiles) return;
+      const uint32_t place = shared + uint32_t(tile & 1) * Layout::kBytes;
+      bring_rows<kSize>(head.key, tile * kKeys, place);
+      bring_rows<kSize>(head.value, tile * kKeys, place + Rows::kValues);
+      commit_copies();
+    };
+    const Rows kept_rows(shared);
+    kept_rows.begin(head.query, grad_out, first, p.scale < 0, bring);
+    const KeptRows<T, kSize, Rows::kInRegisters> query(kept_rows.query_place),
+        grads(kept_rows.grad_place);
+
+    const LoadSums loads;
+    const QueryExponents exponents(head, loads, first + fragment_row());
+    const QueryLoads<T> thresholds(head, p, options, gate, first + fragment_row());
+    const float steep = head.steepness * gate.open;
+    const float* above[2] = {};
+    if (scratch.above) {
+      pair_rows(head, p.look_ahead, scratch.above, first + fragment_row(), above);
+    }
+    const float* const ending =
+        p.grad_probabilities ? static_cast<const float*>(p.grad_probabilities) +
+                                   (head.batch * p.heads + head.head) * p.keys + fragment_column()
+                             : nullptr;
+    // Of p g, p g t, p h, p h t and p d probabilities.
+    float weight[2] = {}, weight_t[2] = {}, derivative[2] = {}, derivative_t[2] = {}, known[2] = {};
+    for (int tile = 0; tile < tiles; ++tile) {
+      wait_for_copies<0>();
+      __syncthreads();
+      bring(tile + 1);
+      const int keys = tile * kKeys;
+      const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
+      if (keys >= head.end_of_keys(warp_first + kFragmentRows - 1)) continue;
+      const auto columns = TileRows<kSize>::by_column(shared + uint32_t(tile & 1) * Layout::kBytes);
+      const auto take = [&](auto whole, int c) {
+        constexpr bool kWhole = decltype(whole)::value;
+        const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);
+        const int column = keys + 16 * c;
+        const unsigned kept = !kWhole && p.seed ? kept_scores(head, row, column) : 0xffu;
+        const unsigned visible =
+            kWhole ? 0xffu : visible_scores(head, row, column + fragment_column());
+        float sums[2][4], bases[2][4], more[2][4] = {}, endings[2][4] = {};
+        thresholds.template begin<kWhole>(column, visible, sums, bases);
+        if (scratch.above) read_pairs<kWhole>(above, column, visible, more);
+        if (ending) read_pairs<kWhole>(ending, column, visible, endings);
+        float scores[2][4] = {}, t[2][4] = {};
+        query.multiply(columns, offset, scores);
+        grads.multiply(columns, offset + Rows::kValues, t);
+        add_above<kWhole>(head, kept, options.share, more, t);
+        if (!kWhole) hide_scores(scores, visible);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          float& score = scores[n / 4][n % 4];
+          score = exponents.probability(score, options.exponents, n / 2 % 2);
+        }
+        thresholds.finish(loads, scores, sums, bases);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          const int half = n / 2 % 2;
+          const float prob = scores[n / 4][n % 4], s = t[n / 4][n % 4];
+          const GateTerms terms(prob, gate.fire(prob, bases[n / 4][n % 4]), gate.leak, steep);
+          weight[half] += terms.weight;
+          weight_t[half] = fmaf(terms.weight, s, weight_t[half]);
+          derivative[half] += terms.derivative;
+          derivative_t[half] = fmaf(terms.derivative, s, derivative_t[half]);
+          known[half] = fmaf(prob, endings[n / 4][n % 4], known[half]);
+        }
+      };
+      if (options.in_pairs && !p.seed && keys + kKeys <= head.end_of_keys(warp_first)) {
+        each_chunk<kChunks>([&](int c) { take(std::true_type(), c); });
+      } else {
+        each_chunk<kChunks>([&](int c) { take(std::false_type(), c); });
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      for (float* sum :
+           {&weight[half], &weight_t[half], &derivative[half], &derivative_t[half], &known[half]}) {
+        *sum = across_lanes<Sum>(*sum);
+      }
+      const int i = first + fragment_row() + 8 * half;
+      if (fragment_column() > 0 || i >= int(p.queries)) continue;
+      const bool broken = exponents.broken[half];
+      const float inverse =
+          exponents.inverse_sum[half] == 0 ? 0.0f : 1 / (weight[half] + options.eps);
+      const float delta = inverse * weight_t[half];
+      scratch.rows[head.row(i)] = {
+          unless_broken(broken, exponents.exponent[half]), delta, inverse,
+          fmaf(inverse, derivative_t[half] - delta * derivative[half], known[half])};
+    }
+  }
+}
+
+// A lane's sums for the gates' gradients: with y = p f (1 - f) dw of y, y p, y load, y
+// previous_load and p (1 - f) dw.
+struct RefractoryGateSums {
+  float y = 0, y_p = 0, y_load = 0, y_previous = 0, smoulder = 0;
+};
+
+// What `queries` needs of a lane's two queries, of which `row` is the first.
+template <typename T>
+struct QueryState {
+  QueryLoads<T> thresholds;
+  const float* above[2] = {};
+  HalfQuery here[2];
+  float inverse_sum[2], inverse_count[2];
+
+  __device__ __forceinline__ QueryState(const AttentionHead<T>& head,
+                                        const RefractoryLifAttentionParams& p,
+                                        const RefractoryOptions& options,
+                                        const HalfThresholds& gate,
+                                        const RefractoryHalfScratch& scratch, const float* rest,
+                                        int row)
+      : thresholds(head, p, options, gate, row) {
+    if (scratch.above) pair_rows(head, p.look_ahead, scratch.above, row, above);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = row + 8 * half;
+      const int64_t at = head.row(head.existing(i));
+      here[half] = scratch.rows[at];
+      if (rest) here[half].mean += rest[at];
+      inverse_sum[half] = QueryExponent(head, i).inverse_sum;
+      inverse_count[half] = cuda::inverse_count(p, i);
+    }
+  }
+};
+
+// Grid: as `delta`. Writes what `rows` lacks of E and the gates' gradients, or with E grad_query,
+// or, where there are the registers for two results, all of it.
+template <typename T, int kSize, bool for_rest, bool for_query>
+__global__ void __launch_bounds__(kFragmentThreads, 2)
+    refractory_lif_attention_half_backward_queries_kernel(RefractoryLifAttentionParams p,
+                                                          RefractoryOptions options,
+                                                          RefractoryHalfScratch scratch) {
+  if constexpr (has_fragments()) {
+    using Layout = TileLayout<kSize>;
+    using Rows = GradientRows<T, kSize>;
+    constexpr int kKeys = Layout::kRows, kChunks = kKeys / 16;
+    // Of 128 columns too much is in registers for what queries need to be kept there.
+    constexpr bool kLate = kSize > 64;
+    const HalfBlock block(p, p.heads);
+    const int first = (int(attention_tiles(p.queries)) - 1 - block.tile) * kTile;
+    const AttentionHead<T> head(p, options.keep, block.batch, block.head);
+    const HalfThresholds gate(p, head.head);
+    const AttentionRows<T> grad_out(p.grad_out, block.batch, block.head, p.queries, p.size);
+
+    const uint32_t shared = shared_address(shared_memory<unsigned char>());
+    const int end = head.end_of_keys(first + kTile - 1);
+    const int tiles = (end + kKeys - 1) / kKeys;
+    const auto bring = [&](int tile) {
+      if (tile >= tiles) return;
+      const uint32_t place = shared + uint32_t(tile & 1) * Layout::kBytes;
+      bring_rows<kSize>(head.key, tile * kKeys, place);
+      bring_rows<kSize>(head.value, tile * kKeys, place + Rows::kValues);
+      commit_copies();
+    };
+    const Rows kept_rows(shared);
+    kept_rows.begin(head.query, grad_out, first, p.scale < 0, bring);
+    const KeptRows<T, kSize, Rows::kInRegisters> query(kept_rows.query_place),
+        grads(kept_rows.grad_place);
+
+    const int first_row = first + fragment_row();
+    const float within = static_cast<const float*>(p.within)[block.head];
+    const float steep = head.steepness * gate.open, tau_factor = -steep * within;
+    using State = QueryState<T>;
+    const auto state_of = [&](int row) {
+      return State(head, p, options, gate, scratch, for_rest ? nullptr : scratch.rest, row);
+    };
+    const State state_kept = state_of(first_row);
+    RefractoryGateSums sum;
+    float mean[2] = {};  // of what `rows` lacks of E
+    HalfScale<T> stored;
+    float gradient[kSize / 8][4] = {}, mean_key[kSize / 8][4] = {};
+    for (int tile = 0; tile < tiles; ++tile) {
+      wait_for_copies<0>();
+      __syncthreads();
+      bring(tile + 1);
+      const int keys = tile * kKeys;
+      // Worked out anew for each tile: the registers are for scores.
+      const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
+      if (keys >= head.end_of_keys(warp_first + kFragmentRows - 1)) continue;
+      const uint32_t place = shared + uint32_t(tile & 1) * Layout::kBytes;
+      const auto columns = TileRows<kSize>::by_column(place);
+      const auto rows = TileRows<kSize>::by_row(place);
+      const auto take = [&](auto whole, int c) {
+        constexpr bool kWhole = decltype(whole)::value;
+        const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);
+        const int column = keys + 16 * c;
+        const unsigned kept = !kWhole && p.seed ? kept_scores(head, row, column) : 0xffu;
+        const auto visible_in = [&](int row) {
+          return kWhole ? 0xffu : visible_scores(head, row, column + fragment_column());
+        };
+        float sums[2][4], bases[2][4], more[2][4] = {}, endings[2][4];
+        const auto read = [&](const State& state, unsigned visible, int n) {
+          const unsigned of_piece = visible >> 4 * n;
+          const int at = column + 8 * n;
+          state.thresholds.template begin<kWhole>(at, of_piece, sums[n], bases[n]);
+          if (scratch.above) read_piece<kWhole>(state.above, at, of_piece, more[n]);
+          read_piece<kWhole>(state.thresholds.block(scratch.ends), at, of_piece, endings[n]);
+        };
+        float scores[2][4] = {}, t[2][4] = {};
+        if (!kLate) {
+          const unsigned visible = visible_in(row);
+          read(state_kept, visible, 0);
+          read(state_kept, visible, 1);
+        }
+        query.multiply(columns, offset, scores);
+        grads.multiply(columns, offset + Rows::kValues, t);
+        const unsigned visible = visible_in(in_place(row));
+        if (!kWhole) hide_scores(scores, visible);
+        uint32_t probabilities[4];
+        const int thread = kLate ? in_place(int(threadIdx.x)) : int(threadIdx.x);
+        const LoadSums loads(thread);
+        const TauSums later_taus(thread);
+        const State state = kLate ? state_of(in_place(row)) : state_kept;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          if (kLate) {
+            __syncwarp();
+            read(state, visible, n);
+          }
+          float tau[4], derivatives[4], previous[4];
+#pragma unroll
+          for (int m = 0; m < 4; ++m) {
+            float& score = scores[n][m];
+            score = probability(score, options.exponents, state.here[m / 2].exponent,
+                                state.inverse_sum[m / 2]);
+            previous[m] = bases[n][m];
+          }
+          add_above<kWhole>(head, kept >> 4 * n, options.share, more[n], t[n]);
+          state.thresholds.finish(loads, scores[n], sums[n], bases[n]);
+#pragma unroll
+          for (int m = 0; m < 4; ++m) {
+            const HalfQuery& here = state.here[m / 2];
+            const float prob = scores[n][m];
+            const GateTerms terms(prob, gate.fire(prob, bases[n][m]), gate.leak, steep);
+            const float dw = (t[n][m] - here.delta) * here.inverse_weight_sum;
+            const float y = terms.slope * dw;
+            const float of_load = y * state.inverse_count[m / 2];
+            tau[m] = of_load * tau_factor;
+            derivatives[m] = terms.derivative * dw;
+            sum.y += y;
+            sum.y_p = fmaf(y, prob, sum.y_p);
+            sum.y_load = fmaf(of_load, sums[n][m], sum.y_load);
+            sum.y_previous = fmaf(y, previous[m], sum.y_previous);
+            sum.smoulder = fmaf(terms.smoulder, dw, sum.smoulder);
+          }
+          if (!p.look_ahead) later_taus.template add_rows<kTauParts<T>>(tau, endings[n]);
+#pragma unroll
+          for (int m = 0; m < 4; ++m) {
+            t[n][m] = fmaf(scores[n][m], endings[n][m] - state.here[m / 2].mean, derivatives[m]);
+            mean[m / 2] += t[n][m];
+          }
+          probabilities[2 * n] = rounded_pair<T>(scores[n][0], scores[n][1]);
+          probabilities[2 * n + 1] = rounded_pair<T>(scores[n][2], scores[n][3]);
+        }
+        if constexpr (for_query) {
+          stored.apply(t, gradient);
+          uint32_t gradients[4];
+          left_operand<T>(t, gradients);
+          if constexpr (for_rest) {
+            add_rows<T, kSize>(gradients, probabilities, rows, offset, gradient, mean_key);
+          } else {
+            add_rows<T, kSize>(gradients, rows, offset, gradient);
+          }
+        }
+      };
+      if (options.in_pairs && !p.seed && keys + kKeys <= head.end_of_keys(warp_first)) {
+        each_chunk<kChunks>([&](int c) { take(std::true_type(), c); });
+      } else {
+        each_chunk<kChunks>([&](int c) { take(std::false_type(), c); });
+      }
+    }
+
+    // Worked out again, as in the loop the registers are for scores.
+    const HalfBlock here = HalfBlock::again(p, p.heads);
+    const int query_tile = int(attention_tiles(p.queries)) - 1 - here.tile;
+    const int64_t pair = here.batch * p.heads + here.head;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      mean[half] = across_lanes<Sum>(mean[half]);
+      const int i = query_tile * kTile + fragment_row() + 8 * half;
+      if (fragment_column() > 0 || i >= int(p.queries)) continue;
+      const int64_t at = pair * p.queries + i;
+      if constexpr (for_query) {
+        HalfQuery& of_row = scratch.rows[at];
+        of_row.mean = for_rest ? mean[half] : scratch.rest[at];
+        of_row.delta = static_cast<const float*>(p.row_stats)[p.batch * p.heads * p.queries + at];
+      } else {
+        scratch.rest[at] = mean[half];
+      }
+    }
+    if constexpr (for_query) {
+      const float factor = options.scale / stored.factor;
+      scale_rows(gradient, factor, factor);
+      if constexpr (for_rest) {
+        scale_rows(mean_key, -options.scale * mean[0], -options.scale * mean[1]);
+#pragma unroll
+        for (int n = 0; n < kSize / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) gradient[n][i] += mean_key[n][i];
+        }
+      }
+      store_rows<T, kSize>(p.grad_query, here.batch, here.head, query_tile * kTile, int(p.queries),
+                           int(p.size), gradient);
+    }
+    if constexpr (!for_rest) return;
+    const float threshold = static_cast<const float*>(p.threshold)[here.head];
+    const float coupling = static_cast<const float*>(p.within)[here.head];
+    const float across = static_cast<const float*>(p.across)[here.head];
+    double gates[3] = {double(-steep * sum.y), double(sum.smoulder),
+                       double(gate.open * (sum.y_p - threshold * sum.y - coupling * sum.y_load -
+                                           across * sum.y_previous))};
+    double couplings[2] = {double(-steep * sum.y_load), double(-steep * sum.y_previous)};
+    __syncthreads();
+    const Team<double> team{kFragmentThreads, shared_memory<double>()};
+    team.template reduce<Sum>(gates);
+    team.template reduce<Sum>(couplings);
+    if (threadIdx.x > 0) return;
+    double* const partial = scratch.gates + (pair * attention_tiles(p.queries) + query_tile) * 5;
+    for (int n = 0; n < 3; ++n) partial[n] = gates[n];
+    for (int n = 0; n < 2; ++n) partial[3 + n] = couplings[n];
+  }
+}
+
+// Grid: 32 keys each x tiles of queries x batch. Writes grad_previous_load, or, if that has one
+// row for all queries, its sums over the tile's to scratch.mean_sums.
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kFragmentThreads, 2)
+    refractory_lif_attention_half_previous_kernel(RefractoryLifAttentionParams p,
+                                                  RefractoryOptions options,
+                                                  RefractoryHalfScratch scratch) {
+  if constexpr (has_fragments()) {
+    using Layout = TileLayout<kSize>;
+    constexpr uint32_t kTileBytes = kTile * Layout::kRowBytes;
+    constexpr uint32_t kKeyBytes = kPreviousKeys * Layout::kRowBytes;
+    AttentionBlock block;
+    const int keys = block.next(ceil_div(p.keys, kPreviousKeys)) * kPreviousKeys;
+    const int query_tile = block.next(attention_tiles(p.queries)), batch = int(block.rest);
+    const int first = query_tile * kTile;
+    const uint32_t key_place = shared_address(shared_memory<unsigned char>());
+    const uint32_t value_place = key_place + kKeyBytes, query_place = value_place + kKeyBytes;
+    const uint32_t grad_place = query_place + kTileBytes;
+    const LoadSums loads;
+    PairTile<kPreviousKeys> sum;
+    for (int h = 0; h < int(p.heads); ++h) {
+      const AttentionHead<T> head(p, options.keep, batch, h);
+      if (keys >= head.end_of_keys(first + kTile - 1)) break;
+      bring_rows<kSize, kPreviousKeys>(head.key, keys, key_place);
+      bring_rows<kSize, kPreviousKeys>(head.value, keys, value_place);
+      bring_rows<kSize, kTile>(head.query, first, query_place);
+      bring_rows<kSize, kTile>(AttentionRows<T>(p.grad_out, batch, h, p.queries, p.size), first,
+                               grad_place);
+      commit_copies();
+      const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
+      const HalfThresholds gate(p, head.head);
+      const QueryLoads<T> thresholds(head, p, options, gate, row);
+      const float steep = head.steepness * gate.open;
+      const float* above[2] = {};
+      if (scratch.above) pair_rows(head, p.look_ahead, scratch.above, row, above);
+      float exponent[2], inverse_sum[2], delta[2], factor[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const HalfQuery of_row = scratch.rows[head.row(head.existing(row + 8 * half))];
+        exponent[half] = of_row.exponent;
+        inverse_sum[half] = QueryExponent(head, row + 8 * half).inverse_sum;
+        delta[half] = of_row.delta;
+        factor[half] = -steep * static_cast<const float*>(p.across)[h] * of_row.inverse_weight_sum;
+      }
+      wait_for_copies<0>();
+      if (p.scale < 0) negate_rows<kSize>(query_place);
+      __syncthreads();
+      if (keys < head.end_of_keys(warp_first + kFragmentRows - 1)) {
+        const KeptRows<T, kSize, kHalfInRegisters<kSize>> query(query_place), grads(grad_place);
+        const auto columns = TileRows<kSize>::by_column(key_place);
+        const auto take = [&](auto whole, int c, float (&to)[2][4]) {
+          constexpr bool kWhole = decltype(whole)::value;
+          const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);
+          const int column = keys + 16 * c;
+          // Worked out for each chunk: the registers are for the sums.
+          const int here = in_place(row);
+          const unsigned kept = !kWhole && p.seed ? kept_scores(head, here, column) : 0xffu;
+          const unsigned visible =
+              kWhole ? 0xffu : visible_scores(head, here, column + fragment_column());
+          float scores[2][4] = {}, t[2][4] = {};
+          query.multiply(columns, offset, scores);
+          grads.multiply(columns, offset + kKeyBytes, t);
+          if (!kWhole) hide_scores(scores, visible);
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            const unsigned of_piece = visible >> 4 * n;
+            const int at = column + 8 * n;
+            float sums[4], bases[4], more[4] = {};
+            thresholds.template begin<kWhole>(at, of_piece, sums, bases);
+            if (scratch.above) read_piece<kWhole>(above, at, of_piece, more);
+            add_above<kWhole>(head, kept >> 4 * n, options.share, more, t[n]);
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+              float& score = scores[n][m];
+              score = probability(score, options.exponents, exponent[m / 2], inverse_sum[m / 2]);
+            }
+            thresholds.finish(loads, scores[n], sums, bases);
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+              const float prob = scores[n][m];
+              const GateTerms terms(prob, gate.fire(prob, bases[m]), gate.leak, steep);
+              to[n][m] = fmaf(terms.slope * (t[n][m] - delta[m / 2]), factor[m / 2], to[n][m]);
+            }
+          }
+        };
+        if (options.in_pairs && !p.seed && keys + kPreviousKeys <= head.end_of_keys(warp_first)) {
+#pragma unroll
+          for (int c = 0; c < kPreviousKeys / 16; ++c) take(std::true_type(), c, sum.values[c]);
+        } else {
+#pragma unroll
+          for (int c = 0; c < kPreviousKeys / 16; ++c) take(std::false_type(), c, sum.values[c]);
+        }
+      }
+      // The next head's rows take the place of these.
+      __syncthreads();
+    }
+    if (p.one_previous_row) {
+      sum.sum_queries(
+          p, keys, shared_memory<float>(),
+          scratch.mean_sums + (batch * attention_tiles(p.queries) + query_tile) * p.keys);
+    } else {
+      sum.store(p, options.in_pairs, batch, first, keys, static_cast<float*>(p.grad_previous_load));
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace ember
