@@ -12,7 +12,7 @@ import torch
 from ember_ext import reference
 from ember_ext.ops import refractory_lif_attention
 from ember_ext.testing import DTYPES, Sample, assert_close, check_sample
-from ember_ext.testing.lif_attention import close_gates
+from ember_ext.testing.lif_attention import close_gates, shift_scores
 from ember_ext.testing.refractory_lif_attention import (
     refractory_gradient_scales,
     refractory_samples,
@@ -101,6 +101,24 @@ def test_scores_of_10000(operator: Any, dtype: torch.dtype, mode: str) -> None:
     # Each row sees one key only, so that the softmax has all but no gradient.
     scales = refractory_gradient_scales(tensors) | {"d query": 1.0, "d key": 1.0}
     check_sample(operator, expected, Sample("scores up to 2e4", tensors, options, scales))
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("mode", ["causal", "look_ahead"])
+@pytest.mark.parametrize(
+    ("queries", "size", "rows"), [(66, 64, 1), (66, 40, 66), (80, 64, 80), (80, 128, 1)]
+)
+def test_scores_far_below_0(
+    operator: Any, dtype: torch.dtype, mode: str, queries: int, size: int, rows: int
+) -> None:
+    """The last tile's rows past the end, of zeros, have scores that are larger by far."""
+    generator = torch.Generator().manual_seed(6)
+    tensors = refractory_tensors(1, 2, 1, queries, 0, size, dtype, generator)
+    tensors["previous_load"] = torch.rand(1, rows, queries, generator=generator) / queries
+    shift_scores(tensors, -120)
+    options = {"is_causal": True, "mode": mode}
+    one = Sample("scores of -120", tensors, options, refractory_gradient_scales(tensors))
+    check_sample(operator, expected, one)
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)

@@ -150,6 +150,14 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
   }
 }
 
+// What `delta` has written of query i. All probabilities of one that is not there are 0.
+template <typename T>
+__device__ __forceinline__ HalfQuery query_row(const AttentionHead<T>& head, const HalfQuery* rows,
+                                               int i) {
+  if (i < int(head.p.queries)) return rows[head.row(i)];
+  return {kInfinity, 0, 0, 0};
+}
+
 // A lane's sums for the gates' gradients: with y = p f (1 - f) dw of y, y p, y load, y
 // previous_load and p (1 - f) dw.
 struct RefractoryGateSums {
@@ -175,9 +183,8 @@ struct QueryState {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = row + 8 * half;
-      const int64_t at = head.row(head.existing(i));
-      here[half] = scratch.rows[at];
-      if (rest) here[half].mean += rest[at];
+      here[half] = query_row(head, scratch.rows, i);
+      if (rest) here[half].mean += rest[head.row(head.existing(i))];
       inverse_sum[half] = QueryExponent(head, i).inverse_sum;
       inverse_count[half] = cuda::inverse_count(p, i);
     }
@@ -420,7 +427,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
       float exponent[2], inverse_sum[2], delta[2], factor[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const HalfQuery of_row = scratch.rows[head.row(head.existing(row + 8 * half))];
+        const HalfQuery of_row = query_row(head, scratch.rows, row + 8 * half);
         exponent[half] = of_row.exponent;
         inverse_sum[half] = QueryExponent(head, row + 8 * half).inverse_sum;
         delta[half] = of_row.delta;

@@ -41,6 +41,15 @@ def close_gates(tensors: dict[str, Tensor], steepness: float, threshold: float) 
     tensors["threshold"] = torch.full_like(tensors["threshold"], threshold)
 
 
+def shift_scores(tensors: dict[str, Tensor], by: float) -> None:
+    """Move all scores by about `by` < 0, and leave about half of their spread."""
+    size = tensors["query"].shape[-1]
+    mean = math.sqrt(-by / math.sqrt(size))
+    for name, sign in (("query", 1), ("key", -1)):
+        values = tensors[name]
+        tensors[name] = (sign * mean + 0.5 / mean * values.float()).to(values.dtype)
+
+
 def gradient_scales(tensors: dict[str, Tensor]) -> dict[str, float]:
     """Sizes of the terms that cancel in the gradients, by the names of a sample's results.
 
