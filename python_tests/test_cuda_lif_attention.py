@@ -24,7 +24,12 @@ from ember_ext.reference.lif_attention import (
     visible_keys,
 )
 from ember_ext.testing import DTYPES, Sample, assert_close, attention_samples, check_sample
-from ember_ext.testing.lif_attention import attention_tensors, close_gates, gradient_scales
+from ember_ext.testing.lif_attention import (
+    attention_tensors,
+    close_gates,
+    gradient_scales,
+    shift_scores,
+)
 from ember_ext.testing.sample import run
 
 operator = cuda_shim.operator_fixture(cuda_shim.lif_attention.lif_attention, lif_attention)
@@ -207,6 +212,30 @@ def test_gradients_outside_the_range_of_fp16(operator: Any, values: float, other
     for name, factor in (("query", others), ("key", others), ("value", values)):
         tensors[name] = tensors[name] * factor
     check_sample(operator, reference.lif_attention, replace(one, tensors=tensors))
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("shift", [-30.0, -120.0])
+@pytest.mark.parametrize(
+    ("queries", "keys", "size", "causal"),
+    [(40, 70, 64, False), (66, 70, 128, False), (66, 66, 64, True)],
+)
+def test_scores_far_below_0(
+    operator: Any,
+    dtype: torch.dtype,
+    shift: float,
+    queries: int,
+    keys: int,
+    size: int,
+    causal: bool,
+) -> None:
+    """The last tile's rows past the end, of zeros, have scores that are larger by far."""
+    generator = torch.Generator().manual_seed(6)
+    tensors = attention_tensors(1, 2, 1, queries, keys, size, dtype, generator)
+    shift_scores(tensors, shift)
+    options = {"is_causal": causal}
+    one = Sample(f"scores of {shift}", tensors, options, gradient_scales(tensors))
+    check_sample(operator, reference.lif_attention, one)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

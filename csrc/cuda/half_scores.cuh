@@ -112,6 +112,13 @@ __device__ __forceinline__ unsigned visible_transposed(const AttentionHead<T>& h
   return bits;
 }
 
+// Whether all of a warp's 16 keys from `first` on exist, and query `i` and later ones see them,
+// without a mask. Keys past the end have scores of 0, whose powers are not bounded.
+template <typename T>
+__device__ __forceinline__ bool all_visible(const AttentionHead<T>& head, int first, int i) {
+  return first + kFragmentRows <= head.end_of_keys(i);
+}
+
 // Which of four weights dropout keeps, those of query i and keys j ... j + 3; j is a multiple of 4.
 template <typename T>
 __device__ __forceinline__ unsigned kept_weights(const AttentionHead<T>& head, int i, int j) {

@@ -325,7 +325,6 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
         }
         // Worked out anew for each tile: the registers are for scores.
         const int warp_first = first + in_place(int(threadIdx.x)) / kWarp * kFragmentRows;
-        const int warp_last = min(warp_first + kFragmentRows, int(p.keys)) - 1;
         if (warp_first >= head.end_of_keys(queries + kQueries - 1)) continue;
         const uint32_t place = query_tiles + uint32_t(step & 1) * Layout::kBytes;
         const auto columns = TileRows<kSize>::by_column(place);
@@ -340,7 +339,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
           add_rows<T, kSize>(weights, rows, offset + kGrads, grad_value);
           add_rows<T, kSize>(gradients, rows, offset, grad_key);
         };
-        if (easy && warp_last < head.end_of_keys(queries)) {
+        if (easy && all_visible(head, warp_first, queries)) {
 #pragma unroll 1
           for (int c = in_place(0); c < kChunks; ++c) {
             const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);

@@ -144,8 +144,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
         const HalfQuery* const of_queries = reinterpret_cast<const HalfQuery*>(shared_rows) +
                                             (step & 1) * kQueries + fragment_column();
         const QuerySum* const of_sums = query_sums + (step & 1) * kQueries + fragment_column();
-        const int row = first + in_place(fragment_row());
-        const int warp_first = row / 16 * 16, warp_last = min(warp_first + 16, int(p.keys)) - 1;
+        const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
         // A lane's first query and key, and all of one query's keys.
         const auto take = [&](auto whole, int c) {
           constexpr bool kWhole = decltype(whole)::value;
@@ -253,7 +252,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
             add_rows<T, kSize>(gradients, rows, offset, grad_key);
           }
         };
-        if (!p.seed && warp_last < head.end_of_keys(queries) && warp_first + 16 <= int(p.keys) &&
+        if (!p.seed && all_visible(head, warp_first, queries) &&
             queries + kQueries <= int(p.queries)) {
           each_chunk<kChunks>([&](int c) { take(std::true_type(), kChunks - 1 - c); });
         } else {
@@ -361,8 +360,7 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : 3)
         const auto rows = TileRows<kSize>::by_row(place);
         const HalfQuery* const of_queries = reinterpret_cast<const HalfQuery*>(shared_rows) +
                                             (step & 1) * kQueries + fragment_column();
-        const int row = first + in_place(fragment_row());
-        const int warp_first = row / 16 * 16, warp_last = min(warp_first + 16, int(p.keys)) - 1;
+        const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
         if (warp_first >= head.end_of_keys(queries + kQueries - 1)) continue;
         const auto take = [&](auto whole, int c) {
           const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);
@@ -384,7 +382,7 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : 3)
           left_operand<T>(scores, gradients);
           add_rows<T, kSize>(gradients, rows, offset, grad_key);
         };
-        if (warp_last < head.end_of_keys(queries) && queries + kQueries <= int(p.queries)) {
+        if (all_visible(head, warp_first, queries) && queries + kQueries <= int(p.queries)) {
           each_chunk<kChunks>([&](int c) { take(std::true_type(), c); });
         } else {
           each_chunk<kChunks>([&](int c) { take(std::false_type(), c); });
