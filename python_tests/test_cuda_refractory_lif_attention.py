@@ -11,6 +11,7 @@ import torch
 
 from ember_ext import reference
 from ember_ext.ops import refractory_lif_attention
+from ember_ext.reference.lif_attention import attention_probabilities, visible_keys
 from ember_ext.testing import DTYPES, Sample, assert_close, check_sample
 from ember_ext.testing.lif_attention import close_gates, shift_scores
 from ember_ext.testing.refractory_lif_attention import (
@@ -127,13 +128,37 @@ def test_nan_reaches_later_queries_only(operator: Any, dtype: torch.dtype) -> No
     generator = torch.Generator().manual_seed(0)
     tensors = refractory_tensors(1, 2, 2, 80, 0, 64, dtype, generator)
     tensors["query"][0, 1, 37] = torch.nan
-    out, next_load, *_ = operator(**tensors, is_causal=True)
+    out, next_load, probabilities, _ = operator(**tensors, is_causal=True)
     bad = out.isnan().any(-1)
     assert not bad[0, 0].any()
     assert not bad[0, 1, :37].any()
     assert bad[0, 1, 37:].all()
     assert not next_load[0, :37].isnan().any()
     assert next_load[0, 37:, 0].isnan().all()
+    assert not probabilities[0, 0].isnan().any()
+    assert probabilities[0, 1, :38].isnan().all()
+    assert not probabilities[0, 1, 38:].isnan().any()
+
+
+@pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saved_loads(dtype: torch.dtype) -> None:
+    """Sums up to each block of queries, also of keys that none of them sees."""
+    generator = torch.Generator().manual_seed(8)
+    tensors = refractory_tensors(1, 2, 1, 130, 30, 64, dtype, generator)
+    past = torch.rand(1, 2, 30, generator=generator)
+    state = {"past_probabilities": past, "past_weights": torch.rand(1, 30, generator=generator)}
+    tensors["query"].requires_grad_()
+    flat = with_flat_state(cuda_shim.refractory_lif_attention.refractory_lif_attention)
+    out = flat(**tensors, **state, is_causal=True)[0]
+    saved = out.grad_fn.saved["block_loads"]
+
+    query, key = (tensors[name].detach().double() for name in ("query", "key"))
+    p = attention_probabilities(query, key, visible_keys(query, key, None, True), None)
+    start = torch.nn.functional.pad(past.double(), (0, 130)).unsqueeze(2)
+    sums = torch.cat((start, start + p.cumsum(2)), 2)
+    block = 16 if dtype in HALF_TYPES else 64
+    torch.testing.assert_close(saved, sums[:, :, :130:block].to(saved), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")

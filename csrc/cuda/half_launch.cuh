@@ -29,8 +29,8 @@ cudaError_t dispatch_size(const LifAttentionParams& p, const Body& body) {
 }
 
 // Whether these kernels run: with rows that they can copy, and on a GPU for which their code is
-// more than an empty shell, as it is for `kernel`, one of them. `others` are aligned like the
-// inputs.
+// more than an empty shell. `kernel` is any one of them; all are compiled for the same GPUs.
+// `others` are aligned like the inputs.
 template <typename T, typename Kernel>
 cudaError_t runs_half(const LifAttentionParams& p, Kernel kernel,
                       std::initializer_list<AttentionTensor> others, bool& runs) {

@@ -109,10 +109,16 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : 3)
     }
     // Of the lane's keys, at the place that a block of loads has in memory.
     float* to = static_cast<float*>(p.block_loads) +
-                (p.look_ahead ? pair : pair * options.load_blocks + begin / kLoadRows) * p.keys +
-                key_row;
+                (p.look_ahead ? pair : pair * options.load_blocks) * p.keys + key_row;
     const bool writes = fragment_column() == 0;
     const bool exist[2] = {writes && key_row < int(p.keys), writes && key_row + 8 < int(p.keys)};
+    // Of queries that see none of the keys.
+    for (int queries = 0; !p.look_ahead && queries < begin; queries += kLoadRows, to += p.keys) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (exist[half]) to[8 * half] = sums[half];
+      }
+    }
     for (int queries = begin; queries < int(p.queries); queries += kQueries) {
       wait_for_copies<0>();
       __syncthreads();
@@ -120,23 +126,24 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : 3)
       const int parity = queries / kQueries & 1;
       const auto columns = TileRows<kSize>::by_column(shared + uint32_t(parity) * Layout::kBytes);
       const QueryExponent* const of_queries = exponents + parity * kQueries + fragment_column();
-      const int warp_last = min(first + int(threadIdx.x) / kWarp * 16 + 16, int(p.keys)) - 1;
-      const bool whole = warp_last < head.end_of_keys(queries);
+      const bool whole = all_visible(head, first + int(threadIdx.x) / kWarp * 16, queries);
       const auto take = [&](auto whole, int c) {
+        const unsigned visible =
+            decltype(whole)::value
+                ? 0xffu
+                : visible_transposed(head, queries + 16 * c + fragment_column(), key_row);
         float scores[2][4] = {};
         key.multiply(columns, uint32_t(c * 16 * Layout::kRowBytes), scores);
-        if (!decltype(whole)::value) {
-          hide_scores(scores,
-                      visible_transposed(head, queries + 16 * c + fragment_column(), key_row));
-        }
         float more[2] = {};
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           const QueryExponent query = of_queries[16 * c + n / 2 * 8 + n % 2];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            more[half] += probability(scores[n / 2][2 * half + n % 2], options.exponents,
-                                      query.exponent, query.inverse_sum);
+            const float prob = probability(scores[n / 2][2 * half + n % 2], options.exponents,
+                                           query.exponent, query.inverse_sum);
+            // Of a row of NaN what is not seen would be NaN, too, if its score were -infinity.
+            more[half] += visible >> (n / 2 * 4 + 2 * half + n % 2) & 1 ? prob : 0.0f;
           }
         }
 #pragma unroll
