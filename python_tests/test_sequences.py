@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import subprocess
@@ -26,6 +27,7 @@ from ember_ext.paper.sequences import (
     TaskError,
     TrainingConfig,
     TsError,
+    cli,
     folder_task,
     read_ts,
     train_classifier,
@@ -35,7 +37,7 @@ from ember_ext.paper.sequences import (
 )
 from ember_ext.paper.sequences import training as training_module
 from ember_ext.paper.sequences.batches import FEWEST, Sampler
-from ember_ext.paper.sequences.cli import classify_main
+from ember_ext.paper.sequences.cli import ClassifyArguments, classify_main
 from ember_ext.paper.sequences.models import CONTINUOUS
 from ember_ext.paper.sequences.series import Scaling
 from ember_ext.paper.sequences.training import evaluate, split
@@ -477,6 +479,21 @@ def test_vowels_of_another_content(index: Path, monkeypatch: pytest.MonkeyPatch)
         vowels_task()
 
 
+def test_a_damaged_file_is_not_used_if_the_cache_cannot_be_written(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vowels_task()
+    file = tmp_path / "cache" / "JapaneseVowels_TRAIN.ts"
+    file.write_text(ts(noisy_series(20, 5)))
+
+    def refuse(path: Path, content: bytes) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("ember_ext.paper.data.cache.write_atomically", refuse)
+    with pytest.raises(TaskError, match=r"cannot keep JapaneseVowels_TRAIN.ts: .*EMBER_EXT_CACHE"):
+        vowels_task()
+
+
 def test_classify_own_data(
     pumps: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,8 +523,19 @@ def test_classify_own_data(
         (["--drop", "-0.5"], "--drop must be from 0 on and below 1, got -0.5"),
         (["--drop", "nan"], "--drop must be from 0 on and below 1, got nan"),
         (["--task", "xor", "--drop", "0.5"], "--drop must be 0 with --task xor, got 0.5"),
-        (["--task", "xor", "--data", "x"], "--data must be left out with --task xor, got x"),
-        (["--study", "--data", "x"], "--data must be left out with --study, got x"),
+        (["--task", "xor", "--data", "x"], "--data must be left out with a single run of --task"),
+        (["--study", "--data", "x"], "--data must be left out with --study of --task vowels"),
+        (["--study", "--times", "--task", "xor"], "--study must be left out with --times"),
+        (
+            ["--study", "--cells", "cfc-mixed"],
+            "--cells must be among cfc, ltc, gru, lstm with --task vowels, got cfc-mixed",
+        ),
+        (
+            ["--seed", str(2**63)],
+            "--seed must be from -2**62 to 2**63 - 1, got 9223372036854775808",
+        ),
+        (["--study", "--out", "/dev/null/x"], "--out must be a folder that can be written, got"),
+        (["--task", "xor", "--times", "--out", "/dev/null"], "--out must be a folder that can be"),
         (["--times"], "--times must come with --task xor, got --task vowels"),
         (["--epochs", "0"], "--epochs must be finite and at least 1, got 0"),
         (["--units", "0"], "--units must be finite and at least 1, got 0"),
@@ -527,6 +555,45 @@ def test_errors_are_one_clear_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
+
+
+VALUES = {"--cell": ["cfc"], "--gate": [], "--pooling": ["last"], "--encoding": ["event"],
+          "--cells": ["gru"], "--out": ["/dev/null/x"], "--device": ["cpu"], "--study": [],
+          "--times": [], "--data": ["x"], "--task": ["xor"], "--rows": ["10"]}  # fmt: skip
+"""A value of each flag; of the others 1 or 0.5. Many are the default: they count as given, too."""
+
+SHARES = ("--drop", "--dropout", "--curriculum", "--noise", "--validation")
+
+
+@pytest.mark.parametrize(
+    ("mode", "flag"),
+    [
+        (mode, f"--{field.name.replace('_', '-')}")
+        for mode in (["--study"], ["--study", "--task", "xor"], ["--task", "xor", "--times"], [])
+        for field in dataclasses.fields(ClassifyArguments)
+        if field.name not in ("task", "out", "threads", "data")
+    ],
+)
+def test_a_flag_has_an_effect_or_is_an_error(
+    mode: list[str], flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies = {"--epochs", "--device", "--cells", "--seeds", "--study"}
+    runs = {"--cell", "--gate", "--drop", "--seed", "--epochs", "--units", "--layers", "--pooling",
+            "--dropout", "--batch-size", "--learning-rate", "--weight-decay", "--curriculum",
+            "--noise", "--validation", "--device"}  # fmt: skip
+    used = {"": runs, "--study": studies, "--study xor": studies | {"--rows"},
+            "xor --times": {"--rows", "--times"}}  # fmt: skip
+    kind = " ".join(mode).replace("--task ", "")
+    if flag in ("--times", "--study") and flag not in mode:
+        pytest.skip("another mode")
+    monkeypatch.setattr(cli, "_run", lambda options: None)
+    value = VALUES.get(flag, ["0.5"] if flag in SHARES else ["1"])
+    code = classify_main([*mode, flag, *value] if flag not in mode else mode)
+    error = capsys.readouterr().err
+    assert code == (0 if flag in used[kind] else 1), error
+    if code:
+        assert error.startswith(f"error: {flag} must be left out with ")
+        assert "where it has no effect" in error
 
 
 @pytest.mark.parametrize("flags", [["--cell", "rnn"], ["--task", "mnist"], ["--speed", "1"]])
@@ -587,15 +654,69 @@ def test_study_of_xor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "is not the result of a run" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("coarse_pictures")
+def test_a_study_refuses_results_of_other_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--task", "xor", "--study", "--seeds", "1", "--out", str(tmp_path)]
+    flags = [*common, "--cells", "gru", "--epochs", "1", "--rows", "20"]
+    assert classify_main(flags) == 0
+    table = (tmp_path / "table.csv").read_bytes()
+    capsys.readouterr()
+    # Also what is not asked for counts in the table.
+    for cell in ("gru", "lstm"):
+        assert classify_main([*common, "--cells", cell, "--epochs", "2", "--rows", "30"]) == 1
+        error = capsys.readouterr().err
+        assert "xor-gru-seed0.json is of another configuration" in error
+        assert "(epochs was 1 and is 2, rows was 20 and is 30): choose another --out" in error
+    assert (tmp_path / "table.csv").read_bytes() == table
+    path = tmp_path / "results" / "xor-gru-seed0.json"
+    copy = path.with_name("xor-gru-seed1.json")
+    copy.write_bytes(path.read_bytes())
+    assert classify_main(flags) == 1
+    assert "must be named after its run xor-gru-seed0" in capsys.readouterr().err
+    # A result of another task in the folder is none of this one.
+    content = json.loads(copy.read_text()) | {"task": "vowels", "seed": 1}
+    copy.unlink()
+    copy.with_name("vowels-gru-seed1.json").write_text(json.dumps(content))
+    assert classify_main(flags) == 0
+    assert (tmp_path / "table.csv").read_bytes() == table
+
+
+@pytest.mark.usefixtures("coarse_pictures")
+def test_a_study_leaves_runs_to_others_and_fails_on_all_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from filelock import FileLock
+
+    flags = ["--task", "xor", "--study", "--seeds", "1", "--epochs", "1", "--rows", "20",
+             "--cells", "gru", "--out", str(tmp_path)]  # fmt: skip
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    with FileLock(runs / "xor-gru-seed0.lock"):
+        assert classify_main(flags) == 0
+    assert "xor-gru-seed0 is left to the process that trains it" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
+    (runs / "xor-gru-seed0").mkdir()
+    (runs / "xor-gru-seed0" / "run.json").write_text("{}")
+    assert classify_main(flags) == 1
+    assert "holds another run" in capsys.readouterr().err
+    (runs / "xor-gru-seed0" / "run.json").unlink()
+    assert classify_main(flags) == 0
+    assert list(runs.iterdir()) == []
+
+
 @pytest.mark.parametrize("task", ["vowels", "xor"])
 def test_committed_tables_are_those_of_the_committed_results(task: Any) -> None:
     pytest.importorskip("scipy")
     from ember_ext.paper.sequences.results import read_results
+    from ember_ext.paper.sequences.study import StudyFolder, read_study
     from ember_ext.paper.sequences.summary import as_csv, table
 
     folder = Path(__file__).parents[1] / "bench" / "results" / "sequences" / task
-    results = read_results(folder / "results")
-    assert results
+    results = read_results(folder / "results", task)
+    # They have the settings that the study has today.
+    assert read_study(task, StudyFolder(folder)) == results != []
     rows = table(task, results)
     assert as_csv(rows) == (folder / "table.csv").read_bytes()
     if task == "vowels":  # docs/sequences.md says so

@@ -90,7 +90,7 @@ def write_result(path: str | os.PathLike[str], result: RunResult) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    content = _rounded(dataclasses.asdict(result))
+    content = rounded(dataclasses.asdict(result))
     # One line an evaluation: readable, and small.
     evaluations = ",\n".join("    " + json.dumps(e) for e in content.pop("evaluations"))
     head = json.dumps(content, indent=2)[:-2]
@@ -141,11 +141,12 @@ def select(results: Iterable[RunResult], backbone: str, variant: str) -> dict[in
     return {r.seed: r for r in sorted(chosen, key=lambda r: r.seed)}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """A value as files have it: all numbers in it rounded to `SIGNIFICANT_DIGITS`."""
     if isinstance(value, float) and math.isfinite(value):
         return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(v) for key, v in value.items()}
+        return {key: rounded(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(v) for v in value]
+        return [rounded(v) for v in value]
     return value

@@ -58,7 +58,7 @@ class Sampler:
             shape = (LIKE * self._size,)
             drawn = self._pool[torch.randint(len(self._pool), shape, generator=generator)]
             drawn = drawn[self._lengths[drawn].argsort()]
-            # Any of the blocks is as likely, so every series that is allowed is, too.
+            # All blocks are equally likely, so all series that are allowed are, too.
             block = int(torch.randint(LIKE, (), generator=generator))
             yield drawn[block * self._size : (block + 1) * self._size]
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
 from ember_ext._command_line import (
-    A_SEED,
+    ABOVE_ZERO,
     Expectation,
     FlagError,
     at_least,
@@ -43,17 +44,60 @@ from ember_ext.paper.training import (
     resolve_device,
 )
 
-_ERRORS = (ConfigError, FlagError, NonFiniteLossError, ResultError, RunError, TaskError)
+_ERRORS = (ConfigError, FlagError, NonFiniteLossError, OSError, ResultError, RunError, TaskError)
+
+_A_SEED = Expectation("from -2**62 to 2**63 - 1", lambda value: -(2**62) <= value < 2**63)
+"""What is dropped has twice the seed, which torch's generators must take, too."""
 
 _A_SHARE = Expectation("from 0 on and below 1", lambda value: 0 <= value < 1)
-_ABOVE_0 = Expectation("finite and above 0", lambda value: 0 < value < float("inf"))
+
+Mode = Literal["vowels", "xor", "data", "study of vowels", "study of xor", "times"]
+
+_RUNS: frozenset[Mode] = frozenset({"vowels", "xor", "data"})
+_STUDIES: frozenset[Mode] = frozenset({"study of vowels", "study of xor"})
+
+_USED_IN: dict[str, frozenset[Mode]] = {
+    "--data": frozenset({"data"}),
+    "--cell": _RUNS,
+    "--gate": _RUNS,
+    "--drop": _RUNS,
+    "--seed": _RUNS,
+    "--epochs": _RUNS | _STUDIES,
+    "--units": _RUNS,
+    "--layers": _RUNS,
+    "--pooling": _RUNS,
+    "--dropout": _RUNS,
+    "--batch-size": _RUNS,
+    "--learning-rate": _RUNS,
+    "--weight-decay": _RUNS,
+    "--curriculum": _RUNS,
+    "--noise": _RUNS,
+    "--validation": _RUNS,
+    "--encoding": frozenset({"xor"}),
+    "--rows": frozenset({"xor", "study of xor", "times"}),
+    "--device": _RUNS | _STUDIES,
+    "--study": _STUDIES,
+    "--cells": _STUDIES,
+    "--seeds": _STUDIES,
+}
+"""The modes in which a flag has an effect. Those that are not here have one in all."""
+
+_MODE_WORDS: dict[Mode, str] = {
+    "vowels": "a single run of --task vowels",
+    "xor": "a single run of --task xor",
+    "data": "--data",
+    "study of vowels": "--study of --task vowels",
+    "study of xor": "--study of --task xor",
+    "times": "--times",
+}
 
 
 @dataclass(frozen=True)
 class ClassifyArguments:
     """Classify sequences: who speaks in JapaneseVowels, irregularly sampled XOR, or your own.
 
-    A run that was stopped goes on when it is called again.
+    A run or a study that was stopped goes on when it is called again. A flag that would have no
+    effect is an error.
     """
 
     task: TaskName = "vowels"
@@ -69,7 +113,7 @@ class ClassifyArguments:
     seed: int = 0
     """Of weights, batches, dropout and dropped steps."""
     epochs: int | None = None
-    """Default: what suits the task. So with the next nine."""
+    """Default: what suits the task, as for the flags up to --noise."""
     units: int | None = None
     """Of each layer."""
     layers: int | None = None
@@ -104,7 +148,7 @@ class ClassifyArguments:
     """On a CPU. Such small networks gain little from more."""
     study: bool = False
     """Run all cells, with and without gates, over --seeds seeds; write results, table and figure
-    to --out. --cell, --gate, --drop and --seed have no effect."""
+    to --out."""
     cells: tuple[CellName, ...] = ()
     """With --study: only these. Default: all."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -122,6 +166,7 @@ def classify_main(argv: Sequence[str] | None = None) -> int:
         refuse_empty(arguments)
         options = tyro.cli(ClassifyArguments, args=arguments, prog="classify.py")
         _check(options)
+        _check_effect(options, arguments)
         threads = torch.get_num_threads()
         torch.set_num_threads(options.threads)
         try:
@@ -132,13 +177,14 @@ def classify_main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        again = "begins anew" if "--times" in arguments else "goes on"
+        print(f"stopped; the same command {again}", file=sys.stderr)
         return 130
     return 0
 
 
 def _check(options: ClassifyArguments) -> None:
-    require("--seed", options.seed, A_SEED)
+    require("--seed", options.seed, _A_SEED)
     shares = (
         ("--drop", options.drop),
         ("--validation", options.validation),
@@ -157,18 +203,39 @@ def _check(options: ClassifyArguments) -> None:
     )
     for flag, count in counts:
         require(flag, count, at_least(1))
-    require("--learning-rate", options.learning_rate, _ABOVE_0)
+    require("--learning-rate", options.learning_rate, ABOVE_ZERO)
     require("--weight-decay", options.weight_decay, at_least(0))
     require("--noise", options.noise, at_least(0))
     require("--rows", options.rows, within(10, 10_000_000))
-    if options.data is not None and (options.task == "xor" or options.study or options.times):
-        other = "--study" if options.study else "--times" if options.times else "--task xor"
-        raise FlagError(f"--data must be left out with {other}, got {options.data}")
-    if options.task == "xor" and options.drop:
+    if _mode(options) == "xor" and options.drop:
         raise FlagError(f"--drop must be 0 with --task xor, got {options.drop}: its time spans are "
                         "irregular already")  # fmt: skip
     if options.times and options.task != "xor":
         raise FlagError(f"--times must come with --task xor, got --task {options.task}")
+
+
+def _check_effect(options: ClassifyArguments, arguments: Sequence[str]) -> None:
+    """Make sure that every flag that was given has an effect.
+
+    Flags are looked for among the arguments: a value that is the default is asked for all the same.
+    """
+    mode = _mode(options)
+    given = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
+    for flag in given:
+        name = f"--{flag[5:]}" if flag.startswith("--no-") else flag
+        if mode not in _USED_IN.get(name, {mode}):
+            value = getattr(options, name[2:].replace("-", "_"))
+            raise FlagError(f"{name} must be left out with {_MODE_WORDS[mode]}, where it has no "
+                            f"effect, got {value}")  # fmt: skip
+
+
+def _mode(options: ClassifyArguments) -> Mode:
+    if options.times:
+        return "times"
+    if options.study:
+        return "study of xor" if options.task == "xor" else "study of vowels"
+    # Data of one's own and XOR contradict each other: the flag for the data is the error.
+    return "data" if options.data is not None and options.task != "xor" else options.task
 
 
 def _run(options: ClassifyArguments) -> None:
@@ -243,7 +310,7 @@ def _report(outcome: Outcome, folder: Path, title: str) -> None:
 def _study(options: ClassifyArguments) -> None:
     # These need scipy, which training does not.
     try:
-        from ember_ext.paper.sequences.study import SEEDS, StudyFolder, run_study
+        from ember_ext.paper.sequences.study import CONDITIONS, SEEDS, StudyFolder, run_study
         from ember_ext.paper.sequences.summary import as_csv, write_summary
         from ember_ext.paper.sequences.timing import time_epochs
     except ModuleNotFoundError as error:
@@ -251,7 +318,14 @@ def _study(options: ClassifyArguments) -> None:
             f'a study needs {error.name}; install it with: pip install ".[paper]"'
         ) from None
 
+    known = list(dict.fromkeys(condition.cell for condition in CONDITIONS[options.task]))
+    for cell in options.cells:
+        if cell not in known:
+            raise FlagError(
+                f"--cells must be among {', '.join(known)} with --task {options.task}, got {cell}"
+            )
     folder = StudyFolder(options.out or Path("runs", f"study-{options.task}"))
+    _check_writable(folder.path)
     if options.times:
         times = as_csv(time_epochs(options.rows, notify=print))
         write_atomically(folder.path / "times.csv", times)
@@ -262,7 +336,7 @@ def _study(options: ClassifyArguments) -> None:
         range(count),
         folder,
         epochs=options.epochs,
-        rows=options.rows,
+        rows=options.rows if options.task == "xor" else None,
         cells=options.cells,
         device=resolve_device(options.device),
         notify=lambda line: print(line, flush=True),
@@ -270,3 +344,20 @@ def _study(options: ClassifyArguments) -> None:
     if results:
         write_summary(options.task, results, folder)
         print(f"table and figure in {folder.path}")
+    else:
+        print("other processes make all of the runs: there is no result yet")
+
+
+def _check_writable(folder: Path) -> None:
+    """Make sure that a folder can be written, before hours of work.
+
+    Raises:
+        FlagError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FlagError(f"--out must be a folder that can be written, got {folder}: "
+                        f"{error.strerror}") from None  # fmt: skip

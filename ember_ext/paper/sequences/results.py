@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from ember_ext.paper.files import write_atomically
 from ember_ext.paper.records import RecordError, check_record, read_json
-from ember_ext.paper.runs.results import SIGNIFICANT_DIGITS, ResultError
+from ember_ext.paper.runs.results import ResultError, rounded
 from ember_ext.paper.sequences.training import Outcome
 
 _FIELDS = {"task": str, "cell": str, "gate": bool, "drop": float, "seed": int,
@@ -90,13 +89,21 @@ def read_result(path: Path) -> SequenceResult:
     return SequenceResult(**record)
 
 
-def read_results(folder: Path) -> list[SequenceResult]:
-    """All results of a folder, which may be missing, in the order of their seeds.
+def read_results(folder: Path, task: str) -> list[SequenceResult]:
+    """All results of a task in a folder, which may be missing, in the order of their seeds.
 
     Raises:
-        ResultError: a file is damaged.
+        ResultError: a file is damaged, or has another name than its run.
     """
-    return sorted(map(read_result, folder.glob("*.json")), key=lambda result: result.seed)
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        result = read_result(path)
+        # A copy under another name would count as one more seed.
+        if path.stem != result.name:
+            raise ResultError(f"{path} must be named after its run {result.name}")
+        if result.task == task:
+            results.append(result)
+    return sorted(results, key=lambda result: result.seed)
 
 
 def select(
@@ -116,12 +123,4 @@ def paired(
 
 
 def _on_one_line(value: Any) -> str:
-    return json.dumps(_rounded(value))
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float) and math.isfinite(value):
-        return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return value
+    return json.dumps(rounded(value))

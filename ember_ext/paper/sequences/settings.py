@@ -1,7 +1,8 @@
 """The settings of model and training that suit a task.
 
-Those of vowels were chosen with `--validation 0.2`, which does not touch the test set. Those of XOR
-were chosen by how fast the training loss falls.
+Those of vowels were chosen with `--validation 0.33`, which does not touch the test set. One earlier
+setting had been tested before. Those of XOR were chosen by how fast the first runs got on, which
+printed their test accuracy, too.
 """
 
 from __future__ import annotations

@@ -117,8 +117,20 @@ def xor_task(encoding: Encoding = "event", rows: int = 100_000, time_unit: float
         raise TaskError(f"--rows must be at least 10, got {rows}")
     train = xor_series(rows, TRAIN_SEED, encoding, time_unit)
     test = xor_series(min(rows // 10, 10_000), TEST_SEED, encoding, time_unit)
-    details = {"encoding": encoding, "rows": rows, "time_unit": time_unit}
+    details = xor_details(encoding, rows, time_unit)
     return Task("xor", train, test, ("even", "odd"), details)
+
+
+def xor_details(
+    encoding: Encoding = "event", rows: int = 100_000, time_unit: float = 1.0
+) -> dict[str, Any]:
+    """The details of an `xor_task`, without drawing it."""
+    return {"encoding": encoding, "rows": rows, "time_unit": time_unit}
+
+
+def vowels_details(drop: float = 0.0) -> dict[str, Any]:
+    """The details of a `vowels_task`, without reading it."""
+    return {"drop": drop}
 
 
 def _task_of_files(paths: tuple[Path, ...], name: str, drop: float, seed: int) -> Task:
@@ -146,7 +158,7 @@ def _task_of_files(paths: tuple[Path, ...], name: str, drop: float, seed: int) -
     ]
     scaling = Scaling.of(sets[0])
     scaled_train, scaled_test = (scaling.apply(part) for part in sets)
-    return Task(name, scaled_train, scaled_test, train.classes, {"drop": drop})
+    return Task(name, scaled_train, scaled_test, train.classes, vowels_details(drop))
 
 
 def _time_unit(file: TsFile) -> float:

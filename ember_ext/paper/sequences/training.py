@@ -42,6 +42,10 @@ CHECKPOINT_SECONDS = 20.0
 """A run that is shorter leaves no checkpoint: it is as quick to repeat."""
 
 
+class InUseError(RunError):
+    """Another process works on a run."""
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """How a classifier is trained.
@@ -134,7 +138,8 @@ def train_classifier(
         notify: called with a line for each epoch, at most every few seconds.
 
     Raises:
-        RunError: the folder is in use, cannot be used, or holds another run.
+        InUseError: another process trains in the folder.
+        RunError: the folder cannot be used, is damaged, or holds another run.
         NonFiniteLossError: the loss is not finite any more.
     """
     description = {
@@ -209,7 +214,7 @@ class _Folder:
             self._path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
-            raise RunError(f"{self._path} is in use: another process trains there") from None
+            raise InUseError(f"{self._path} is in use: another process trains there") from None
         except OSError as error:
             raise RunError(f"cannot write {self._path}: {error.strerror}") from error
         try:

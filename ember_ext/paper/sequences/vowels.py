@@ -46,7 +46,8 @@ def vowels_folder(notify: Callable[[str], None]) -> Path:
         for file, content in _fetch().items():
             store(file, content, notify)
     folder = cache_folder()
-    missing = [file for file in SHA256 if not (folder / file).exists()]
+    # What could not be stored may lie there damaged, from before.
+    missing = [f for f, digest in SHA256.items() if cached(f, digest, lambda text: None) is None]
     if missing:
         raise SourceError(f"{folder} cannot keep {' and '.join(missing)}: choose another folder "
                           "with the environment variable EMBER_EXT_CACHE")  # fmt: skip
