@@ -249,6 +249,22 @@ def test_clusters_are_for_cells_that_a_block_cannot_hold() -> None:
 
 
 @needs_compiler
+def test_the_driver_is_asked_about_clusters_once_for_each_device() -> None:
+    questions = cuda_shim.operators().library.cuda_shim_cluster_questions
+    one = cluster_sample((1, 2, 2, 37, 0, (), {}), torch.float32)
+    for most_blocks in (8, 2):
+        asked = []
+        # No other test has this device.
+        with cuda_shim.shared_memory((28 << 10) + 528), cuda_shim.clusters(most_blocks):
+            for _ in range(2):
+                before = questions()
+                results(on_shim, one)
+                asked.append(questions() - before)
+        assert asked[0] > 0
+        assert asked[1] == 0
+
+
+@needs_compiler
 def test_results_in_clusters_do_not_depend_on_what_fits_in_shared_memory() -> None:
     one = sample(5, 3, 2, 37, torch.float32)
     first: list[Tensor] = []

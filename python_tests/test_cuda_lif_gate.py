@@ -74,6 +74,19 @@ def test_many_rows_to_a_team(operator: Any, dtype: torch.dtype, columns: int) ->
     check_sample(operator, reference.lif_gate, sample((2060, columns), dtype, norm="l2"))
 
 
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_sum_takes_in_more_than_32_rows(dtype: torch.dtype, norm: str) -> None:
+    """32 equal terms, one after the other, err by up to 4 epsilon in fp32, and 64 by up to 8."""
+    if cuda_shim.compiler() is None:
+        pytest.skip("no C++ compiler")
+    rows = 1 << 22
+    for columns in (1024, 2048, 4096):  # a row takes a block
+        x = torch.empty(1, dtype=dtype).expand(rows, columns)
+        sums = cuda_shim.lif_gate.partial_sums(x, norm) // (3 * columns)
+        assert sums >= rows // 32
+
+
 def test_rows_without_asynchronous_copies() -> None:
     """GPUs of sm_75 have none."""
     if cuda_shim.compiler() is None:

@@ -5,6 +5,7 @@
 
 #include "cfc_product.cuh"
 #include "cfc_scan.cuh"
+#include "cluster_launch.cuh"
 
 namespace ember {
 namespace cuda {
@@ -190,16 +191,19 @@ class Scan {
   // that the device runs. What does not fit in a cluster's shared memory, either, its blocks read
   // at every step as a single block does, each its share.
   int choose_cluster(bool backward) {
-    int log2 = 0;
-    while (log2 < kCfcMostClusterLog2 && !holds_all_weights(plan_for(backward, 0, log2))) ++log2;
-    while (log2 > 0 && !runs_in_clusters(backward, log2)) --log2;
-    return log2;
+    CfcScanPlan plan = plan_for(backward, 0, 0);
+    while (plan.cluster_log2 < kCfcMostClusterLog2 && !holds_all_weights(plan)) {
+      plan = plan_for(backward, 0, plan.cluster_log2 + 1);
+    }
+    while (plan.cluster_log2 > 0 && !runs_in_clusters(backward, plan)) {
+      plan = plan_for(backward, 0, plan.cluster_log2 - 1);
+    }
+    return plan.cluster_log2;
   }
 
-  bool runs_in_clusters(bool backward, int log2) {
-    const CfcScanPlan plan = plan_for(backward, 0, log2);
-    return !plan.vectors && cuda::runs_in_clusters(recurrence(backward), 1 << log2, kCfcThreads,
-                                                   size_t(shared_limit_) * sizeof(C));
+  bool runs_in_clusters(bool backward, const CfcScanPlan& plan) const {
+    return !plan.vectors && cuda::runs_in_clusters(recurrence(backward), 1 << plan.cluster_log2,
+                                                   kCfcThreads, size_t(shared_limit_) * sizeof(C));
   }
 
   bool holds_all_weights(const CfcScanPlan& plan) const {

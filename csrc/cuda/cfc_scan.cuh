@@ -15,7 +15,10 @@
 // What is not recurrent is done for a whole chunk at once, before or after it: the product of the
 // input, the input's gradient, and the weights' gradients, which are added up in an order that
 // depends on the shape alone. Other results depend on the size of a cluster, which splits sums
-// otherwise, but not on how much fits in shared memory.
+// otherwise. That size follows from the shape, from how much fits in a block's shared memory and
+// from what the driver says of clusters (choose_cluster), so two kinds of GPUs from sm_90 on may
+// give other bits. With the same size, and always where there are no clusters, results do not
+// depend on how much fits in shared memory.
 #pragma once
 
 #include "cfc_block.cuh"

@@ -84,55 +84,5 @@ cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t sha
                                   shared, stream));
 }
 
-// A launch in clusters of `size` blocks.
-struct ClusterLaunch {
-  cudaLaunchConfig_t config;
-  cudaLaunchAttribute attribute;
-
-  ClusterLaunch(int64_t clusters, int size, int threads, size_t shared, cudaStream_t stream)
-      : config{}, attribute{} {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(size), 1, 1};
-    config.gridDim = dim3(unsigned(clusters * size));
-    config.blockDim = dim3(unsigned(threads));
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  ClusterLaunch(const ClusterLaunch&) = delete;
-};
-
-// As `launch`, in clusters of `size` blocks (cluster.cuh).
-template <typename... P>
-cudaError_t launch_clusters(void (*kernel)(P...), int64_t clusters, int size, int threads,
-                            size_t shared, cudaStream_t stream,
-                            typename Identity<P>::type... arguments) {
-  if (clusters == 0) return cudaSuccess;
-  if (clusters > 0x7fffffff / size) return cudaErrorInvalidConfiguration;
-  const cudaError_t status = allow_shared_memory(kernel, shared);
-  if (status != cudaSuccess) return status;
-  ClusterLaunch launch(clusters, size, threads, shared, stream);
-  return cleared(cudaLaunchKernelEx(&launch.config, kernel, arguments...));
-}
-
-// Whether the device runs the kernel in clusters of `size` blocks with so much shared memory each,
-// and the kernel was compiled for it: it may also be there for older GPUs alone.
-template <typename... P>
-bool runs_in_clusters(void (*kernel)(P...), int size, int threads, size_t shared) {
-  int device = 0, has = 0, clusters = 0;
-  cudaFuncAttributes attributes;
-  if (cleared(cudaGetDevice(&device)) != cudaSuccess ||
-      cleared(cudaDeviceGetAttribute(&has, cudaDevAttrClusterLaunch, device)) != cudaSuccess ||
-      !has || cleared(cudaFuncGetAttributes(&attributes, kernel)) != cudaSuccess ||
-      attributes.ptxVersion < 90 || allow_shared_memory(kernel, shared) != cudaSuccess) {
-    return false;
-  }
-  ClusterLaunch launch(1, size, threads, shared, nullptr);
-  return cleared(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config)) ==
-             cudaSuccess &&
-         clusters > 0;
-}
-
 }  // namespace cuda
 }  // namespace ember

@@ -1,4 +1,5 @@
 // Launchers of the LIF gate's kernels.
+#include <algorithm>
 #include <type_traits>
 
 #include "lif_gate.cuh"
@@ -6,6 +7,11 @@
 namespace ember {
 namespace cuda {
 namespace {
+
+// Rows to a team at most. Backward adds them up term by term, in fp32: equal terms let such a sum
+// err by up to 4 epsilon with 32 rows, which is what a result may err by, and by up to 8 with 64.
+// Forward adds up no rows.
+constexpr int kLifGateMostRounds = 32, kLifGateForwardMostRounds = 64;
 
 bool aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
@@ -32,27 +38,27 @@ LifGatePlan plan_for(const LifGateParams& p) {
       aligned(p.grad_x) &&
       (p.unit_rows != 0 || (aligned(p.threshold) && aligned(p.leak) && aligned(p.steepness)));
   // Enough blocks to fill the largest GPU once or a few times; beyond that, rows that follow each
-  // other on one team save loads of parameters and partial sums. 32 keeps fp32 sums accurate.
+  // other on one team save loads of parameters and partial sums.
   const int64_t teams = plan.threads / plan.team, least = along ? 1 : 2 * kLifGatePacks;
   const int64_t rounds = p.rows * plan.tiles / (teams * (along ? 1024 : 2048)) / least * least;
-  plan.rounds = int(rounds < least ? least : rounds > 32 ? 32 : rounds);
+  plan.rounds = int(std::clamp<int64_t>(rounds, least, kLifGateMostRounds));
   plan.row_blocks = ceil_div(p.rows, teams * plan.rounds);
   plan.inner = p.unit_rows ? p.unit_rows * plan.tiles : 1;
   plan.outer = p.unit_rows ? ceil_div(p.rows, p.unit_rows * p.units) : plan.row_blocks;
   return plan;
 }
 
-// For rows of which a thread has `columns`.
-LifGateRowsPlan rows_plan_for(const LifGateParams& p, int columns) {
+// For rows of which a thread has `columns`, and a team `most_rounds` at most.
+LifGateRowsPlan rows_plan_for(const LifGateParams& p, int columns, int most_rounds) {
   LifGateRowsPlan plan{};
   const int64_t lanes = ceil_div(p.cols, columns);
   plan.team = 1;
   while (plan.team < kWarp && plan.team < lanes) plan.team *= 2;
   if (lanes > kWarp) plan.team = int(ceil_div(lanes, kWarp)) * kWarp;
   plan.threads = plan.team > kWarp ? plan.team : kLifGateThreads;
-  // As for the other kernels; what a block leaves of partial sums counts beside its rows.
+  // Enough blocks to fill the largest GPU, see plan_for().
   const int64_t teams = plan.threads / plan.team, rounds = p.rows / (teams * 1024);
-  plan.rounds = int(rounds < 1 ? 1 : rounds > 64 ? 64 : rounds);
+  plan.rounds = int(std::clamp<int64_t>(rounds, 1, most_rounds));
   plan.row_blocks = ceil_div(p.rows, teams * plan.rounds);
   return plan;
 }
@@ -75,7 +81,8 @@ template <typename T, bool normed, bool per_column>
 cudaError_t forward(const LifGateParams& p, cudaStream_t stream) {
   if constexpr (normed && per_column && sizeof(T) < 8) {
     if (rows_are_held<T>(p, kLifGateForwardColumns) && rows_are_aligned(p)) {
-      const LifGateRowsPlan plan = rows_plan_for(p, kLifGateForwardColumns);
+      const LifGateRowsPlan plan =
+          rows_plan_for(p, kLifGateForwardColumns, kLifGateForwardMostRounds);
       return launch(lif_gate_rows_forward_kernel<T>, plan.row_blocks, plan.threads,
                     lif_gate_rows_shared<T>(plan.threads, kLifGateForwardColumns, 1), stream, p,
                     plan);
@@ -106,7 +113,7 @@ cudaError_t backward(const LifGateParams& p, cudaStream_t stream) {
   using C = compute_t<T>;
   if constexpr (normed && per_column && sizeof(T) < 8) {
     if (rows_are_held<T>(p, kLifGateBackwardColumns) && rows_are_aligned(p)) {
-      const LifGateRowsPlan plan = rows_plan_for(p, kLifGateBackwardColumns);
+      const LifGateRowsPlan plan = rows_plan_for(p, kLifGateBackwardColumns, kLifGateMostRounds);
       const cudaError_t status = launch(
           lif_gate_rows_backward_kernel<T>, plan.row_blocks, plan.threads,
           lif_gate_rows_shared<T>(plan.threads, kLifGateBackwardColumns, 2), stream, p, plan);
@@ -151,7 +158,8 @@ int64_t lif_gate_partial_gradients(const LifGateParams& p) {
     elements = plan.outer * 3 * p.units * plan.inner;
     // Pointers, which may not be set yet, say which kernel it will be: enough for either.
     if (rows_are_held<T>(p, kLifGateBackwardColumns)) {
-      const int64_t held = rows_plan_for(p, kLifGateBackwardColumns).row_blocks * 3 * p.units;
+      const int64_t held =
+          rows_plan_for(p, kLifGateBackwardColumns, kLifGateMostRounds).row_blocks * 3 * p.units;
       elements = held > elements ? held : elements;
     }
   });

@@ -23,20 +23,10 @@ __device__ __forceinline__ double gate_steepness(double rate) {
   return -rate;
 }
 
-// The lesser of both, NaN for NaN.
-__device__ __forceinline__ float at_most(float limit, float v) {
-#if defined(__NVCC__) && __CUDA_ARCH__ >= 800
-  asm("min.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(limit));
-  return v;
-#else
-  return v > limit ? limit : v;
-#endif
-}
-
 // f and 1 - f where |x| - theta is `excess`. Odds are no larger than what has a reciprocal.
 __device__ __forceinline__ void gate_firing(float excess, float rate, float& fire,
                                             float& smoulder) {
-  const float odds = fast_exp2(at_most(125.0f, excess * rate));
+  const float odds = fast_exp2(fast_at_most(excess * rate, 125.0f));
   fire = fast_reciprocal(1 + odds);
   smoulder = odds * fire;
 }

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../common/elementwise_math.h"
 #include "../common/types.h"
 #include "launch.cuh"
 
@@ -211,14 +212,14 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
 #endif
 }
 
-// The smaller number; of NaN and another, NaN.
-__device__ __forceinline__ float fast_minimum(float a, float b) {
-#ifdef __NVCC__
+// at_most() in one instruction, which GPUs have from sm_80 on.
+__device__ __forceinline__ float fast_at_most(float x, float high) {
+#if defined(__NVCC__) && __CUDA_ARCH__ >= 800
   float result;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(high));
   return result;
 #else
-  return a != a || a < b ? a : b;
+  return at_most(x, high);
 #endif
 }
 

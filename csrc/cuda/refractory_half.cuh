@@ -57,7 +57,7 @@ struct HalfThresholds {
 
   // f, where `base` is the exponent without p.
   __device__ __forceinline__ float fire(float p, float base) const {
-    const float exponent = fast_minimum(fmaf(p, rate, base), 125.0f);
+    const float exponent = fast_at_most(fmaf(p, rate, base), 125.0f);
     return fast_reciprocal(1 + fast_exp2(exponent));
   }
 };

@@ -3,6 +3,7 @@
 #include <mma.h>
 
 #include "../../csrc/cuda/cluster.cuh"
+#include "../../csrc/cuda/cluster_launch.cuh"
 #include "../../csrc/cuda/matrix_units.cuh"
 #include "../../csrc/cuda/team.cuh"
 

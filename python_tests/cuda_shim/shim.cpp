@@ -102,6 +102,7 @@ std::string launches;
 // Of the supported GPUs those of sm_75 have the least shared memory: what works there works on all.
 int shared_limit = 64 * 1024;
 int most_blocks = 1;  // of a cluster; without clusters 1
+int cluster_questions = 0;
 
 std::string name_of(const void* kernel) {
   Dl_info info;
@@ -505,11 +506,17 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, int cluster, size_t s
 
 }  // namespace cuda_shim
 
+// Limits that are set anew make another device, since launchers may keep what a device has said.
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  static std::vector<std::pair<int, int>> devices;
+  const std::pair<int, int> now{shared_limit, most_blocks};
+  const auto found = std::find(devices.begin(), devices.end(), now);
+  *device = int(found - devices.begin());
+  if (found == devices.end()) devices.push_back(now);
   return cudaSuccess;
 }
 
+// Of the device as it is now.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrClusterLaunch ? most_blocks > 1 : shared_limit;
   return cudaSuccess;
@@ -517,6 +524,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 namespace cuda_shim {
 int active_clusters(const cudaLaunchConfig_t& config) {
+  ++cluster_questions;
   return int(config.attrs[0].val.clusterDim.x) <= most_blocks;
 }
 }  // namespace cuda_shim
@@ -543,6 +551,11 @@ void cuda_shim_limit_shared(int bytes) {
 // Sets how many blocks a cluster may have; 1 is a GPU without clusters.
 void cuda_shim_limit_clusters(int blocks) {
   most_blocks = std::min(blocks, kMostBlocks);
+}
+
+// How often a launcher has asked how many clusters run at a time.
+int cuda_shim_cluster_questions() {
+  return cluster_questions;
 }
 
 // Whether to let no kernel have more shared memory than it gets without asking.
