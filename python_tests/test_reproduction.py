@@ -34,7 +34,13 @@ from ember_ext.paper.runs.results import (
 )
 from ember_ext.paper.runs.suites import SUITES, VARIANTS, RunSpec, plan
 from ember_ext.paper.runs.worker import GridFolder, SubmittedRun, run_to_result
-from ember_ext.paper.training import ConfigError, RunError, RunFolder, TrainConfig
+from ember_ext.paper.training import (
+    ConfigError,
+    RunError,
+    RunFolder,
+    StopRequested,
+    TrainConfig,
+)
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -92,12 +98,36 @@ def test_published_refractory_losses_look_ahead() -> None:
     ("arguments", "message"),
     [
         ({"variants": ["liff"]}, "variant must be one of .*'lif-text'.*, got 'liff'"),
-        ({"variants": ["qwen-gate"], "backbones": ["cfc"]}, "has no variants .*qwen-gate.* for"),
+        (
+            {"variants": ["qwen-gate"], "backbones": ["cfc"]},
+            r"has no variant 'qwen-gate' for \['cfc'\]",
+        ),
+        # Others of the choice have runs.
+        (
+            {"variants": ["lif", "qwen-gate"], "backbones": ["cfc"]},
+            r"has no variant 'qwen-gate' for \['cfc'\]: it has .*cfc: \['standard', 'lif'",
+        ),
+        ({"variants": ["lif", "lif-text"]}, "has no variant 'lif-text' for .*transformer.*cfc"),
+        (
+            {"variants": ["qwen-gate"], "backbones": ["transformer", "cfc"]},
+            r"has no variant of \['qwen-gate'\] for 'cfc'",
+        ),
+        (
+            {"suite": "stated", "backbones": ["transformer", "cfc"]},
+            "'stated' has no variant for 'transformer'",
+        ),
     ],
 )
 def test_plan_names_what_it_does_not_know(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan("quick", device="cpu", **arguments)
+        plan(**{"suite": "quick", "device": "cpu", **arguments})
+
+
+def test_plan_leaves_out_what_another_backbone_has() -> None:
+    runs = plan("quick", variants=["qwen-gate", "lif"], device="cpu")
+    assert [(run.config.backbone, run.variant) for run in runs] == [
+        ("transformer", "lif"), ("transformer", "qwen-gate"), ("cfc", "lif"),
+    ]  # fmt: skip
 
 
 def test_results_survive_their_file(tmp_path: Path) -> None:
@@ -502,6 +532,31 @@ def test_out_of_time_has_an_exit_code_of_its_own(
     said = capsys.readouterr().out
     assert f"continue with: python scripts/reproduce.py {shlex.join(arguments)}" in said
     assert json.loads((tmp_path / "plan.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(OutOfTime(60), 1), (StopRequested(signal.SIGTERM), 143), (StopRequested(signal.SIGINT), 130)],
+)
+def test_a_failure_is_told_however_a_call_ends(
+    stop: Exception,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run fails, and the call is stopped before the next one."""
+
+    def run(self: Grid, *_: Any, **__: Any) -> None:
+        self.statuses[0].state, self.statuses[0].message = "failed", "the disk is full"
+        raise stop
+
+    monkeypatch.setattr(Grid, "run", run)
+    arguments = ["--data", str(TEXT), "--out", str(tmp_path), "--minutes", "1"]
+    assert reproduce_main(arguments) == code
+    said = capsys.readouterr()
+    assert "transformer-standard-seed42 failed: the disk is full\n" in said.err
+    assert f"{stop}; continue with: python scripts/reproduce.py --data" in said.out
 
 
 def test_jobs_share_the_cores() -> None:

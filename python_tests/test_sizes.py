@@ -213,6 +213,45 @@ def test_results_are_collected_and_set_beside(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("where", ["two sources", "the folder", "one source", "the call"])
+def test_results_of_two_texts_are_not_collected(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They could not stand in one report, and every later call would refuse the folder."""
+    ours, out = write_stated(tmp_path / "ours", [42]), GridFolder(tmp_path / "out")
+    theirs = GridFolder(tmp_path / "theirs")
+    source = ours if where == "one source" else theirs
+    for result in stated([7] if where == "one source" else [668]):
+        other = dataclasses.replace(result, corpus={**result.corpus, "sha256": "1" * 64})
+        write_result(source.result(other.name), other)
+    if where == "the folder":
+        write_stated(out.path, [42])
+    there = sorted(out.path.rglob("*.json"))
+    sources = {
+        "two sources": [ours, theirs], "the folder": [theirs], "one source": [ours],
+        "the call": [theirs],
+    }[where]  # fmt: skip
+    arguments = ["--suite", "stated", "--out", str(out.path)]
+    arguments += ["--collect", *(str(folder.path) for folder in sources)]
+    if where == "the call":
+        arguments += ["--data", str(ROOT / "ember_ext" / "paper" / "data" / "lighthouse.txt")]
+    else:
+        arguments += ["--report-only"]
+    assert reproduce_main(arguments) == 1
+    said = capsys.readouterr().err
+    wrong, name = ("1" * 12, "cfc-lif-seed")
+    assert f"(SHA-256 {wrong})" in said
+    assert str(source.result(f"{name}{7 if where == 'one source' else 668}")) in said
+    if where == "the call":
+        assert "but this call trains on 'lighthouse" in said
+    else:
+        first = out if where == "the folder" else ours
+        assert str(first.result(f"{name}42")) in said
+        assert "(SHA-256 000000000000)" in said
+    assert sorted(out.path.rglob("*.json")) == there
+
+
 XS_CFC: dict[str, Any] = {
     "learning_rate": 3e-4, "weight_decay": 0.1, "eval_iters": 50, "bias": True, "beta1": 0.9,
     "beta2": 0.99,

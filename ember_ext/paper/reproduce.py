@@ -35,7 +35,7 @@ from ember_ext.paper.training import ConfigError, RunError, StopRequested, resol
 from ember_ext.paper.training.config import Backbone
 
 OUT_OF_TIME = 75
-"""The exit code where --minutes are over: "try again later" of BSD's sysexits.h."""
+"""The exit code where --minutes are over and no run failed: "try again later" of sysexits.h."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ReproduceArguments:
 
     suite: SuiteName = "quick"
     """"quick" takes minutes, "xs" is the paper's small scale (hours), "stated" the CfC of the sizes
-    that its text states (an hour a run), "paper" what its authors trained (days on a CPU)."""
+    that its text states (about an hour a run), "paper" what its authors trained (days on a CPU)."""
     out: Path | None = None
     """The folder. Default: runs/reproduce-SUITE."""
     seeds: tuple[int, ...] = ()
@@ -71,7 +71,7 @@ class ReproduceArguments:
     """NAME=VALUE options for submitit, such as slurm_partition=gpu timeout_min=240."""
     minutes: float | None = None
     """Stop after this time, with checkpoints, as on Ctrl-C. The same call goes on later. The exit
-    code is 75 then. Default: until all is done."""
+    code is 75 then, or 1 if a run failed. Default: until all is done."""
     drop_checkpoints: bool = False
     """Remove the checkpoints of each run once its result is written. The folder then holds only
     what is needed to go on."""
@@ -98,12 +98,6 @@ def reproduce_main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "scripts/reproduce.py", *_lasting(arguments)])
     try:
         return _reproduce(options, command)
-    except OutOfTime as stop:
-        print(f"{stop}; continue with: {command}")
-        return OUT_OF_TIME
-    except StopRequested as stop:
-        print(f"{stop}; continue with: {command}")
-        return stop.exit_code
     except (ConfigError, CorpusError, ResultError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -150,10 +144,8 @@ def _reproduce(options: ReproduceArguments, command: str) -> int:
     )
     names = [spec.name for spec in specs]
     others = [_other_size(suite, path) for suite, path in _beside(options)]
-    if options.collect:
-        new = take_over(options.suite, folder, options.collect)
-        print(f"results taken over: {len(new)}")
     failures: dict[str, str] = {}
+    stopped: OutOfTime | StopRequested | None = None
     with GridConsole() as console:
         note = console.console.print
         corpus = (
@@ -163,19 +155,30 @@ def _reproduce(options: ReproduceArguments, command: str) -> int:
         )
         if corpus is not None:
             specs = [dataclasses.replace(spec, corpus=corpus.sha256) for spec in specs]
+        if options.collect:
+            new = take_over(options.suite, folder, options.collect, corpus)
+            note(f"results taken over: {len(new)}", markup=False)
         grid = Grid(folder, specs, corpus)
         if not options.report_only:
             folder.plan(names)
             folder.results.mkdir(exist_ok=True)
-            grid.run(
-                _executor(options, folder, device, len(specs)),
-                console,
-                seconds=None if options.minutes is None else 60 * options.minutes,
-                drop_checkpoints=options.drop_checkpoints,
-            )
+            try:
+                grid.run(
+                    _executor(options, folder, device, len(specs)),
+                    console,
+                    seconds=None if options.minutes is None else 60 * options.minutes,
+                    drop_checkpoints=options.drop_checkpoints,
+                )
+            except (OutOfTime, StopRequested) as stop:
+                stopped = stop
             failures = grid.failures
     for name, message in failures.items():
         print(f"{name} failed: {message}", file=sys.stderr)
+    if stopped is not None:
+        print(f"{stopped}; continue with: {command}")
+        if isinstance(stopped, StopRequested):
+            return stopped.exit_code
+        return 1 if failures else OUT_OF_TIME
     context = ReportContext(
         suite=options.suite,
         planned=tuple(folder.planned_with(names)),

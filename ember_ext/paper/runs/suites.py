@@ -130,12 +130,14 @@ def plan(
         changes: fields of every `TrainConfig`, such as device (default: "auto") and data.
 
     Raises:
-        ConfigError: an unknown variant, or one that a chosen backbone does not have, or no run.
+        ConfigError: an unknown variant, one that none of the chosen backbones has, or a named
+            backbone of which nothing would be run.
     """
     chosen = SUITES[suite]
     for variant in variants:
         if variant not in VARIANTS:
             raise ConfigError(f"variant must be one of {list(VARIANTS)}, got {variant!r}")
+    _check_choice(suite, variants, backbones)
     runs = []
     for seed in seeds or chosen.seeds:
         for backbone in backbones or get_args(Backbone):
@@ -152,9 +154,25 @@ def plan(
                     **changes,
                 }
                 runs.append(RunSpec(variant, dataclasses.replace(config, **fields)))
-    if not runs:
-        raise ConfigError(
-            f"suite {suite!r} has no variants {list(variants)} for {list(backbones)}: it has "
-            + ", ".join(f"{b}: {list(v)}" for b, v in chosen.variants.items())
-        )
     return runs
+
+
+def _check_choice(suite: SuiteName, variants: Sequence[str], backbones: Sequence[Backbone]) -> None:
+    """Require that every variant and every backbone that is named has a run.
+
+    Raises:
+        ConfigError: one has none.
+    """
+    has = SUITES[suite].variants
+    there = ", ".join(f"{backbone}: {list(names)}" for backbone, names in has.items())
+    among = list(backbones or get_args(Backbone))
+    for variant in variants:
+        if not any(variant in has.get(backbone, ()) for backbone in among):
+            raise ConfigError(
+                f"suite {suite!r} has no variant {variant!r} for {among}: it has {there}"
+            )
+    for backbone in backbones:
+        names = has.get(backbone, ())
+        if not names or (variants and not set(variants) & set(names)):
+            wanted = f"variant of {list(variants)}" if variants else "variant"
+            raise ConfigError(f"suite {suite!r} has no {wanted} for {backbone!r}: it has {there}")
