@@ -72,7 +72,7 @@ class SequenceClassifier(nn.Module):
         layers, gates, inputs = [], [], config.channels
         for _ in range(config.layers):
             layers.append(_layer(config, inputs))
-            # Drawing no random numbers, gates leave the weights of all else as they are.
+            # Gates draw no random numbers, so all other weights are those of a model without gates.
             gates.append(LIFGate(config.units) if config.gate else nn.Identity())
             inputs = config.units
         self.layers = nn.ModuleList(layers)
