@@ -10,13 +10,21 @@ import numpy as np
 import pytest
 from synthetic_results import LATER_VARIANTS, SEEDS, Effect, synthetic_results
 
-from ember_ext.paper.claims.judging import Finding, NotTestableError, Rule, differs, every
+from ember_ext.paper.claims.judging import (
+    Finding,
+    NotTestableError,
+    Rule,
+    SeedTest,
+    differs,
+    every,
+)
 from ember_ext.paper.claims.verdicts import Claim, claims
-from ember_ext.paper.formatting import p_value
+from ember_ext.paper.formatting import DASH, p_value
 from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.correction import holm
-from ember_ext.paper.statistics.power import detectable_difference, power
+from ember_ext.paper.statistics.power import detectable_difference, detectable_ratio, power
+from ember_ext.paper.tables.claim_tables import claim_tables, tested_text
 
 SUPPORTED, REFUTED, UNTESTABLE = "supported", "not supported", "not testable at this scale"
 
@@ -596,6 +604,74 @@ def test_evidence_says_which_way_persistent_heads_look() -> None:
 def test_a_control_within_the_noise(sigmoid: Effect, noise: float, verdict: str) -> None:
     effects = {"standard": Effect(noise=0), "lif": Effect(noise=0), "null": Effect(noise=noise)}
     assert verdicts(later_results(**effects, sigmoid=sigmoid), "sigmoid-is-lif") == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("sigmoid", "holds"),
+    [(Effect(noise=1e-5), True), (Effect(noise=1e-3), True), (Effect(noise=0.03), False)],
+)
+def test_a_control_has_a_test_of_its_own(sigmoid: Effect, holds: bool) -> None:
+    """Its p and the ratio that it would have found, whether it supports the claim or not."""
+    effects = {"standard": Effect(noise=0), "lif": Effect(noise=0), "null": Effect(noise=2e-3)}
+    found = judged(later_results(**effects, sigmoid=sigmoid))
+    claim = found["sigmoid-is-lif"]
+    assert (claim.verdict == SUPPORTED) is holds
+    (test,) = claim.tests
+    assert (test.n, test.detectable) == (3, None)
+    assert test.p is not None
+    assert (test.p >= 0.05) is holds
+    assert test.detectable_ratio == detectable_ratio(3, 3)
+    assert f"F-test p = {p_value(test.p)}" in claim.evidence
+    assert f"{test.detectable_ratio:.2f} times that of the null pairs" in claim.evidence
+    # Its p is not corrected, and does not count in the correction of the others.
+    assert (claim.p, claim.holm_p) == (test.p, None)
+    others = [c for c in found.values() if c.judged and c is not claim]
+    assert [c.holm_p for c in others] == holm([c.p for c in others])
+    (table, _) = claim_tables(list(found.values()))
+    row = next(cells for cells in table.rows if cells[0] == claim.key)
+    assert row[2:] == ("1", p_value(test.p), DASH, DASH)
+    assert f"judge {len(others)} claims" in table.notes[0]
+    assert table.notes[-1].startswith("sigmoid-is-lif is judged besides these and is not corrected")
+    assert f"an RMS {test.detectable_ratio:.2f} times" in table.notes[-1]
+    said = tested_text(claim, len(others))
+    assert said.startswith(f"p = {p_value(test.p)}, not corrected")
+    assert "Holm" not in said
+
+
+def test_other_claims_need_no_note_on_the_correction() -> None:
+    assert len(claim_tables(claims(synthetic_results()))[0].notes) == 2
+
+
+def test_small_runs_are_held_to_the_authors_small_runs() -> None:
+    """Theirs have a twelfth of the effect of the paper's own sizes."""
+
+    def of(key: str, **sizes: Any) -> SeedTest:
+        backbone = "cfc" if key.endswith("cfc") else "transformer"
+        (test,) = judged(synthetic_results(backbone=backbone, **sizes))[key].tests
+        return test
+
+    test = of("loss-transformer")
+    assert (test.published, test.authors_xs) == (-0.75, -0.069)
+    assert test.base is not None
+    assert test.sd is not None
+    assert test.authors_xs_power == pytest.approx(power(0.00069 * test.base, test.sd, 3))
+    assert test.published_power is not None
+    assert test.authors_xs_power < test.published_power
+    assert of("loss-cfc").authors_xs == 0.10
+    assert of("qwen-worse").authors_xs is None
+    other = of("loss-transformer", steps=2800)
+    assert (other.published, other.authors_xs, other.authors_xs_power) == (-0.75, None, None)
+
+
+def test_parameters_of_the_sizes_that_the_text_states() -> None:
+    sizes = {"n_layer": 4, "n_embd": 128, "block_size": 256}
+    claim = judged(synthetic_results(backbone="cfc", **sizes))["parameter-count-cfc"]
+    assert claim.verdict == UNTESTABLE
+    assert (
+        "4 layers of 128, which are the sizes that the paper's text states, not" in claim.evidence
+    )
+    small = judged(synthetic_results(backbone="cfc"))["parameter-count-cfc"]
+    assert small.evidence == "cfc: 2 layers of 128, not the paper's sizes"
 
 
 def test_a_control_without_null_pairs() -> None:

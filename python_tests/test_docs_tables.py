@@ -84,7 +84,7 @@ Alone {{bench}}`cfc.csv; {WIRED}; contender=ncps`,
 ```
 
 Of quick {{paper-size}}`xs; quick; finished` of {{paper-size}}`xs; quick; planned`,
-{{paper}}`xs; judged` judged.
+{{paper}}`xs; judged` judged, power {{paper-cell}}`xs; S5; {power["rows"][0][0]}; p`.
 """,
     )
     assert not problems
@@ -95,7 +95,8 @@ Of quick {{paper-size}}`xs; quick; finished` of {{paper-size}}`xs; quick; planne
         measurements.duration(sum(float(row["ms"]) for row in kernels)),
         f"Alone {times[0]}, {speedup}, 1.0, {len(supported)} of {len(numbers['claims'])}.",
         f"Supported: {len(supported)}", *(row[0] for row in numbers["tables"][0]["rows"]),
-        "our loss", "2 layers of 96", "Of quick 9 of 9, ", f"{judged} judged.", loss["tested"],
+        "our loss", "2 layers of 96", "Of quick 9 of 9, ",
+        f"{judged} judged, power {power['rows'][0][4]}.", loss["tested"],
         *(row[0] for row in power["rows"] if row[7] != "–"),
     ):  # fmt: skip
         assert expected in text
@@ -114,6 +115,10 @@ Of quick {{paper-size}}`xs; quick; finished` of {{paper-size}}`xs; quick; planne
         ("{paper}`xs; proven`", "proven"),
         ("```{paper-table} xs S5\n:having: Colour\n```", "no column 'Colour'"),
         ("{paper-size}`xs; huge; planned`", "huge"),
+        ("{paper-cell}`xs; S9; a; p`", "'xs; S9; a; p' is no cell"),
+        ("{paper-cell}`xs; S5; nothing; p`", "'xs; S5; nothing; p' is no cell"),
+        ("{paper-cell}`huge; S5; a; p`", "'huge; S5; a; p' is no cell"),
+        ("{paper-cell}`xs; S5`", "'xs; S5' is no cell"),
         ("{paper-size}`quick; xs; planned`", "sizes"),
         ("{paper-report}`all of it; huge`", "no report of 'huge'"),
     ],

@@ -391,7 +391,12 @@ def test_claims_have_tables_of_their_own() -> None:
     assert cells["Detectable"] == f"{test.detectable:.5f}"
     assert cells["Published effect"] == "-0.75%"
     assert cells["Power for it"] == share(test.published_power)
+    assert cells["Authors' xs effect"] == "-0.07%"
+    assert cells["Power for that"] == share(test.authors_xs_power)
     assert row(power, "transformer, best val loss: lif against qwen-gate")["Power for it"] == DASH
+    other = claim_tables(claims(synthetic_results(effects, steps=2800)))[1]
+    assert other.columns == power.columns[:-2]
+    assert len(other.rows) == len(power.rows)
     assert [len(table.rows) for table in claim_tables(claims([]))] == [0, 0]
 
 

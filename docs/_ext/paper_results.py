@@ -17,7 +17,8 @@ lines. The role {paper}`xs; supported` counts the claims with a verdict, {paper}
 them, {paper}`xs; judged` those with one, and {paper}`xs; planned` and {paper}`xs; runs` the runs
 that the suite has and that were made. In the same way {paper-size}`xs; stated; planned` and
 {paper-size}`xs; stated; finished` count those of another suite that the report of xs has beside its
-own. The page of each report is copied to `reports/SUITE.html`.
+own. {paper-cell}`xs; S5; ROW; Power for it` is a table's cell, in the only row that starts with
+ROW. The page of each report is copied to `reports/SUITE.html`.
 """
 
 from __future__ import annotations
@@ -150,6 +151,26 @@ class PaperSize(SphinxRole):
         return [nodes.Text(str(count))], []
 
 
+class PaperCell(SphinxRole):
+    """A cell of one of a report's tables."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """The cell's text."""
+        suite, number, head, column = (part.strip() for part in f"{self.text};;;".split(";")[:4])
+        try:
+            found = numbers(suite, self.env)
+            shown = [*found["tables"], *found.get("size_tables", [])]
+            table = next(table for table in shown if table["number"] == number)
+            (row,) = (row for row in table["rows"] if row[0] == head)
+            text = str(row[table["columns"].index(column)])
+        except (OSError, StopIteration, ValueError) as error:
+            problem = self.inliner.reporter.error(
+                f"paper-cell: {self.text!r} is no cell: {error!r}", line=self.lineno
+            )
+            return [self.inliner.problematic(self.rawtext, self.rawtext, problem)], [problem]
+        return [nodes.Text(text)], []
+
+
 class PaperReport(SphinxRole):
     """A link to the copy of a report."""
 
@@ -182,6 +203,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("paper-table", PaperTable)
     app.add_role("paper", PaperNumber())
     app.add_role("paper-size", PaperSize())
+    app.add_role("paper-cell", PaperCell())
     app.add_role("paper-report", PaperReport())
     app.connect("build-finished", copy_reports)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

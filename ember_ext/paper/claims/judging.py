@@ -43,8 +43,13 @@ class SeedTest:
         difference: mean of the differences; None if the test is of something else than a mean.
         sd: their standard deviation (ddof 1); None as `difference`.
         base: mean of what it is compared with; None if that is 0.
-        published: the effect that the paper reports, in percent of the base, if it reports one.
+        published: the effect that the paper reports for its own sizes, in percent of the base, if
+            it reports one.
+        authors_xs: the effect that its authors' own runs of the xs sizes have, in percent; None for
+            runs of other sizes, and where the authors have none.
         digits: of the numbers in tables.
+        detectable_ratio: of an F-test, the smallest true ratio of RMS that it finds with a power of
+            80 %; None for other tests.
     """
 
     what: str
@@ -54,7 +59,9 @@ class SeedTest:
     sd: float | None = None
     base: float | None = None
     published: float | None = None
+    authors_xs: float | None = None
     digits: int = 5
+    detectable_ratio: float | None = None
 
     @property
     def detectable(self) -> float | None:
@@ -64,9 +71,17 @@ class SeedTest:
     @property
     def published_power(self) -> float | None:
         """The chance of finding an effect as large as the published one, if there is one."""
-        if self.published is None or self.base is None or not self.sd:
+        return self._power_for(self.published)
+
+    @property
+    def authors_xs_power(self) -> float | None:
+        """The chance of finding an effect as large as that of the authors' xs runs, if any."""
+        return self._power_for(self.authors_xs)
+
+    def _power_for(self, effect: float | None) -> float | None:
+        if effect is None or self.base is None or not self.sd:
             return None
-        return power(self.published / 100 * self.base, self.sd, self.n)
+        return power(effect / 100 * self.base, self.sd, self.n)
 
 
 @dataclass(frozen=True)
@@ -229,7 +244,11 @@ def differs(
         )
         if comparison.n < MIN_PAIRS:
             raise NotTestableError(f"{seeds_missing(comparison.n)}; {evidence}")
-        printed = published.LOSSES[backbone].get(variant) if measure is best_loss else None
+        printed, small = None, None
+        if measure is best_loss and base == BASELINE:
+            printed = published.LOSSES[backbone].get(variant)
+            if published.scale_of(need_config(finished, backbone)) == "xs":
+                small = published.XS_LOSSES[backbone].get(variant)
         test = SeedTest(
             f"{backbone}, {name}: {variant} against {base}",
             comparison.n,
@@ -237,7 +256,8 @@ def differs(
             comparison.difference,
             float(np.std(comparison.differences, ddof=1)),
             comparison.base.mean or None,
-            printed.percent if printed and base == BASELINE else None,
+            printed.percent if printed else None,
+            small.percent if small else None,
             digits + 1,
         )
         if sign * comparison.difference <= 0:

@@ -33,6 +33,7 @@ from ember_ext.paper.statistics.comparisons import (
 from ember_ext.paper.statistics.crossover import find_crossovers
 from ember_ext.paper.statistics.heads import gate_units
 from ember_ext.paper.statistics.paired import MIN_PAIRS, noise_floor
+from ember_ext.paper.statistics.power import detectable_ratio
 
 MAX_START_PERCENT = 0.1
 """Percent of the baseline's loss within which a gate that is open leaves it before training."""
@@ -171,7 +172,9 @@ def within_noise(backbone: str, variant: str, base: str) -> Rule:
     """The rule that a variant differs from a base as runs do that only rounding sets apart.
 
     It holds unless an F-test finds the mean square of their differences in the best val loss above
-    that of the null pairs, with p < .05. Differences below the digits of the paper are none.
+    that of the null pairs, with p < .05. Differences below the digits of the paper are none. The
+    evidence has the test's p, and the ratio that it would have found, whatever decides. Without any
+    difference between null pairs there is no test.
     """
 
     def judge(finished: FinishedRuns) -> Finding:
@@ -187,12 +190,24 @@ def within_noise(backbone: str, variant: str, base: str) -> Rule:
         )
         if floor is None or floor.n < MIN_PAIRS:
             raise NotTestableError(f"fewer than {MIN_PAIRS} null pairs; {evidence}")
-        if own.rms <= max(floor.rms, SMALLEST_LOSS):
-            return Finding(True, evidence)
+        small = own.rms <= SMALLEST_LOSS
         if floor.rms == 0:
-            return Finding(False, evidence)
+            return Finding(small, f"{evidence}; no F-test, because no null pair differs")
         p = float(stats.f.sf((own.rms / floor.rms) ** 2, own.n, floor.n))
-        return Finding(p >= SIGNIFICANCE, f"{evidence}; one-sided F-test p = {p_value(p)}")
+        ratio = detectable_ratio(own.n, floor.n)
+        evidence += (
+            f"; one-sided F-test p = {p_value(p)}, which finds an RMS {ratio:.2f} times that of "
+            "the null pairs with a power of 80%"
+        )
+        if small:
+            evidence += f"; an RMS of at most {SMALLEST_LOSS:.5f} counts as none"
+        test = SeedTest(
+            f"{backbone}, best val loss: {variant} minus {base} against the null pairs (F-test)",
+            own.n,
+            p,
+            detectable_ratio=ratio,
+        )
+        return Finding(small or p >= SIGNIFICANCE, evidence, (test,))
 
     return judge
 
@@ -269,7 +284,13 @@ def starts_open(backbone: str, variant: str) -> Rule:
 
 def _at_paper_scale(finished: FinishedRuns, backbone: str) -> None:
     config = need_config(finished, backbone)
-    if published.scale_of(config) != "paper":
+    scale = published.scale_of(config)
+    if scale == "stated":
+        raise NotTestableError(
+            f"{backbone}: {config['n_layer']} layers of {config['n_embd']}, which are the sizes "
+            "that the paper's text states, not those that the published losses come from"
+        )
+    if scale != "paper":
         raise NotTestableError(
             f"{backbone}: {config['n_layer']} layers of {config['n_embd']}, not the paper's sizes"
         )

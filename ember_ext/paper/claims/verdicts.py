@@ -34,6 +34,7 @@ class Claim:
             None without a test.
         holm_p: the same, corrected for the number of claims that these runs judge.
         was_run: whether any run is of a backbone that the claim is about.
+        in_family: whether it counts among the claims that are corrected together; see `Spec`.
     """
 
     key: str
@@ -46,11 +47,17 @@ class Claim:
     p: float | None = None
     holm_p: float | None = None
     was_run: bool = True
+    in_family: bool = True
 
     @property
     def judged(self) -> bool:
         """Whether there is a verdict."""
         return self.verdict != UNTESTABLE
+
+    @property
+    def corrected(self) -> bool:
+        """Whether there is a verdict whose p is corrected for the number of claims."""
+        return self.judged and self.in_family
 
 
 def claims(results: Sequence[RunResult]) -> list[Claim]:
@@ -64,9 +71,9 @@ def claims(results: Sequence[RunResult]) -> list[Claim]:
     """
     finished = FinishedRuns(results)
     found = [_judge(spec, finished) for spec in SPECS]
-    corrected = iter(holm([claim.p for claim in found if claim.judged]))
+    corrected = iter(holm([claim.p for claim in found if claim.corrected]))
     return [
-        dataclasses.replace(claim, holm_p=next(corrected)) if claim.judged else claim
+        dataclasses.replace(claim, holm_p=next(corrected)) if claim.corrected else claim
         for claim in found
     ]
 
@@ -77,7 +84,22 @@ def _judge(spec: Spec, finished: FinishedRuns) -> Claim:
         finding = spec.rule(finished)
     except NotTestableError as reason:
         was_run = not isinstance(reason, NotRunError)
-        return Claim(*said, UNTESTABLE, str(reason), spec.criterion, was_run=was_run)
+        return Claim(
+            *said,
+            UNTESTABLE,
+            str(reason),
+            spec.criterion,
+            was_run=was_run,
+            in_family=spec.in_family,
+        )
     verdict: Verdict = "supported" if finding.holds else "not supported"
     p = max((test.p for test in finding.tests if test.p is not None), default=None)
-    return Claim(*said, verdict, finding.evidence, spec.criterion, finding.tests, p)
+    return Claim(
+        *said,
+        verdict,
+        finding.evidence,
+        spec.criterion,
+        finding.tests,
+        p,
+        in_family=spec.in_family,
+    )

@@ -43,7 +43,7 @@ def page_content(
     """
     finished = findings.finished
     counts = Counter(claim.verdict for claim in findings.claims)
-    judged = sum(claim.judged for claim in findings.claims)
+    family = sum(claim.corrected for claim in findings.claims)
     done = {run.name for run in finished.results}
     others = unplanned(finished, context)
     names = [*context.planned, *others]
@@ -57,7 +57,7 @@ def page_content(
         "failed": sorted(context.failed.items()),
         "figures_made_for": MADE_FOR,
         "claims": findings.claims,
-        "tested": {claim.key: tested_text(claim, judged) for claim in findings.claims},
+        "tested": {claim.key: tested_text(claim, family) for claim in findings.claims},
         "supported": counts["supported"],
         "verdicts": [(verdict, counts[verdict]) for verdict in get_args(Verdict)],
         "facts": facts(finished, context),

@@ -44,13 +44,13 @@ def numbers(
         }
         for run in ordered(finished)
     ]
-    judged = sum(claim.judged for claim in findings.claims)
+    family = sum(claim.corrected for claim in findings.claims)
     content = {
         "suite": context.suite,
         "planned": list(context.planned),
         "runs": runs,
         "claims": [
-            {**dataclasses.asdict(claim), "tested": tested_text(claim, judged)}
+            {**dataclasses.asdict(claim), "tested": tested_text(claim, family)}
             for claim in findings.claims
         ],
         "tables": [dataclasses.asdict(table) for table in findings.tables],

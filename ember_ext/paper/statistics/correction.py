@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def holm(p_values: Sequence[float | None], family: int | None = None) -> list[float | None]:
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Adjust p values by Holm's step-down method.
 
     An adjusted p below .05 stays so however many of the other hypotheses are true: the chance of
@@ -15,23 +15,19 @@ def holm(p_values: Sequence[float | None], family: int | None = None) -> list[fl
     Args:
         p_values: one a hypothesis; None for one that is decided without a test. It counts in the
             family as if its p were 1.
-        family: the number of hypotheses. Default: as many as there are p values.
 
     Returns:
         The adjusted values, at most 1, in the same order; None where there was none.
 
     Raises:
-        ValueError: the family is smaller than the number of p values, or a value is not in [0, 1].
+        ValueError: a value is not in [0, 1].
     """
-    size = len(p_values) if family is None else family
-    if size < len(p_values):
-        raise ValueError(f"holm: family must be at least {len(p_values)}, got {size}")
     if any(p is not None and not 0 <= p <= 1 for p in p_values):
         raise ValueError(f"holm: p values must be in [0, 1], got {list(p_values)}")
     adjusted: list[float | None] = [None] * len(p_values)
     tested = [(p, index) for index, p in enumerate(p_values) if p is not None]
     largest = 0.0
     for rank, (p, index) in enumerate(sorted(tested)):
-        largest = max(largest, min(1.0, (size - rank) * p))
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
         adjusted[index] = largest
     return adjusted

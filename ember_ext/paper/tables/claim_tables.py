@@ -18,6 +18,7 @@ def claim_tables(claims: Sequence[Claim]) -> list[Table]:
 def correction_table(claims: Sequence[Claim]) -> Table:
     """Table S4: the p of every claim with a verdict, corrected for the number of them."""
     judged = [claim for claim in claims if claim.judged]
+    family = sum(claim.corrected for claim in judged)
     rows = [
         (
             claim.key,
@@ -29,16 +30,31 @@ def correction_table(claims: Sequence[Claim]) -> Table:
         )
         for claim in judged
     ]
-    notes = (
-        f"These runs judge {len(judged)} claims. Of {len(judged)} claims that are all false, some "
+    notes = [
+        f"These runs judge {family} claims. Of {family} claims that are all false, some "
         "would still have p < .05 by chance. Holm's method corrects for that. A claim that is "
         "decided without a test counts in the number of claims, and has no p.",
         "The p of a claim with several tests is the largest of theirs, because all parts have to "
         "hold. The tests are two-sided: a small p is no support if the sign is the wrong one. "
         "The verdicts go by the p without the correction, as the criteria say.",
-    )
+    ]
+    notes += [_uncorrected(claim) for claim in judged if not claim.in_family]
     columns = ("Claim", "Verdict", "Tests", "p", "p (Holm)", "Below .05 after Holm")
-    return Table("S4", "Claims, corrected for their number", columns, tuple(rows), notes)
+    return Table("S4", "Claims, corrected for their number", columns, tuple(rows), tuple(notes))
+
+
+def _uncorrected(claim: Claim) -> str:
+    text = (
+        f"{claim.key} is judged besides these and is not corrected: a large p supports it, so a "
+        "correction would make its support easier."
+    )
+    ratios = " and ".join(map(_ratio, claim.tests))
+    return f"{text} Its test would have found {ratios} with a power of 80%." if ratios else text
+
+
+def _ratio(test: SeedTest) -> str:
+    assert test.detectable_ratio is not None
+    return f"an RMS {test.detectable_ratio:.2f} times that of the null pairs ({test.n} seeds)"
 
 
 def power_table(claims: Sequence[Claim]) -> Table:
@@ -46,15 +62,15 @@ def power_table(claims: Sequence[Claim]) -> Table:
     tests = dict.fromkeys(
         test for claim in claims for test in claim.tests if test.detectable is not None
     )
-    notes = (
+    notes = [
         "Detectable is the smallest true difference that the t-test would have found (two-sided "
         "p < .05) with a power of 80%, given the number of seeds and the observed sd of the "
         "differences. The sd of few differences is itself uncertain: with 3 seeds the true one may "
         "be half of it or six times as large.",
-        "The published effect is the one that the paper reports for its own sizes. The last column "
+        "The published effect is the one that the paper reports for its own sizes. Power for it "
         "is the power for an effect of as many percent.",
-    )
-    columns = (
+    ]
+    columns = [
         "Test",
         "Seeds",
         "Difference",
@@ -64,14 +80,22 @@ def power_table(claims: Sequence[Claim]) -> Table:
         "Detectable, %",
         "Published effect",
         "Power for it",
-    )
-    return Table("S5", "Power of the tests", columns, tuple(map(_power_row, tests)), notes)
+    ]
+    small_scale = any(test.authors_xs is not None for test in tests)
+    if small_scale:
+        columns += ["Authors' xs effect", "Power for that"]
+        notes.append(
+            "The authors' xs effect is that of their own runs of the sizes of these runs (xs). "
+            "Power for that is the power for an effect of as many percent."
+        )
+    rows = tuple(_power_row(test, small_scale=small_scale) for test in tests)
+    return Table("S5", "Power of the tests", tuple(columns), rows, tuple(notes))
 
 
-def _power_row(test: SeedTest) -> tuple[str, ...]:
+def _power_row(test: SeedTest, *, small_scale: bool) -> tuple[str, ...]:
     found = test.detectable
     relative = None if found is None or not test.base else 100 * found / abs(test.base)
-    return (
+    row = (
         test.what,
         str(test.n),
         signed(test.difference, test.digits),
@@ -82,16 +106,25 @@ def _power_row(test: SeedTest) -> tuple[str, ...]:
         percent(test.published),
         share(test.published_power),
     )
+    if not small_scale:
+        return row
+    return (*row, percent(test.authors_xs), share(test.authors_xs_power))
 
 
-def tested_text(claim: Claim, judged: int) -> str:
+def tested_text(claim: Claim, family: int) -> str:
     """The claim's p, corrected, and the power of its tests; empty if it rests on no test."""
     if not claim.tests:
         return ""
+    if not claim.in_family:
+        ratios = " and ".join(map(_ratio, claim.tests))
+        return (
+            f"p = {p_value(claim.p)}, not corrected, because a large p supports the claim. These "
+            f"seeds would have found {ratios} with a power of 80%."
+        )
     text = ""
     if claim.p is not None:
         text = (
-            f"p = {p_value(claim.p)}, corrected for the {judged} claims judged here (Holm) "
+            f"p = {p_value(claim.p)}, corrected for the {family} claims judged here (Holm) "
             f"{p_value(claim.holm_p)}. "
         )
     found = [_detectable(test) for test in claim.tests if test.detectable is not None]
