@@ -7,6 +7,16 @@
 namespace ember {
 namespace cuda {
 
+// The gates of a head, and what their slopes are multiplied by in the gradients of p and of P.
+struct GradientGate : HalfThresholds {
+  float steep, tau;
+
+  __device__ __forceinline__ GradientGate(const RefractoryLifAttentionParams& p, int head)
+      : HalfThresholds(p, head),
+        steep(static_cast<const float*>(p.steepness)[head] * open),
+        tau(-steep * static_cast<const float*>(p.within)[head]) {}
+};
+
 // tau enters sums that a product takes, as numbers of bf16, which has the range of fp32: where
 // results are of fp16, as two.
 template <typename T>

@@ -21,16 +21,6 @@ template <int kSize>
 constexpr size_t kHalfMeansBytes =
     kHalfRowsBytes<kSize> + 2 * TileLayout<kSize>::kRows * sizeof(HalfQuery);
 
-// The gates of a head, and what their slopes are multiplied by in the gradients of p and of P.
-struct GradientGate : HalfThresholds {
-  float steep, tau;
-
-  __device__ __forceinline__ GradientGate(const RefractoryLifAttentionParams& p, int head)
-      : HalfThresholds(p, head),
-        steep(static_cast<const float*>(p.steepness)[head] * open),
-        tau(-steep * static_cast<const float*>(p.within)[head]) {}
-};
-
 // Calls use(pair, n, half) with the lane's pairs of numbers of scratch.grad_key, the n-th 8 columns
 // of each of its two rows, of which `key_row` is the first.
 template <int kSize, typename Use>

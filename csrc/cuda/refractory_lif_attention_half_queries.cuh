@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
     const HalfBlock block(p, p.heads);
     const int first = (int(attention_tiles(p.queries)) - 1 - block.tile) * kTile;
     const AttentionHead<T> head(p, options.keep, block.batch, block.head);
-    const HalfThresholds gate(p, head.head);
+    const GradientGate gate(p, head.head);
     const AttentionRows<T> grad_out(p.grad_out, block.batch, block.head, p.queries, p.size);
 
     const uint32_t shared = shared_address(shared_memory<unsigned char>());
@@ -72,7 +72,6 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
     const LoadSums loads;
     const QueryExponents exponents(head, loads, first + fragment_row());
     const QueryLoads<T> thresholds(head, p, options, gate, first + fragment_row());
-    const float steep = head.steepness * gate.open;
     const float* above[2] = {};
     if (scratch.above) {
       pair_rows(head, p.look_ahead, scratch.above, first + fragment_row(), above);
@@ -117,7 +116,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
         for (int n = 0; n < 8; ++n) {
           const int half = n / 2 % 2;
           const float prob = scores[n / 4][n % 4], s = t[n / 4][n % 4];
-          const GateTerms terms(prob, gate.fire(prob, bases[n / 4][n % 4]), gate.leak, steep);
+          const GateTerms terms(prob, gate.fire(prob, bases[n / 4][n % 4]), gate.leak, gate.steep);
           weight[half] += terms.weight;
           weight_t[half] = fmaf(terms.weight, s, weight_t[half]);
           derivative[half] += terms.derivative;
@@ -207,7 +206,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
     const HalfBlock block(p, p.heads);
     const int first = (int(attention_tiles(p.queries)) - 1 - block.tile) * kTile;
     const AttentionHead<T> head(p, options.keep, block.batch, block.head);
-    const HalfThresholds gate(p, head.head);
+    const GradientGate gate(p, head.head);
     const AttentionRows<T> grad_out(p.grad_out, block.batch, block.head, p.queries, p.size);
 
     const uint32_t shared = shared_address(shared_memory<unsigned char>());
@@ -226,8 +225,6 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
         grads(kept_rows.grad_place);
 
     const int first_row = first + fragment_row();
-    const float within = static_cast<const float*>(p.within)[block.head];
-    const float steep = head.steepness * gate.open, tau_factor = -steep * within;
     using State = QueryState<T>;
     const auto state_of = [&](int row) {
       return State(head, p, options, gate, scratch, for_rest ? nullptr : scratch.rest, row);
@@ -299,11 +296,11 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
           for (int m = 0; m < 4; ++m) {
             const HalfQuery& here = state.here[m / 2];
             const float prob = scores[n][m];
-            const GateTerms terms(prob, gate.fire(prob, bases[n][m]), gate.leak, steep);
+            const GateTerms terms(prob, gate.fire(prob, bases[n][m]), gate.leak, gate.steep);
             const float dw = (t[n][m] - here.delta) * here.inverse_weight_sum;
             const float y = terms.slope * dw;
             const float of_load = y * state.inverse_count[m / 2];
-            tau[m] = of_load * tau_factor;
+            tau[m] = of_load * gate.tau;
             derivatives[m] = terms.derivative * dw;
             sum.y += y;
             sum.y_p = fmaf(y, prob, sum.y_p);
@@ -374,10 +371,10 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
     const float threshold = static_cast<const float*>(p.threshold)[here.head];
     const float coupling = static_cast<const float*>(p.within)[here.head];
     const float across = static_cast<const float*>(p.across)[here.head];
-    double gates[3] = {double(-steep * sum.y), double(sum.smoulder),
+    double gates[3] = {double(-gate.steep * sum.y), double(sum.smoulder),
                        double(gate.open * (sum.y_p - threshold * sum.y - coupling * sum.y_load -
                                            across * sum.y_previous))};
-    double couplings[2] = {double(-steep * sum.y_load), double(-steep * sum.y_previous)};
+    double couplings[2] = {double(-gate.steep * sum.y_load), double(-gate.steep * sum.y_previous)};
     __syncthreads();
     const Team<double> team{kFragmentThreads, shared_memory<double>()};
     team.template reduce<Sum>(gates);
@@ -419,9 +416,8 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
                                grad_place);
       commit_copies();
       const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
-      const HalfThresholds gate(p, head.head);
+      const GradientGate gate(p, head.head);
       const QueryLoads<T> thresholds(head, p, options, gate, row);
-      const float steep = head.steepness * gate.open;
       const float* above[2] = {};
       if (scratch.above) pair_rows(head, p.look_ahead, scratch.above, row, above);
       float exponent[2], inverse_sum[2], delta[2], factor[2];
@@ -431,7 +427,8 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
         exponent[half] = of_row.exponent;
         inverse_sum[half] = QueryExponent(head, row + 8 * half).inverse_sum;
         delta[half] = of_row.delta;
-        factor[half] = -steep * static_cast<const float*>(p.across)[h] * of_row.inverse_weight_sum;
+        factor[half] =
+            -gate.steep * static_cast<const float*>(p.across)[h] * of_row.inverse_weight_sum;
       }
       wait_for_copies<0>();
       if (p.scale < 0) negate_rows<kSize>(query_place);
@@ -469,7 +466,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
 #pragma unroll
             for (int m = 0; m < 4; ++m) {
               const float prob = scores[n][m];
-              const GateTerms terms(prob, gate.fire(prob, bases[m]), gate.leak, steep);
+              const GateTerms terms(prob, gate.fire(prob, bases[m]), gate.leak, gate.steep);
               to[n][m] = fmaf(terms.slope * (t[n][m] - delta[m / 2]), factor[m / 2], to[n][m]);
             }
           }
