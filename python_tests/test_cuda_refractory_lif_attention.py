@@ -232,6 +232,29 @@ def test_gates_that_open_for_some_rows_only(
     assert_close("out", out, eager, expected(**exact, **options)[0])
 
 
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("steepness", [1e3, 1e4])
+def test_gradient_of_great_steepness(operator: Any, dtype: torch.dtype, steepness: float) -> None:
+    """It is made of sums that are steepness * threshold times as large as what they leave."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = refractory_tensors(1, 2, 1, 130, 0, 64, dtype, generator)
+    # Two keys have half of the weight each, give or take 1 / steepness.
+    key = torch.full((1, 1, 130, 64), -2.5)
+    key[:, :, :2] *= -1
+    key[:, :, 1] += 1e-3 * torch.randn(64, generator=generator)
+    tensors["key"] = key.to(dtype)
+    tensors["query"] = (1 + 160 / steepness * tensors["query"].float()).to(dtype)
+    values = {"steepness": steepness, "threshold": 0.45, "within": 0.1}
+    tensors |= {name: torch.full((2,), value) for name, value in values.items()}
+    options = {"is_causal": True, "across": tensors.pop("across")}
+    one = Sample("steep", tensors, options)
+    value, eager = (run(of, one)["d steepness"] for of in (operator, expected))
+    exact = run(expected, one, torch.float64)["d steepness"]
+    terms = 0.45 * steepness * float(exact.abs().max())
+    assert terms > 0.1
+    assert_close("d steepness", value, eager, exact, scale=terms)
+
+
 def test_repeats_bit_by_bit(operator: Any) -> None:
     one = next(s for s in samples(torch.float32) if s.tensors["query"].shape[2] == 101)
     for repeated in (one, half_samples(torch.bfloat16, "causal")[2]):

@@ -158,7 +158,9 @@ __device__ __forceinline__ HalfQuery query_row(const AttentionHead<T>& head, con
 }
 
 // A lane's sums for the gates' gradients: with y = p f (1 - f) dw of y, y p, y load, y
-// previous_load and p (1 - f) dw.
+// previous_load and p (1 - f) dw. The steepness's gradient, of y (p - threshold), is a difference
+// of these sums, which are up to k threshold times as large: by that factor rounding of fp32 counts
+// more. As it does for p, of which f takes k (p - threshold), sums of differences gain nothing.
 struct RefractoryGateSums {
   float y = 0, y_p = 0, y_load = 0, y_previous = 0, smoulder = 0;
 };
