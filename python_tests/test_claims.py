@@ -24,7 +24,7 @@ from ember_ext.paper.runs.finished import FinishedRuns
 from ember_ext.paper.runs.results import RunResult
 from ember_ext.paper.statistics.correction import holm
 from ember_ext.paper.statistics.power import detectable_difference, detectable_ratio, power
-from ember_ext.paper.tables.claim_tables import claim_tables, tested_text
+from ember_ext.paper.tables import claim_tables as tables_of_claims
 
 SUPPORTED, REFUTED, UNTESTABLE = "supported", "not supported", "not testable at this scale"
 
@@ -627,19 +627,19 @@ def test_a_control_has_a_test_of_its_own(sigmoid: Effect, holds: bool) -> None:
     assert (claim.p, claim.holm_p) == (test.p, None)
     others = [c for c in found.values() if c.judged and c is not claim]
     assert [c.holm_p for c in others] == holm([c.p for c in others])
-    (table, _) = claim_tables(list(found.values()))
+    (table, _) = tables_of_claims.claim_tables(list(found.values()))
     row = next(cells for cells in table.rows if cells[0] == claim.key)
     assert row[2:] == ("1", p_value(test.p), DASH, DASH)
     assert f"judge {len(others)} claims" in table.notes[0]
     assert table.notes[-1].startswith("sigmoid-is-lif is judged besides these and is not corrected")
     assert f"an RMS {test.detectable_ratio:.2f} times" in table.notes[-1]
-    said = tested_text(claim, len(others))
+    said = tables_of_claims.tested_text(claim, len(others))
     assert said.startswith(f"p = {p_value(test.p)}, not corrected")
     assert "Holm" not in said
 
 
 def test_other_claims_need_no_note_on_the_correction() -> None:
-    assert len(claim_tables(claims(synthetic_results()))[0].notes) == 2
+    assert len(tables_of_claims.claim_tables(claims(synthetic_results()))[0].notes) == 2
 
 
 def test_small_runs_are_held_to_the_authors_small_runs() -> None:
