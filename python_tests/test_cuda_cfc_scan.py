@@ -170,7 +170,7 @@ CLUSTER_CASES: list[tuple[int, int, int, int, int, tuple[int, int], dict[str, An
     (3, 3, 4, 53, 12, (4, 4), {"mode": "pure", "lengths": True}),
     (1, 2, 4, 90, 17, (8, 8), {"mode": "pure"}),
     (3, 3, 2, 45, 16, (4, 8), {"backbone": (23, 23), "dropout": True, "masked": True}),
-    (2, 2, 2, 21, 9, (2, 8), {"lengths": True, "mode": "no_gate"}),
+    (4, 5, 2, 21, 9, (2, 8), {"lengths": True, "mode": "no_gate"}),
     (1, 2, 2, 29, 11, (8, 8), {"backbone": (37,), "activation": "silu"}),
     (1, 1, 2, 90, 40, (8, 8), {}),  # not even 8 blocks hold these weights
 ]

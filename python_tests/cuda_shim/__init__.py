@@ -32,6 +32,8 @@ import kernel_costs
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent.parent / "csrc"
+ARCHITECTURE = 90
+"""What kernels see as the one that they are compiled for, unless a test names another."""
 ORDERS = ("forward", "reverse", "shuffled")
 
 # A function's whole name, and not that of a lambda in it or of a template made from it.
@@ -121,7 +123,7 @@ class KernelFaultError(AssertionError):
 class Shim:
     """A built library."""
 
-    def __init__(self, sources: Sequence[Path], architecture: int = 90) -> None:
+    def __init__(self, sources: Sequence[Path], architecture: int = ARCHITECTURE) -> None:
         self.path = build(sources, architecture)
         self.library = ctypes.CDLL(str(self.path))
         self.library.cuda_shim_allocate.restype = ctypes.c_void_p
@@ -210,9 +212,13 @@ def _bits(value: Tensor) -> Tensor:
     return value.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[value.element_size()])
 
 
-@functools.cache
-def operators(architecture: int = 90) -> Shim:
+def operators(architecture: int = ARCHITECTURE) -> Shim:
     """The launchers of all operators, their kernels compiled for an architecture."""
+    return _operators(architecture)
+
+
+@functools.cache
+def _operators(architecture: int) -> Shim:
     return Shim([HERE / "entry.cpp", *sorted(SOURCES.glob("cuda/*.cu"))], architecture)
 
 

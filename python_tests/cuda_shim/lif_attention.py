@@ -200,7 +200,7 @@ def lif_attention(
     eps: float = 1e-8,
     seed: Tensor | None = None,
     return_summary: bool = False,
-    architecture: int = 80,
+    architecture: int = cuda_shim.ARCHITECTURE,
     pad: int | None = None,
 ) -> Tensor | tuple[Tensor, AttentionSummary]:
     """As ember_ext.ops.lif_attention, with kernels compiled for `architecture`.

@@ -122,7 +122,7 @@ def lif_gate(
     unit_dim: int = -1,
     eps: float = 1e-8,
     x_offset: int = 0,
-    architecture: int = 80,
+    architecture: int = cuda_shim.ARCHITECTURE,
 ) -> Tensor:
     """As ember_ext.ops.lif_gate; x begins `x_offset` elements behind an aligned address."""
     compute = torch.promote_types(x.dtype, torch.float32)
