@@ -369,7 +369,10 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
     assert not (folder / "last.safetensors").exists()
     # Finished: the outcome is read and nothing is trained.
     monkeypatch.setattr(training_module._Training, "run", None)
-    assert train_classifier(small, model, config, folder=folder) == resumed
+    said.clear()
+    assert train_classifier(small, model, config, folder=folder, notify=said.append) == resumed
+    assert said == [f"finished earlier, on {resumed.machine}"]
+    assert json.loads((folder / "run.json").read_text())["machine"] == resumed.machine
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path, small: Task) -> None:
@@ -709,9 +712,11 @@ def test_a_study_leaves_runs_to_others_and_fails_on_all_else(
 @pytest.mark.parametrize("task", ["vowels", "xor"])
 def test_committed_tables_are_those_of_the_committed_results(task: Any) -> None:
     pytest.importorskip("scipy")
-    from ember_ext.paper.sequences.results import read_results
+    from scipy import stats
+
+    from ember_ext.paper.sequences.results import read_results, select
     from ember_ext.paper.sequences.study import StudyFolder, read_study
-    from ember_ext.paper.sequences.summary import as_csv, table
+    from ember_ext.paper.sequences.summary import as_csv, comparisons, table
 
     folder = Path(__file__).parents[1] / "bench" / "results" / "sequences" / task
     results = read_results(folder / "results", task)
@@ -719,6 +724,13 @@ def test_committed_tables_are_those_of_the_committed_results(task: Any) -> None:
     assert read_study(task, StudyFolder(folder)) == results != []
     rows = table(task, results)
     assert as_csv(rows) == (folder / "table.csv").read_bytes()
+    compared = comparisons(task, results)
+    assert as_csv(compared) == (folder / "comparisons.csv").read_bytes()
+    by_hand = stats.ttest_rel(*([r.accuracy for r in select(results, cell, False, 0.0)][:4]
+                                for cell in ("gru", "cfc")))  # fmt: skip
+    if task == "xor":  # only four seeds have both
+        row = next(row for row in compared if row["comparison"] == "GRU − CfC")
+        assert row["p"] == f"{by_hand.pvalue:.3f}".lstrip("0")
     if task == "vowels":  # docs/sequences.md says so
         assert {row["seeds"] for row in rows} == {"10"}
     for result in results:

@@ -62,7 +62,7 @@ def xor_figure(results: Sequence[SequenceResult]) -> Figure:
     cells = [cell for cell in CELL_LABELS if any(r.cell == cell for r in results)]
     figure = new_figure(DOUBLE_COLUMN, 2.6)
     left, right = figure.subplots(1, 2)
-    panel_title(left, "a", "accuracy on new streams")
+    panel_title(left, "a", "accuracy on the test streams")
     for place, cell in enumerate(cells):
         _points(left, place - 0.1, [r.accuracy for r in results if r.cell == cell], BLACK)
         known = XOR_ACCURACY.get(cell)

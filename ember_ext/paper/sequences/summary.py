@@ -21,14 +21,21 @@ from ember_ext.paper.sequences.results import SequenceResult, paired, select
 from ember_ext.paper.sequences.statistics import spread
 from ember_ext.paper.sequences.study import CONDITIONS, SEEDS, Condition, StudyFolder
 from ember_ext.paper.sequences.tasks import TaskName
+from ember_ext.paper.statistics.correction import holm
 from ember_ext.paper.statistics.paired import compare_paired
 
 Row = dict[str, str]
 
 
 def write_summary(task: TaskName, results: Sequence[SequenceResult], folder: StudyFolder) -> None:
-    """Write table.csv and accuracy.png of a result or more, and the vowels' confusion.png."""
+    """Write table.csv and accuracy.png of a result or more, and what else there is to write.
+
+    That is the vowels' confusion.png, and comparisons.csv if conditions share seeds.
+    """
     write_atomically(folder.path / "table.csv", as_csv(table(task, results)))
+    compared = comparisons(task, results)
+    if compared:
+        write_atomically(folder.path / "comparisons.csv", as_csv(compared))
     figure = vowels_figure(results) if task == "vowels" else xor_figure(results)
     write_atomically(folder.path / "accuracy.png", rendered(figure, "png"))
     first = select(results, "cfc", False, 0.0)[:1]
@@ -60,7 +67,47 @@ def table(task: TaskName, results: Sequence[SequenceResult]) -> list[Row]:
         else:
             known = XOR_ACCURACY.get(condition.cell)
             row["published"] = f"{known.mean:.2f} ± {known.sd:.2f}" if known else DASH
-        rows.append(row | _cost(chosen))
+        row |= _cost(chosen)
+        if task == "xor":
+            # A curriculum's epochs differ in cost from run to run; `timing` has times to compare.
+            del row["epoch"]
+        rows.append(row)
+    return rows
+
+
+def comparisons(task: TaskName, results: Sequence[SequenceResult]) -> list[Row]:
+    """Paired comparisons of the cells without gates: with the CfC, and of dropped with all steps.
+
+    p is corrected by Holm's method for all comparisons of the table that have one.
+    """
+    ungated = [condition for condition in CONDITIONS[task] if not condition.gate]
+    pairs = [(Condition("cfc", drop=c.drop), c) for c in ungated if c.cell != "cfc"]
+    pairs += [(Condition(c.cell), c) for c in ungated if c.drop]
+    rows: list[Row] = []
+    p_values: list[float | None] = []
+    for base, other in pairs:
+        first, second = paired(*(select(results, c.cell, c.gate, c.drop) for c in (base, other)))
+        if not first:
+            continue
+        found = compare_paired(first, second)
+        cells = f"{CELL_LABELS[other.cell]} − {CELL_LABELS[base.cell]}"
+        interval = DASH
+        if found.t_interval is not None:
+            interval = "{:+.2f} to {:+.2f}".format(*found.t_interval)
+        rows.append({
+            "comparison": CELL_LABELS[other.cell] if base.cell == other.cell else cells,
+            "sampling": f"{sampling_label(other.drop)} − {sampling_label(base.drop)}"
+            if base.drop != other.drop else sampling_label(other.drop),
+            "seeds": str(found.n),
+            "difference": f"{found.difference:+.2f}",
+            "interval": interval,
+        })  # fmt: skip
+        p_values.append(found.t_p)
+    family = sum(p is not None for p in p_values)
+    tested = iter(holm([p for p in p_values if p is not None], family))
+    for row, p in zip(rows, p_values, strict=True):
+        row["p"] = p_value(p)
+        row["holm"] = p_value(None if p is None else next(tested))
     return rows
 
 

@@ -142,6 +142,7 @@ def train_classifier(
         RunError: the folder cannot be used, is damaged, or holds another run.
         NonFiniteLossError: the loss is not finite any more.
     """
+    where = machine(torch.device(device))
     description = {
         "task": task.name,
         "details": dict(task.details),
@@ -150,9 +151,13 @@ def train_classifier(
     }
     if folder is None:
         return _Training(task, model_config, config, torch.device(device), notify).run()
-    kept = _Folder(folder, description)
+    kept = _Folder(folder, description, where)
     with kept.claim():
         outcome = kept.outcome()
+        if outcome is not None:
+            notify(f"finished earlier, on {outcome.machine}")
+        elif kept.begun_on not in (None, where):
+            notify(f"begun on {kept.begun_on}, now on {where}: the numbers may differ a little")
         if outcome is None:
             training = _Training(task, model_config, config, torch.device(device), notify)
             outcome = training.run(kept)
@@ -203,9 +208,12 @@ def evaluate(model: nn.Module, series: SeriesSet, classes: int) -> tuple[float, 
 class _Folder:
     """The files of a run: run.json says what it is, then last.safetensors, then outcome.json."""
 
-    def __init__(self, path: Path, description: dict[str, Any]) -> None:
+    def __init__(self, path: Path, description: dict[str, Any], where: str) -> None:
         self._path = path
         self._description = description
+        self._where = where
+        self.begun_on: str | None = None
+        """The machine and the versions of the call that began the run, where they are known."""
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -228,12 +236,16 @@ class _Folder:
         """Make sure that the run here is this one; a folder without a run becomes one of it."""
         file = self._path / "run.json"
         if not file.exists():
-            write_atomically(file, json.dumps(self._description, indent=2).encode())
+            content = {**self._description, "machine": self._where}
+            write_atomically(file, json.dumps(content, indent=2).encode())
             return
         try:
             there = read_json(file)
         except RecordError as error:
             raise RunError(f"{file}: {error}") from None
+        # A run may go on elsewhere.
+        if isinstance(there, dict):
+            self.begun_on = there.pop("machine", None)
         if there != json.loads(json.dumps(self._description)):
             names = ", ".join(_differences(there, self._description)) or "all"
             raise RunError(
