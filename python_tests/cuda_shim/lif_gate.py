@@ -61,7 +61,7 @@ def _behind(x: Tensor, elements: int) -> tuple[Tensor, int]:
 
 def partial_sums(x: Tensor, norm: str | None = None) -> int:
     """How many numbers the blocks of a backward pass leave for the sums over rows."""
-    count = cuda_shim.operators(80).library.ember_lif_gate_partial_gradients
+    count = cuda_shim.operators().library.ember_lif_gate_partial_gradients
     count.restype = ctypes.c_int64
     return int(count(ctypes.byref(_describe(x, norm, -1, 1e-8))))
 
