@@ -103,8 +103,7 @@ def comparisons(task: TaskName, results: Sequence[SequenceResult]) -> list[Row]:
             "interval": interval,
         })  # fmt: skip
         p_values.append(found.t_p)
-    family = sum(p is not None for p in p_values)
-    tested = iter(holm([p for p in p_values if p is not None], family))
+    tested = iter(holm([p for p in p_values if p is not None]))
     for row, p in zip(rows, p_values, strict=True):
         row["p"] = p_value(p)
         row["holm"] = p_value(None if p is None else next(tested))
