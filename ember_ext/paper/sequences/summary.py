@@ -86,7 +86,8 @@ def comparisons(task: TaskName, results: Sequence[SequenceResult]) -> list[Row]:
     rows: list[Row] = []
     p_values: list[float | None] = []
     for base, other in pairs:
-        first, second = paired(*(select(results, c.cell, c.gate, c.drop) for c in (base, other)))
+        sides = [select(results, c.cell, c.gate, c.drop) for c in (base, other)]
+        first, second = paired(*sides)
         if not first:
             continue
         found = compare_paired(first, second)
@@ -101,6 +102,7 @@ def comparisons(task: TaskName, results: Sequence[SequenceResult]) -> list[Row]:
             "seeds": str(found.n),
             "difference": f"{found.difference:+.2f}",
             "interval": interval,
+            "device": _machines([*sides[0], *sides[1]]),
         })  # fmt: skip
         p_values.append(found.t_p)
     tested = iter(holm([p for p in p_values if p is not None]))
@@ -149,10 +151,13 @@ def _cost(results: Sequence[SequenceResult]) -> Row:
     # That of the fastest run: other work on the machine can only add to a time.
     seconds = min(float(r.outcome["seconds_per_epoch"]) for r in results)
     updates = statistics.median(int(r.outcome["updates"]) for r in results)
-    machines = sorted({short_machine(str(r.outcome["machine"])) for r in results})
     return {
         "updates": f"{updates:,.0f}",
         "parameters": f"{first.outcome['parameters']:,}",
         "epoch": f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms",
-        "device": " / ".join(machines),
+        "device": _machines(results),
     }
+
+
+def _machines(results: Sequence[SequenceResult]) -> str:
+    return " / ".join(sorted({short_machine(str(r.outcome["machine"])) for r in results}))
