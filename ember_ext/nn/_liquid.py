@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,9 @@ from ember_ext.nn._mixed_memory import memory_step
 from ember_ext.nn._packing import Packing
 from ember_ext.nn._plain import why_lstm_differs
 from ember_ext.nn._recorded import RecordedCells, record
+from ember_ext.nn._rows import Rows
 from ember_ext.nn._streamer import Streamer
+from ember_ext.ops import _checks
 from ember_ext.ops._autocast import autocast_dtype
 from ember_ext.ops._sequence import as_lengths, check_timespans
 from ember_ext.reference.time_loop import records_loops
@@ -73,8 +76,8 @@ class LiquidLayer(Packing):
 
     def _plain_steps(
         self,
-        x: Tensor,
-        inputs: Sequence[Tensor],
+        rows: Rows,
+        packed: Tensor,
         fixed: Tensor | float | None,
         spans: Sequence[Any],
     ) -> Advance:
@@ -295,44 +298,45 @@ class LiquidLayer(Packing):
             expected = f"of the weights' dtype {dtype}"
             _arguments.fail(self.layer_name, "input", expected, x.dtype, TypeError)
         h, c = h.to(x.dtype), None if c is None else c.to(x.dtype)
-        if lengths is not None:
-            # Values beyond the end of a row must not come back as NaN in a gradient.
+        if isinstance(timespans, Tensor):
+            timespans = timespans.to(dtype)
+        leaves = lengths is not None and self._lets_rows_leave(lengths)
+        beyond = None
+        if lengths is not None and not leaves:
             beyond = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+            # Values beyond the end of a row must not come back as NaN in a gradient.
             x = x.masked_fill(beyond[..., None], 0)
             if isinstance(timespans, Tensor) and timespans.dim() > 0:
                 timespans = timespans.masked_fill(beyond[..., None], 1)
         if c is not None and self._records_steps(x):
-            timespans = timespans.to(dtype) if isinstance(timespans, Tensor) else timespans
             y, h, last_c = record(self._recorded_cells(x), self.lstm, x, h, c, timespans, lengths)
             y = self._map_recorded(y)
-            if lengths is not None:
-                y = y.masked_fill(beyond[..., None], 0)
-            return y, h, last_c
-        # One unbind, because the gradient of each step's slice would be as large as the whole.
-        inputs = x.unbind(1)
-        if isinstance(timespans, Tensor):
-            timespans = timespans.to(dtype)
+            return y if beyond is None else y.masked_fill(beyond[..., None], 0), h, last_c
+        rows = Rows(x.shape[0], x.shape[1], lengths if leaves else None)
+        packed = rows.pack(x)
         varying = isinstance(timespans, Tensor) and timespans.dim() > 0
-        spans = timespans.unbind(1) if varying else (timespans,) * len(inputs)  # type: ignore[union-attr]
-        advance = self._steps(x, inputs, None if varying else timespans, spans)
-        remember = None if c is None else memory_step(self.layer_name, self.lstm, x, inputs)
-        outputs = []
-        for t in range(len(inputs)):
-            running = None if lengths is None else (t < lengths)[:, None]
-            seen, seen_c = h, c
-            if running is not None:  # a row without steps may have any state
-                seen = torch.where(running, h, 0)
-                seen_c = None if c is None else torch.where(running, c, 0)
-            mixed, new_c = (seen, seen_c) if remember is None else remember(t, seen, seen_c)  # type: ignore[arg-type]
-            value, new_h = advance(t, mixed)
-            if running is not None:
-                new_h = torch.where(running, new_h, h)
-                new_c = None if c is None else torch.where(running, new_c, c)  # type: ignore[arg-type]
-                value = torch.where(running, value, 0)
-            h, c = new_h, new_c
-            outputs.append(value)
-        y = torch.stack(outputs, 1) if outputs else x.new_empty(x.shape[0], 0, self._output_width)
-        return y, h, c
+        spans = rows.split(rows.pack(timespans)) if varying else repeat(timespans, len(rows.counts))  # type: ignore[arg-type]
+        advance = self._steps(rows, packed, None if varying else timespans, tuple(spans))
+        remember = None if c is None else memory_step(self.layer_name, self.lstm, packed, rows)
+
+        def step(t: int, h: Tensor, c: Tensor | None = None) -> tuple[Tensor, ...]:
+            if remember is None or c is None:
+                return advance(t, h)
+            mixed, c = remember(t, h, c)
+            return *advance(t, mixed), c
+
+        outputs, states = rows.run(step, (h,) if c is None else (h, c), beyond)
+        y = rows.unpack(outputs) if outputs else x.new_zeros(*x.shape[:2], self._output_width)
+        return y, states[0], None if c is None else states[1]
+
+    def _lets_rows_leave(self, lengths: Tensor) -> bool:
+        """Whether rows may leave the batch of the steps when they end.
+
+        A cell that is called may count on a batch that stays the same.
+        """
+        return _checks.is_readable(lengths) and not (
+            self._calls_cells() or (self.use_mixed and why_lstm_differs(self.lstm))
+        )
 
     def _weights_dtype(self, x: Tensor) -> torch.dtype:
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
@@ -343,31 +347,32 @@ class LiquidLayer(Packing):
 
     def _steps(
         self,
-        x: Tensor,
-        inputs: Sequence[Tensor],
+        rows: Rows,
+        packed: Tensor,
         fixed: Tensor | float | None,
         spans: Sequence[Tensor | float],
     ) -> Advance:
         """The cells step by step, by the fastest way that there is.
 
         Args:
-            x: the input, [B, T, C].
-            inputs: x at each step.
+            rows: which rows take each step.
+            packed: the input, as `rows` packs it, [N, C].
             fixed: the time span of all steps, or None if they vary.
-            spans: the time span of each step: a number, a tensor of no dimension, [B, 1] or, one
-                for each unit, [B, H].
+            spans: the time span of each step: a number, a tensor of no dimension, or one for each
+                of its rows, [B, 1] or, one for each unit, [B, H].
         """
+        inputs = rows.split(packed)
         if not torch.is_grad_enabled() and inputs and not _spans_of_units(spans[0]):
-            zeros = x.new_zeros(x.shape[0], int(self.state_size))
+            zeros = packed.new_zeros(inputs[0].shape[0], int(self.state_size))
             if self._run_packed(inputs[0], zeros, spans[0]) is not None:
                 # The check at the first step holds for all of them.
-                packed = self._packed_for(inputs[0], zeros)
-                if packed is not None:
-                    run = functools.partial(packed.run, checked=False)
+                laid_out = self._packed_for(inputs[0], zeros)
+                if laid_out is not None:
+                    run = functools.partial(laid_out.run, checked=False)
                     return lambda t, h: run(inputs[t], h, spans[t])  # type: ignore[return-value]
         if self._calls_cells():
             return lambda t, h: self.rnn_cell.forward(inputs[t], h, spans[t])
-        return self._plain_steps(x, inputs, fixed, spans)
+        return self._plain_steps(rows, packed, fixed, spans)
 
 
 def _spans_of_units(timespans: Tensor | float) -> bool:

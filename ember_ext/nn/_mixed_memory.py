@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,30 +10,32 @@ from torch import Tensor, nn
 
 from ember_ext import _native
 from ember_ext.nn._plain import why_lstm_differs
+from ember_ext.nn._rows import Rows
 
 
 def memory_step(
-    layer: str, lstm: Any, x: Tensor, inputs: Sequence[Tensor]
+    layer: str, lstm: Any, packed: Tensor, rows: Rows
 ) -> Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Make a function that takes step t of ncps' LSTM cell from h and c, [B, S] each, to the next.
 
     Args:
         layer: for the warning that the cell has to be called.
         lstm: an `ncps.torch.lstm.LSTMCell`.
-        x: the input, [B, T, C].
-        inputs: x at each step.
+        packed: the input, as `rows` packs it, [N, C].
+        rows: which rows take each step.
     """
     reason = why_lstm_differs(lstm)
     if reason is not None:
         _native.warn_once(f"nn.{layer} calls its LSTM at each step, which is slower: {reason}")
+        inputs = rows.split(packed)
         return lambda t, h, c: lstm(inputs[t], (h, c))
-    gates = input_gates(lstm, x).unbind(1)
+    gates = rows.split(input_gates(lstm, packed))
     recurrent = lstm.recurrent_map.weight.t()
     return lambda t, h, c: remember(torch.addmm(gates[t], h, recurrent), c)
 
 
 def input_gates(lstm: Any, x: Tensor) -> Tensor:
-    """The input's part of the LSTM's gates, which has no recurrence: [B, T, 4 S]."""
+    """The part of the LSTM's gates that has no recurrence: that of x, [..., C], is [..., 4 S]."""
     size = int(lstm.hidden_size)
     # The cell adds 1 to the third gate.
     offset = nn.functional.pad(x.new_ones(size), (2 * size, size))

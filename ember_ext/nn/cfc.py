@@ -21,6 +21,7 @@ from ember_ext.nn._liquid import Advance, LiquidLayer
 from ember_ext.nn._plain import ACTIVATIONS as ACTIVATION_LAYERS
 from ember_ext.nn._plain import why_cells_differ, why_differs
 from ember_ext.nn._recorded import RecordedCells
+from ember_ext.nn._rows import Rows
 from ember_ext.ops._cfc_checks import ACTIVATIONS, MODES, Activation
 from ember_ext.ops._cfc_packing import PackedCells, joined_maps, tensors_of
 from ember_ext.ops.cfc_scan import cfc_scan
@@ -262,13 +263,14 @@ class CfC(LiquidLayer, ncps.torch.CfC):  # type: ignore[misc]
 
     def _plain_steps(
         self,
-        x: Tensor,
-        inputs: Sequence[Tensor],
+        rows: Rows,
+        packed: Tensor,
         fixed: Tensor | float | None,
         spans: Sequence[Any],
     ) -> Advance:
+        inputs = rows.split(packed)
         cells = [
-            _step_by_step(cell, x if i == 0 else None, fixed, _dropout_scale(cell, x))
+            _step_by_step(cell, rows, None if i else packed, fixed, _dropout_scale(cell, packed))
             for i, cell in enumerate(self._cells)
         ]
 
@@ -344,7 +346,11 @@ class LaidOutCells(LaidOut):
 
 
 def _step_by_step(
-    cell: Any, x: Tensor | None, timespan: Tensor | float | None, scale: Tensor | None
+    cell: Any,
+    rows: Rows,
+    packed: Tensor | None,
+    timespan: Tensor | float | None,
+    scale: Tensor | None,
 ) -> Callable[[int, Tensor, Tensor, Any], Tensor]:
     """A cell as a function of t, its input [B, I], its state [B, H] and the time span [B, 1].
 
@@ -353,9 +359,11 @@ def _step_by_step(
 
     Args:
         cell: an ncps cell.
-        x: its input at all steps, [B, T, I], where that is known, which is used then.
+        rows: which rows take each step.
+        packed: its input at all steps, as `rows` packs it, [N, I], where that is known. Then it is
+            used.
         timespan: of all steps, or None if each has its own.
-        scale: dropout of the backbone, [B, T, layers - 1, U], or None.
+        scale: dropout of the backbone, [N, layers - 1, U], or None.
     """
     weights, activation = _weights(cell)
     hidden, mode = int(cell.hidden_size), cell.mode
@@ -365,10 +373,11 @@ def _step_by_step(
     )
     bias, matrix = first[:, 0], first[:, 1:].t()
     products: Sequence[Tensor] = ()
-    if x is not None:
-        products = nn.functional.linear(x, matrix[: x.shape[2]].t(), bias).unbind(1)
-        matrix = matrix[x.shape[2] :]
-    scales = None if scale is None else scale.unbind(1)
+    if packed is not None:
+        inputs = packed.shape[1]
+        products = rows.split(nn.functional.linear(packed, matrix[:inputs].t(), bias))
+        matrix = matrix[inputs:]
+    scales = None if scale is None else rows.split(scale)
 
     def run(t: int, value: Tensor, h: Tensor, span: Any) -> Tensor:
         if products:
@@ -424,11 +433,11 @@ def _weights(cell: Any) -> tuple[CfCWeights, Activation]:
 
 
 def _dropout_scale(cell: Any, x: Tensor) -> Tensor | None:
-    """Fresh dropout of a cell's backbone, [B, T, layers - 1, U], if it has any and trains."""
+    """Fresh dropout of a cell's backbone, [..., layers - 1, U] for x, [..., I], if it trains."""
     layers = () if cell.backbone is None else cell.backbone
     dropouts = [layer for layer in layers if isinstance(layer, nn.Dropout)]
     if not dropouts or not dropouts[0].training:
         return None
     units = cell.ff1.weight.shape[1]
-    ones = x.new_ones(x.shape[0], x.shape[1], len(dropouts), units)
+    ones = x.new_ones(*x.shape[:-1], len(dropouts), units)
     return nn.functional.dropout(ones, dropouts[0].p)

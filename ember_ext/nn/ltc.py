@@ -17,6 +17,7 @@ from ember_ext.nn._laid_out import LaidOut
 from ember_ext.nn._laid_out_ltc import LaidOutLTC
 from ember_ext.nn._liquid import Advance, LiquidLayer
 from ember_ext.nn._recorded import RecordedCells
+from ember_ext.nn._rows import Rows
 from ember_ext.nn.ltc_cell import Ready
 from ember_ext.reference.ltc_scan import ltc_cell as reference_cell
 
@@ -210,16 +211,17 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
 
     def _plain_steps(
         self,
-        x: Tensor,
-        inputs: Sequence[Tensor],
+        rows: Rows,
+        packed: Tensor,
         fixed: Tensor | float | None,
         spans: Sequence[Any],
     ) -> Advance:
         if spans and isinstance(spans[0], Tensor) and spans[0].dim() and spans[0].shape[-1] != 1:
             # The code of ncps handles units with time spans of their own.
+            inputs = rows.split(packed)
             return lambda t, h: self.rnn_cell.forward(inputs[t], h, spans[t])
         cell, ready = self.rnn_cell, Ready.of(self.rnn_cell)
-        mapped = ltc_cell.map_inputs(cell, x).split(1, 1)
+        mapped = rows.split(ltc_cell.map_inputs(cell, packed).unsqueeze(1))
 
         def advance(t: int, h: Tensor) -> tuple[Tensor, Tensor]:
             y, h = ltc_cell.scan(cell, ready, mapped[t], h, spans[t])
