@@ -28,7 +28,9 @@ from ember_ext.testing.lif_attention import (
     attention_tensors,
     close_gates,
     gradient_scales,
+    nearly_equal_keys,
     shift_scores,
+    with_steep_scales,
 )
 from ember_ext.testing.sample import run
 
@@ -251,6 +253,19 @@ def test_gates_that_open_for_some_rows_only(
     expected = reference.lif_attention(**exact, is_causal=True, eps=0.0)
     eager = reference.lif_attention(**tensors, is_causal=True, eps=0.0)
     assert_close("out", operator(**tensors, is_causal=True, eps=0.0), eager, expected)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("size", [64, 128])
+def test_nearly_equal_keys(operator: Any, dtype: torch.dtype, size: int) -> None:
+    """The gradient of a query is one of differences between keys, which may be small."""
+    generator = torch.Generator().manual_seed(9)
+    for steepness in (1e1, 1e2, 1e3, 1e4):
+        tensors = attention_tensors(1, 2, 1, 70, 73, size, dtype, generator)
+        options = {"is_causal": True, **nearly_equal_keys(tensors, steepness, generator)}
+        one = Sample(f"{size} k={steepness}", tensors, options)
+        one = with_steep_scales(reference.lif_attention, one)
+        check_sample(operator, reference.lif_attention, one)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,7 +13,12 @@ from ember_ext import reference
 from ember_ext.ops import refractory_lif_attention
 from ember_ext.reference.lif_attention import attention_probabilities, visible_keys
 from ember_ext.testing import DTYPES, Sample, assert_close, check_sample
-from ember_ext.testing.lif_attention import close_gates, shift_scores
+from ember_ext.testing.lif_attention import (
+    close_gates,
+    nearly_equal_keys,
+    shift_scores,
+    with_steep_scales,
+)
 from ember_ext.testing.refractory_lif_attention import (
     refractory_gradient_scales,
     refractory_samples,
@@ -253,6 +258,42 @@ def test_gradient_of_great_steepness(operator: Any, dtype: torch.dtype, steepnes
     terms = 0.45 * steepness * float(exact.abs().max())
     assert terms > 0.1
     assert_close("d steepness", value, eager, exact, scale=terms)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize(
+    ("mode", "size", "within", "across"),
+    [
+        ("causal", 64, 0.1, 0.0),
+        ("causal", 128, 0.1, 0.2),
+        ("look_ahead", 64, 0.1, 0.0),
+    ],
+)
+def test_nearly_equal_keys(
+    operator: Any, dtype: torch.dtype, mode: str, size: int, within: float, across: float
+) -> None:
+    """The gradient of a query is one of differences between keys, which may be small."""
+    generator = torch.Generator().manual_seed(9)
+    for steepness in (1e2, 1e3, 1e4):
+        tensors = refractory_tensors(1, 2, 1, 70, 3, size, dtype, generator)
+        options: dict[str, Any] = {"is_causal": True, "mode": mode}
+        options |= nearly_equal_keys(tensors, steepness, generator)
+        # The loads are about 1 / 3 from the first query on.
+        tensors["threshold"] -= (within + across) / 3
+        tensors |= {"within": torch.full((2,), within), "across": torch.full((2,), across)}
+        if mode == "causal":
+            tensors |= {
+                "past_probabilities": torch.ones(1, 2, 3),
+                "past_weights": torch.ones(1, 3),
+            }
+        if across:
+            load = 1 / 3 + torch.randn(1, 70, 73, generator=generator) / steepness
+            tensors["previous_load"] = load
+        else:
+            options["across"] = tensors.pop("across")
+        name = f"{mode} {size} k={steepness} within={within} across={across}"
+        one = with_steep_scales(expected, Sample(name, tensors, options))
+        check_sample(operator, expected, one)
 
 
 def test_repeats_bit_by_bit(operator: Any) -> None:

@@ -256,5 +256,25 @@ __device__ __forceinline__ void store_rows(const AttentionTensor& t, int batch, 
   }
 }
 
+// Reads what store_rows() has written, and 0 where it has not.
+template <typename T, int kSize>
+__device__ __forceinline__ void load_rows(const AttentionTensor& t, int batch, int head, int first,
+                                          int tokens, int columns, float (&values)[kSize / 8][4]) {
+  const int row = first + fragment_row();
+  const T* const from = static_cast<const T*>(t.data) + batch * t.batch + head * t.head +
+                        row * t.token + fragment_column();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int n = 0; n < kSize / 8; ++n) {
+      uint32_t pair = 0;
+      if (row + 8 * half < tokens && 8 * n < columns) {
+        pair = *reinterpret_cast<const uint32_t*>(from + 8 * half * t.token + 8 * n);
+      }
+      widen_pair<T>(pair, values[n][2 * half], values[n][2 * half + 1]);
+    }
+  }
+}
+
 }  // namespace cuda
 }  // namespace ember

@@ -38,6 +38,24 @@ struct HalfOptions {
         shared_by(p.groups > 0 ? int(p.heads / p.groups) : 1) {}
 };
 
+// Gates' powers of two, of which larger ones than this may be too large for fp32.
+constexpr float kLargestGateExponent = 125;
+
+// Where (1 - f) / f = rest 2^(rate p + start). What `start` is rounded by is the same for all of a
+// head's scores, and in `rest`. If gates can be all but closed, `start` is exact, and if they are
+// steeper, f counts where p is about the threshold, and `rate` is rounded in both.
+struct GateStart {
+  float start, rest;
+
+  __device__ __forceinline__ GateStart(float steepness, float rate, float threshold) {
+    double exact = double(steepness) * 1.4426950408889634 * double(threshold);
+    if (!(exact < kLargestGateExponent)) exact = -double(rate) * double(threshold);
+    start = float(exact);
+    // Of 2^24 and more any exponent is rounded by more than 1.
+    rest = absolute(start) < 16777216.0f ? fast_exp2(float(exact - double(start))) : 1.0f;
+  }
+};
+
 // What the gates of a head are made of.
 template <typename T>
 struct HalfGate {
@@ -47,11 +65,10 @@ struct HalfGate {
 
   __device__ __forceinline__ explicit HalfGate(const AttentionHead<T>& head)
       : rate(-head.steepness * kLog2e), leak(head.leak), open(1 - head.leak) {
-    // Where gates are all but closed, what `start` is rounded by counts.
-    const double exact = double(head.steepness) * 1.4426950408889634 * double(head.threshold);
-    start = float(exact);
-    rest = fast_exp2(float(exact - double(start)));
-    bounded = !(start < 125);
+    const GateStart exact(head.steepness, rate, head.threshold);
+    start = exact.start;
+    rest = exact.rest;
+    bounded = !(start < kLargestGateExponent);
   }
 
   // f where `rate` p is rate times the probability; to the last bits if it is `exact`.
@@ -59,7 +76,7 @@ struct HalfGate {
   __device__ __forceinline__ float fire(float p, float rate) const {
     float exponent = fmaf(p, rate, start);
     // Only gates that are not `bounded` take the loop for whole tiles.
-    if (!whole) exponent = fminf(exponent, 125.0f);
+    if (!whole) exponent = fminf(exponent, kLargestGateExponent);
     const float odds = fast_exp2(exponent);
     return fast_reciprocal(exact ? fmaf(odds, rest, 1.0f) : 1 + odds);
   }
@@ -279,9 +296,9 @@ struct HalfScale {
   static constexpr bool kScales = AttentionProducts<T, true>::kScales;
   float factor = kScales ? AttentionProducts<T, true>::scale_for(0).factor : 1.0f;
 
-  // Scales values, and rescales the sum of those before. All lanes of the warp must call together.
-  template <int n>
-  __device__ __forceinline__ void apply(float (&values)[2][4], float (&sums)[n][4]) {
+  // Scales values, and rescales sums of those before. All lanes of the warp must call together.
+  template <typename... Sums>
+  __device__ __forceinline__ void apply(float (&values)[2][4], Sums&... sums) {
     if constexpr (kScales) {
       float most = 0;
 #pragma unroll
@@ -293,13 +310,64 @@ struct HalfScale {
         }
         const float before = factor;
         factor = AttentionProducts<T, true>::scale_for(most).factor;
-        scale_rows(sums, factor / before, factor / before);
+        (scale_rows(sums, factor / before, factor / before), ...);
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) values[i / 4][i % 4] *= factor;
     }
   }
 };
+
+// The gradients of a query's scores add up to 0, so that what keys have in common cancels in the
+// query's gradient. Rounded to T they do not, and it would be multiplied by rounding. These are the
+// sums over keys of what has been rounded. With them the query's gradient is one of differences.
+template <typename T>
+struct RoundedSums {
+  // One of four numbers that four lanes have together, as the registers are for scores: the sums of
+  // gradients and of probabilities of their first row, and of their second.
+  float sum = 0;
+
+  // For 16 keys; where there is nothing of either, 0.
+  __device__ __forceinline__ void add(const uint32_t (&gradients)[4],
+                                      const uint32_t (&probabilities)[4]) {
+    // Right operands with ones in columns 0 and 4, or 2 and 6.
+    const int thread = in_place(int(threadIdx.x)), column = thread & 12;
+    const uint32_t ones = rounded_pair<T>(1, 1);
+    const uint32_t first = column == 0 ? ones : 0, second = column == 8 ? ones : 0;
+    float sums[4] = {};
+    multiply_add<T>(sums, gradients, first, first, sums);
+    multiply_add<T>(sums, probabilities, second, second, sums);
+    sum += thread & 2 ? sums[2] : sums[0];
+  }
+
+  // Turns sums of keys times rounded probabilities into means; of no keys, into 0.
+  template <int n>
+  __device__ __forceinline__ void divide(float (&keys)[n][4]) const {
+    const float first = of_lane(1), second = of_lane(3);
+    scale_rows(keys, first == 0 ? 0.0f : 1 / first, second == 0 ? 0.0f : 1 / second);
+  }
+  // Takes the sum of rounded gradients times the mean of keys out of a query's gradient.
+  template <int n>
+  __device__ __forceinline__ void centre(const float (&mean_key)[n][4],
+                                         float (&gradient)[n][4]) const {
+    const float excess[2] = {of_lane(0), of_lane(2)};
+#pragma unroll
+    for (int i = 0; i < 4 * n; ++i) {
+      float& value = gradient[i / 4][i % 4];
+      value = fmaf(-excess[i / 2 % 2], mean_key[i / 4][i % 4], value);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ float of_lane(int lane) const {
+    return __shfl_sync(kAllLanes, sum, (int(threadIdx.x) % kWarp & ~3) + lane);
+  }
+};
+// As for other sums of values that HalfScale scales, the same for all rows.
+template <typename T>
+__device__ __forceinline__ void scale_rows(RoundedSums<T>& rounded, float factor, float) {
+  if (!(threadIdx.x & 1)) rounded.sum *= factor;
+}
 
 // What the weights that multiply grad_out are multiplied by, for fp16 to hold small ones. Those of
 // a row add up to 1.

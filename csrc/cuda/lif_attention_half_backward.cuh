@@ -24,6 +24,14 @@ struct HalfRowSums {
   }
 };
 
+// By which probabilities are too small whose exponent holds the sum's logarithm, and so is rounded
+// where scores are large. Steep gates have no use for such p.
+__device__ __forceinline__ float lost_by_exponent(const AttentionRowStats<float>& stats,
+                                                  float exponent) {
+  if (exponent == kInfinity) return 1;
+  return stats.inverse_sum * exp2f(exponent - largest_exponent(stats.largest));
+}
+
 // sum_d a_d b_d of rows [first, + kTile), to shared memory.
 template <typename T, int kSize>
 __device__ __forceinline__ void row_products(const AttentionRows<T>& a, const AttentionRows<T>& b,
@@ -91,7 +99,8 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : kHalfQuerie
 
     const float slope = head.steepness * gate.open;
 
-    float exponent[2], delta[2];
+    const float* const delta = deltas + fragment_row();  // of both rows, 8 further
+    float exponent[2], rate[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first + fragment_row() + 8 * half;
@@ -99,11 +108,12 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : kHalfQuerie
       const bool exists = row < int(p.queries) && stats.inverse_sum != 0;
       exponent[half] =
           exists ? largest_exponent(stats.largest) - log2f(stats.inverse_sum) : kInfinity;
-      delta[half] = deltas[fragment_row() + 8 * half];
+      rate[half] = gate.rate * lost_by_exponent(stats, exponent[half]);
     }
 
     HalfRowSums sums[2];
     HalfScale<T> stored;
+    RoundedSums<T> rounded;
     float gradient[kSize / 8][4] = {}, mean_key[kSize / 8][4] = {};
     // Turns scores into probabilities and t - delta into what multiplies the keys.
     const auto differentiate = [&](auto whole, float (&scores)[2][4], float (&shifted)[2][4]) {
@@ -114,7 +124,7 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : kHalfQuerie
         const float s = shifted[n / 4][n % 4];
         const float prob =
             fast_exp2(fmaf(scores[n / 4][n % 4], options.exponents, -exponent[half]));
-        const float fire = gate.template fire<decltype(whole)::value>(prob, gate.rate);
+        const float fire = gate.template fire<decltype(whole)::value>(prob, rate[half]);
         const float fired = prob * fire, u = prob - fired, pv = fired * u;
         const float v = fmaf(-fired, fire, fired), w = fmaf(u, gate.leak, fired);
         sum.w_s = fmaf(w, s, sum.w_s);
@@ -130,10 +140,11 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : kHalfQuerie
     };
     const auto add = [&](float (&scores)[2][4], float (&shifted)[2][4], const TileRows<kSize>& rows,
                          uint32_t offset) {
-      stored.apply(shifted, gradient);
+      stored.apply(shifted, gradient, rounded);
       uint32_t probabilities[4], gradients[4];
       left_operand<T>(scores, probabilities);
       left_operand<T>(shifted, gradients);
+      rounded.add(gradients, probabilities);
       add_rows<T, kSize>(gradients, probabilities, rows, offset, gradient, mean_key);
     };
     for (int tile = 0; tile < tiles; ++tile) {
@@ -155,7 +166,7 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : kHalfQuerie
           __syncwarp();
           float scores[2][4] = {}, shifted[2][4];
 #pragma unroll
-          for (int n = 0; n < 8; ++n) shifted[n / 4][n % 4] = -delta[n / 2 % 2];
+          for (int n = 0; n < 8; ++n) shifted[n / 4][n % 4] = -delta[n / 2 % 2 * 8];
           query.multiply(columns, offset, scores);
           grads.multiply(columns, offset + kValues, shifted);
           differentiate(std::true_type(), scores, shifted);
@@ -175,7 +186,7 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : kHalfQuerie
 #pragma unroll
           for (int n = 0; n < 8; ++n) {
             float& value = shifted[n / 4][n % 4];
-            value = (kept >> n & 1 ? value * options.keep_factor : 0.0f) - delta[n / 2 % 2];
+            value = (kept >> n & 1 ? value * options.keep_factor : 0.0f) - delta[n / 2 % 2 * 8];
           }
           hide_scores(scores, visible);
           differentiate(std::false_type(), scores, shifted);
@@ -185,7 +196,7 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : kHalfQuerie
     }
 
     double gates[3] = {};
-    float gradient_factor[2], mean_factor[2];
+    float factor[2];
     const HalfBlock here = HalfBlock::again(p, p.heads);
     const int query_tile = int(attention_tiles(p.queries)) - 1 - here.tile;
     const int row = query_tile * kTile + fragment_row();
@@ -201,28 +212,26 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : kHalfQuerie
               : static_cast<const float*>(
                     p.row_stats)[2 * p.batch * p.heads * p.queries + head_rows + row + 8 * half];
       // What delta errs by, and E R as the sweep found it.
-      const float error = inverse * (sum.w_s - delta[half] * options.eps);
+      const float error = inverse * (sum.w_s - delta[8 * half] * options.eps);
       const float mean = fmaf(sum.pv_s, slope, sum.w_s);
-      gradient_factor[half] = options.scale * inverse / stored.factor;
-      mean_factor[half] = -options.scale * inverse * mean;
+      factor[half] = options.scale * inverse / stored.factor;
       if (fragment_column() > 0 || row + 8 * half >= int(p.queries)) continue;
       const float v = inverse * (sum.v_s - error * sum.v);
       const float pv = inverse * (sum.pv_s - error * sum.pv);
       gates[0] += double(-slope * v);
       gates[1] += double(inverse * (sum.u_s - error * sum.u));
-      gates[2] += double(gate.open * (pv - threshold * v));
+      const AttentionRowStats<float> stats(AttentionHead<T>(p, options.keep, here.batch, here.head),
+                                           row + 8 * half);
+      const float exact_pv = pv * lost_by_exponent(stats, exponent[half]);
+      gates[2] += double(gate.open * (exact_pv - threshold * v));
       // sum_j p_j h_j
       const float all = inverse == 0 ? 0.0f : fmaf(sum.pv, slope, 1 / inverse - options.eps);
-      rows_out[head_rows + row + 8 * half] = {exponent[half], delta[half] + error, inverse,
+      rows_out[head_rows + row + 8 * half] = {exponent[half], delta[8 * half] + error, inverse,
                                               (mean - error * all) * kHalfWeight<T>};
     }
-    scale_rows(gradient, gradient_factor[0], gradient_factor[1]);
-    scale_rows(mean_key, mean_factor[0], mean_factor[1]);
-#pragma unroll
-    for (int n = 0; n < kSize / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) gradient[n][i] += mean_key[n][i];
-    }
+    rounded.divide(mean_key);
+    rounded.centre(mean_key, gradient);
+    scale_rows(gradient, factor[0], factor[1]);
     store_rows<T, kSize>(p.grad_query, here.batch, here.head, query_tile * kTile, int(p.queries),
                          int(p.size), gradient);
     __syncthreads();

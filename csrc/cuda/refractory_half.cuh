@@ -41,24 +41,29 @@ __device__ __forceinline__ float inverse_count(const RefractoryLifAttentionParam
   return fast_reciprocal(float(p.look_ahead ? int(p.queries) : int(p.keys - p.queries) + i + 1));
 }
 
-// What the gates of a head are made of. (1 - f) / f is a power of two, whose exponent is
+// What the gates of a head are made of. (1 - f) / f is `rest` times a power of two, of which the
+// exponent is
 //   rate p + start + within load + across previous_load.
 struct HalfThresholds {
-  float rate, start, within, across;
+  float rate, start, rest, within, across;
   float leak, open;  // g = open f + leak
 
   __device__ __forceinline__ HalfThresholds(const RefractoryLifAttentionParams& p, int head)
       : rate(-static_cast<const float*>(p.steepness)[head] * kLog2e),
-        start(-rate * static_cast<const float*>(p.threshold)[head]),
         within(-rate * static_cast<const float*>(p.within)[head]),
         across(-rate * static_cast<const float*>(p.across)[head]),
         leak(static_cast<const float*>(p.leak)[head]),
-        open(1 - leak) {}
+        open(1 - leak) {
+    const GateStart exact(static_cast<const float*>(p.steepness)[head], rate,
+                          static_cast<const float*>(p.threshold)[head]);
+    start = exact.start;
+    rest = exact.rest;
+  }
 
   // f, where `base` is the exponent without p.
   __device__ __forceinline__ float fire(float p, float base) const {
-    const float exponent = fast_at_most(fmaf(p, rate, base), 125.0f);
-    return fast_reciprocal(1 + fast_exp2(exponent));
+    const float exponent = fast_at_most(fmaf(p, rate, base), kLargestGateExponent);
+    return fast_reciprocal(fmaf(fast_exp2(exponent), rest, 1.0f));
   }
 };
 

@@ -235,6 +235,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
     RefractoryGateSums sum;
     float mean[2] = {};  // of what `rows` lacks of E
     HalfScale<T> stored;
+    RoundedSums<T> rounded;
     float gradient[kSize / 8][4] = {}, mean_key[kSize / 8][4] = {};
     for (int tile = 0; tile < tiles; ++tile) {
       wait_for_copies<0>();
@@ -319,15 +320,18 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
           probabilities[2 * n] = rounded_pair<T>(scores[n][0], scores[n][1]);
           probabilities[2 * n + 1] = rounded_pair<T>(scores[n][2], scores[n][3]);
         }
+        uint32_t gradients[4] = {};
         if constexpr (for_query) {
-          stored.apply(t, gradient);
-          uint32_t gradients[4];
+          stored.apply(t, gradient, rounded);
           left_operand<T>(t, gradients);
-          if constexpr (for_rest) {
-            add_rows<T, kSize>(gradients, probabilities, rows, offset, gradient, mean_key);
-          } else {
-            add_rows<T, kSize>(gradients, rows, offset, gradient);
-          }
+        }
+        rounded.add(gradients, probabilities);
+        if constexpr (for_query && for_rest) {
+          add_rows<T, kSize>(gradients, probabilities, rows, offset, gradient, mean_key);
+        } else if constexpr (for_query) {
+          add_rows<T, kSize>(gradients, rows, offset, gradient);
+        } else {
+          add_rows<T, kSize>(probabilities, rows, offset, mean_key);
         }
       };
       if (options.in_pairs && !p.seed && keys + kKeys <= head.end_of_keys(warp_first)) {
@@ -355,19 +359,23 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
         scratch.rest[at] = mean[half];
       }
     }
+    const int query_first = query_tile * kTile;
+    if constexpr (for_rest) {
+      rounded.divide(mean_key);
+    } else {
+      load_rows<T, kSize>(p.grad_query, here.batch, here.head, query_first, int(p.queries),
+                          int(p.size), mean_key);
+    }
     if constexpr (for_query) {
+      rounded.centre(mean_key, gradient);
       const float factor = options.scale / stored.factor;
       scale_rows(gradient, factor, factor);
-      if constexpr (for_rest) {
-        scale_rows(mean_key, -options.scale * mean[0], -options.scale * mean[1]);
-#pragma unroll
-        for (int n = 0; n < kSize / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) gradient[n][i] += mean_key[n][i];
-        }
-      }
-      store_rows<T, kSize>(p.grad_query, here.batch, here.head, query_tile * kTile, int(p.queries),
+      store_rows<T, kSize>(p.grad_query, here.batch, here.head, query_first, int(p.queries),
                            int(p.size), gradient);
+    } else {
+      // Until the gradient takes their place.
+      store_rows<T, kSize>(p.grad_query, here.batch, here.head, query_first, int(p.queries),
+                           int(p.size), mean_key);
     }
     if constexpr (!for_rest) return;
     const float threshold = static_cast<const float*>(p.threshold)[here.head];

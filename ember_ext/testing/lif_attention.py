@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ember_ext.testing.sample import Sample
+from ember_ext.testing.sample import Operator, Sample, run
 
 
 def attention_tensors(
@@ -39,6 +40,46 @@ def close_gates(tensors: dict[str, Tensor], steepness: float, threshold: float) 
     tensors["leak"] = torch.zeros_like(tensors["leak"])
     tensors["steepness"] = torch.full_like(tensors["steepness"], steepness)
     tensors["threshold"] = torch.full_like(tensors["threshold"], threshold)
+
+
+def nearly_equal_keys(
+    tensors: dict[str, Tensor], steepness: float, generator: torch.Generator
+) -> dict[str, float]:
+    """Let three keys have a third of each query's weight, and steep gates be half open to them.
+
+    The first three keys differ by a 160th of what they have in common. Their weights differ by
+    about 1 / `steepness`. Each query has to see them all.
+
+    Returns:
+        Options of the call: the scale at which scores are about 10 and -10.
+    """
+    query, key = tensors["query"], tensors["key"]
+    size = query.shape[-1]
+    places = torch.arange(size)
+    signs = torch.stack((1.0 - 2.0 * (places % 2), 1.0 - 2.0 * (places // 2 % 2)))
+    keys = torch.full(key.shape, -2.5)
+    keys[:, :, :3] *= -1
+    keys[:, :, 1:3] += signs / 64
+    tensors["key"] = keys.to(key.dtype)
+    apart = 128 / steepness * torch.randn(*query.shape[:-1], 2, generator=generator)
+    tensors["query"] = (1 + apart @ signs).to(query.dtype)
+    heads = tensors["threshold"].shape
+    tensors |= {"steepness": torch.full(heads, steepness), "threshold": torch.full(heads, 1 / 3)}
+    return {"scale": 4 / size}
+
+
+def with_steep_scales(reference: Operator, sample: Sample) -> Sample:
+    """`sample` with the scale of what is of fp32 where the inputs are of a narrower type.
+
+    A gate takes steepness * (p - threshold), in which rounding of p to fp32 counts as often.
+    """
+    steepness, threshold = (float(sample.tensors[n].max()) for n in ("steepness", "threshold"))
+    scales = {
+        name: steepness * threshold * float(value.abs().max())
+        for name, value in run(reference, sample).items()
+        if value.dtype != sample.tensors["query"].dtype
+    }
+    return replace(sample, scale=scales)
 
 
 def shift_scores(tensors: dict[str, Tensor], by: float) -> None:

@@ -151,7 +151,7 @@ _REFRACTORY_TURNS = {
     "weights": (49, 32),
     "delta": (20, 8),
     "backward_keys": (38, 8),
-    "backward_queries": (38, 8),
+    "backward_queries": (40, 8),
     "means": (16, 8),
     "previous": (40, 16),
 }
