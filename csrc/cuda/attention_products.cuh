@@ -93,6 +93,39 @@ struct AttentionRows {
   }
 };
 
+// Brings columns [column, + columns) of rows [first, + count) to shared memory, whose rows are
+// `stride` apart; `convert` makes of a pack what lies there.
+template <int columns, int count, int stride, typename T, typename Element, typename Convert>
+__device__ __forceinline__ void stage_rows(const AttentionRows<T>& rows, int first, int column,
+                                           Element* to, const Convert& convert) {
+  constexpr int kElements = WidestPack<T>::kElements, kPacks = columns / kElements;
+  constexpr int kRows = kAttentionThreads / kPacks;  // that the block takes at once
+  constexpr int kTurns = count / kRows;
+  using Stored = Pack<Element, kElements>;
+  const int thread = in_place(int(threadIdx.x));  // the registers are for the scores
+  const int row = thread / kPacks, offset = thread % kPacks * kElements;
+  first += row;
+  column += offset;
+  to += row * stride + offset;
+  const bool packed = rows.packed();
+  // Most tiles lie wholly inside the matrix.
+  if (packed && first + count - kRows < rows.count && column + kElements <= rows.size) {
+    const T* from = rows.data + first * rows.stride + column;
+#pragma unroll
+    for (int n = 0; n < kTurns; ++n) {
+      const WidestPack<T> pack = *reinterpret_cast<const WidestPack<T>*>(from);
+      *reinterpret_cast<Stored*>(to + n * kRows * stride) = convert(pack);
+      from += kRows * rows.stride;
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int n = 0; n < kTurns; ++n) {
+    *reinterpret_cast<Stored*>(to) = convert(rows.pack(first + n * kRows, column, packed));
+    to += kRows * stride;
+  }
+}
+
 // Blocks that share a multiprocessor: 128 registers a thread, and on sm_75 all of its shared
 // memory.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -141,14 +174,15 @@ struct AttentionProducts<T, false> {
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) sums[r][c] = 0;
     }
+    const int thread = in_place(int(threadIdx.x));  // the registers are for the sums
     // Other methods count on the loop's barriers.
     if (a.size == 0) __syncthreads();
     for (int first = 0; first < a.size; first += kDepth) {
       __syncthreads();
-      stage_transposed(a, a_first, first, stage);
-      stage_transposed(b, b_first, first, stage + kDepth * kStride);
+      stage_transposed(a, a_first, first, stage, thread);
+      stage_transposed(b, b_first, first, stage + kDepth * kStride, thread);
       __syncthreads();
-      multiply(stage, stage + kDepth * kStride, kDepth, sums);
+      multiply<kDepth>(stage, stage + kDepth * kStride, sums);
     }
   }
 
@@ -188,18 +222,9 @@ struct AttentionProducts<T, false> {
     constexpr int kSlice = 2 * kDepth;
     for (int slice = 0; slice < kTile; slice += kSlice) {
       __syncthreads();
-      const bool packed = b.packed();
-#pragma unroll 1
-      for (int i = int(threadIdx.x); i < kSlice * kTile / kElements; i += kAttentionThreads) {
-        const int k = i / (kTile / kElements), c = i % (kTile / kElements) * kElements;
-        const WidestPack<T> pack = b.pack(first + slice + k, column + c, packed);
-        Pack<C, kElements> values;
-#pragma unroll
-        for (int n = 0; n < kElements; ++n) values.values[n] = widen(pack.values[n]);
-        *reinterpret_cast<Pack<C, kElements>*>(stage + k * kStride + c) = values;
-      }
+      stage_rows<kTile, kSlice, kStride>(b, first + slice, column, stage, widened);
       __syncthreads();
-      multiply(tile + slice * kStride, stage, kSlice, sums.values);
+      multiply<kSlice>(tile + slice * kStride, stage, sums.values);
     }
   }
 
@@ -213,31 +238,60 @@ struct AttentionProducts<T, false> {
   }
 
  private:
+  static __device__ __forceinline__ Pack<C, kElements> widened(const WidestPack<T>& pack) {
+    Pack<C, kElements> values;
+#pragma unroll
+    for (int n = 0; n < kElements; ++n) values.values[n] = widen(pack.values[n]);
+    return values;
+  }
+
   // Stages kDepth terms of rows [first, + kTile), transposed. Pairs of threads share a row: what
   // they read at once is a sector of memory, and what a warp stores goes to different banks.
   static __device__ __forceinline__ void stage_transposed(const AttentionRows<T>& rows, int first,
-                                                          int term, C* to) {
-    constexpr int kPacks = kDepth / kElements;
-    static_assert(kPacks % 2 == 0, "a pair of threads takes two packs of a row");
+                                                          int term, C* to, int thread) {
+    constexpr int kAtOnce = kAttentionThreads / kTile * kElements;  // terms of a row
+    constexpr int kTurns = kDepth / kAtOnce;
+    static_assert(kDepth % kAtOnce == 0 && kAttentionThreads % (2 * kTile) == 0,
+                  "a thread stays in its row");
+    const int row = thread / 2 % kTile, k = (thread / (2 * kTile) * 2 + thread % 2) * kElements;
+    first += row;
+    term += k;
+    to += k * kStride + row;
     const bool packed = rows.packed();
-#pragma unroll 1
-    for (int i = int(threadIdx.x); i < kTile * kPacks; i += kAttentionThreads) {
-      const int row = i / 2 % kTile, k = (i / (2 * kTile) * 2 + i % 2) * kElements;
-      const WidestPack<T> pack = rows.pack(first + row, term + k, packed);
+    // Most tiles lie wholly inside the matrix.
+    if (packed && first < rows.count && term + kDepth - kAtOnce + kElements <= rows.size) {
+      const T* from = rows.data + first * rows.stride + term;
 #pragma unroll
-      for (int n = 0; n < kElements; ++n) to[(k + n) * kStride + row] = widen(pack.values[n]);
+      for (int n = 0; n < kTurns; ++n) {
+        const WidestPack<T> pack = *reinterpret_cast<const WidestPack<T>*>(from + n * kAtOnce);
+        store_column(pack, to + n * kAtOnce * kStride);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int n = 0; n < kTurns; ++n) {
+      store_column(rows.pack(first, term, packed), to);
+      term += kAtOnce;
+      to += kAtOnce * kStride;
     }
   }
 
+  static __device__ __forceinline__ void store_column(const WidestPack<T>& pack, C* to) {
+#pragma unroll
+    for (int n = 0; n < kElements; ++n) to[n * kStride] = widen(pack.values[n]);
+  }
+
   // sums += a^T b for the thread's patch; a and b are [depth, kStride] in shared memory.
-  static __device__ __forceinline__ void multiply(const C* a, const C* b, int depth,
+  template <int depth>
+  static __device__ __forceinline__ void multiply(const C* a, const C* b,
                                                   C (&sums)[kPatch][kPatch]) {
-#pragma unroll 2
+    a += patch_row();
+    b += patch_column();
+    // As many turns share one step of the addresses.
+#pragma unroll 8
     for (int k = 0; k < depth; ++k) {
-      const Pack<C, kPatch> left =
-          *reinterpret_cast<const Pack<C, kPatch>*>(a + k * kStride + patch_row());
-      const Pack<C, kPatch> right =
-          *reinterpret_cast<const Pack<C, kPatch>*>(b + k * kStride + patch_column());
+      const Pack<C, kPatch> left = *reinterpret_cast<const Pack<C, kPatch>*>(a + k * kStride);
+      const Pack<C, kPatch> right = *reinterpret_cast<const Pack<C, kPatch>*>(b + k * kStride);
 #pragma unroll
       for (int r = 0; r < kPatch; ++r) {
 #pragma unroll
@@ -247,95 +301,155 @@ struct AttentionProducts<T, false> {
   }
 };
 
-// What wmma calls an operand's element, and the terms of a product that one step takes.
+// What a warp has of a product on matrix units: 16 x 32 of a tile's 64 x 64 sums.
+//
+// wmma for 16-bit types. Its own loads of bf16 come out as accesses of any memory, several times as
+// many as ldmatrix needs, unless nvcc is told that they are of shared memory.
 template <typename T>
-struct MatrixUnit {
-  using Element = T;
-  static constexpr int kStep = 16;
-  static __device__ __forceinline__ T round(T x) { return x; }
-};
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-template <>
-struct MatrixUnit<float> {
-  using Element = nvcuda::wmma::precision::tf32;
-  static constexpr int kStep = 8;
-  static __device__ __forceinline__ float round(float x) {
-    return nvcuda::wmma::__float_to_tf32(x);
-  }
-};
-#endif
+struct WarpSums {
+  static constexpr int kStep = 16;   // terms of a product that one step takes
+  static constexpr int kPiece = 16;  // two pieces of 16 x 16, side by side
+  static constexpr int kPieces = 2;
+  static constexpr int kWidePad = 8;  // keeps rows of operands aligned and spreads them over banks
 
-// wmma's own loads and stores, of what lies in shared memory. Loads of bf16 and tf32, and stores of
-// what tf32's products add up to, come out as accesses of any memory, several times as many as
-// ldmatrix needs, unless nvcc is told where.
-template <typename Use, int step, typename Element, typename Layout, typename T>
-__device__ __forceinline__ void load_operand(
-    nvcuda::wmma::fragment<Use, 16, 16, step, Element, Layout>& operand, const T* from,
-    int stride) {
+  template <typename Use, typename Layout>
+  using Operand = nvcuda::wmma::fragment<Use, kPiece, kPiece, kStep, T, Layout>;
+  using Accumulator =
+      nvcuda::wmma::fragment<nvcuda::wmma::accumulator, kPiece, kPiece, kStep, float>;
+
+  Accumulator pieces[kPieces];
+
+  __device__ __forceinline__ WarpSums() {
+#pragma unroll
+    for (Accumulator& piece : pieces) nvcuda::wmma::fill_fragment(piece, 0.0f);
+  }
+
+  static __device__ __forceinline__ T round(T x) { return x; }
+
+  // Adds the products of kStep columns of `left`, 16 rows, with as many of `right`, 32 rows, or, if
+  // `right` is `transposed`, with as many rows of 32 columns.
+  template <int left_stride, int right_stride, bool transposed>
+  __device__ __forceinline__ void add(const T* left, const T* right) {
+    using namespace nvcuda::wmma;
+    using Layout = std::conditional_t<transposed, row_major, col_major>;
+    Operand<matrix_a, row_major> a;
+    load(a, left, left_stride);
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n) {
+      Operand<matrix_b, Layout> b;
+      load(b, right + n * kPiece * (transposed ? 1 : right_stride), right_stride);
+      mma_sync(pieces[n], a, b, pieces[n]);
+    }
+  }
+
+  template <int stride>
+  __device__ __forceinline__ void store(float* to) const {
+    using namespace nvcuda::wmma;
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n) {
+      store_matrix_sync(to + n * kPiece, pieces[n], stride, mem_row_major);
+    }
+  }
+
+ private:
+  template <typename Use, typename Layout>
+  static __device__ __forceinline__ void load(Operand<Use, Layout>& operand, const T* from,
+                                              int stride) {
 #ifdef __NVCC__
-  if constexpr (!std::is_same<T, float16>::value) {
-    constexpr bool is_left = std::is_same<Use, nvcuda::wmma::matrix_a>::value;
-    constexpr bool by_row = std::is_same<Layout, nvcuda::wmma::row_major>::value;
-    static_assert(sizeof(operand.x) == 16, "an operand takes four registers");
-    unsigned* r = reinterpret_cast<unsigned*>(operand.x);
-    const unsigned address = unsigned(__cvta_generic_to_shared(from));
+    if constexpr (std::is_same<T, bfloat16>::value) {
+      static_assert(sizeof(operand.x) == 16, "an operand takes four registers");
+      unsigned* r = reinterpret_cast<unsigned*>(operand.x);
+      const unsigned address = unsigned(__cvta_generic_to_shared(from));
 #define EMBER_LOAD_OPERAND(what)                                \
   asm volatile("wmma.load." what " {%0, %1, %2, %3}, [%4], %5;" \
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) \
                : "r"(address), "r"(stride)                      \
                : "memory")
-    if constexpr (is_left && step == 16) {
-      EMBER_LOAD_OPERAND("a.sync.aligned.row.m16n16k16.shared.bf16");
-    } else if constexpr (is_left) {
-      EMBER_LOAD_OPERAND("a.sync.aligned.row.m16n16k8.shared.tf32");
-    } else if constexpr (by_row && step == 16) {
-      EMBER_LOAD_OPERAND("b.sync.aligned.row.m16n16k16.shared.bf16");
-    } else if constexpr (by_row) {
-      EMBER_LOAD_OPERAND("b.sync.aligned.row.m16n16k8.shared.tf32");
-    } else if constexpr (step == 16) {
-      EMBER_LOAD_OPERAND("b.sync.aligned.col.m16n16k16.shared.bf16");
-    } else {
-      EMBER_LOAD_OPERAND("b.sync.aligned.col.m16n16k8.shared.tf32");
-    }
+      if constexpr (std::is_same<Use, nvcuda::wmma::matrix_a>::value) {
+        EMBER_LOAD_OPERAND("a.sync.aligned.row.m16n16k16.shared.bf16");
+      } else if constexpr (std::is_same<Layout, nvcuda::wmma::row_major>::value) {
+        EMBER_LOAD_OPERAND("b.sync.aligned.row.m16n16k16.shared.bf16");
+      } else {
+        EMBER_LOAD_OPERAND("b.sync.aligned.col.m16n16k16.shared.bf16");
+      }
 #undef EMBER_LOAD_OPERAND
-    return;
-  }
+      return;
+    }
 #endif
-  nvcuda::wmma::load_matrix_sync(operand, from, stride);
-}
-template <int step>
-__device__ __forceinline__ void store_sums(
-    float* to, const nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, step, float>& sums,
-    int stride) {
-#ifdef __NVCC__
-  if constexpr (step == 8) {
-    const float* x = sums.x;
-    asm volatile(
-        "wmma.store.d.sync.aligned.row.m16n16k8.shared.f32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8}, "
-        "%9;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
-        "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "f"(x[4]), "f"(x[5]), "f"(x[6]), "f"(x[7]),
-        "r"(stride)
-        : "memory");
-    return;
+    nvcuda::wmma::load_matrix_sync(operand, from, stride);
   }
-#endif
-  nvcuda::wmma::store_matrix_sync(to, sums, stride, nvcuda::wmma::mem_row_major);
-}
+};
 
-// Matrix units, 16 x 16 at a time: each of the 8 warps has two such pieces of every tile, side by
-// side. Where elements lie within a warp's registers is not known, so scores go through shared
-// memory on their way to the patches. The tile of weights takes the scores' place.
+// fp32 rounded to tf32, whose products wmma makes of instructions of half the size, after loads of
+// single numbers with an address each.
+template <>
+struct WarpSums<float> {
+  static constexpr int kStep = 8, kPiece = 8, kPieces = 4;  // of 16 x 8
+  static constexpr int kWidePad = 8;  // so that 4 rows times 8 columns lie in different banks
+
+  float pieces[kPieces][4] = {};
+
+  static __device__ __forceinline__ float round(float x) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    return nvcuda::wmma::__float_to_tf32(x);
+#else
+    return x;
+#endif
+  }
+
+  template <int left_stride, int right_stride, bool transposed>
+  __device__ __forceinline__ void add(const float* left, const float* right) {
+    const int lane = int(threadIdx.x) % kWarp;
+    uint32_t a[4];
+    load_matrices(a, shared_address(left + lane % 16 * left_stride + lane / 16 * 4));
+#pragma unroll
+    for (int n = 0; n < kPieces; n += 2) {
+      uint32_t b[4];  // of two pieces
+      if constexpr (transposed) {
+        const float* from = right + lane % 4 * right_stride + n * kPiece + lane / 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          b[i] = bit_cast<uint32_t>(from[i % 2 * 4 * right_stride + i / 2 * kPiece]);
+        }
+      } else {
+        const int row = n * kPiece + lane / 16 * 8 + lane % 8;
+        load_matrices(b, shared_address(right + row * right_stride + lane / 8 % 2 * 4));
+      }
+      multiply_add_tf32(pieces[n], a, b[0], b[1]);
+      multiply_add_tf32(pieces[n + 1], a, b[2], b[3]);
+    }
+  }
+
+  template <int stride>
+  __device__ __forceinline__ void store(float* to) const {
+    const int lane = int(threadIdx.x) % kWarp;
+    to += lane / 4 * stride + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Pack<float, 2> pair = {{pieces[n][2 * half], pieces[n][2 * half + 1]}};
+        *reinterpret_cast<Pack<float, 2>*>(to + 8 * half * stride + n * kPiece) = pair;
+      }
+    }
+  }
+};
+
+// Matrix units: each of the 8 warps has 16 x 32 of every tile. Where wmma's elements lie within a
+// warp's registers is not known, so scores go through shared memory on their way to the patches.
+// The tile of weights takes the scores' place.
 template <typename T>
 struct AttentionProducts<T, true> {
   using C = float;
-  using Unit = MatrixUnit<T>;
-  static constexpr int kStep = Unit::kStep, kPiece = 16, kPieces = 2;
+  using Result = WarpSums<T>;
+  static constexpr int kStep = Result::kStep;
   static constexpr int kDepth = 128 / int(sizeof(T));  // of a product, staged at once
   // Strides keep rows aligned as wmma needs them and spread them over the banks.
   static constexpr int kScoreStride = kTile + 4;                                 // of C
   static constexpr int kTileStride = kScoreStride * int(sizeof(C) / sizeof(T));  // of T, in place
   static constexpr int kPad = 16 / int(sizeof(T));
-  static constexpr int kStride = kDepth + kPad, kWideStride = kTile + kPad;  // of staged operands
+  static constexpr int kStride = kDepth + kPad;  // of staged operands
+  static constexpr int kWideStride = kTile + Result::kWidePad;
   static constexpr int kStage =
       2 * kStride > kWideStride ? 2 * kTile * kStride : kTile * kWideStride;
   static constexpr size_t kBytes =
@@ -344,20 +458,6 @@ struct AttentionProducts<T, true> {
   // fp16 ends at 65504 and is coarse below 1e-4, where gradients may lie, and the weights of gates
   // that are all but closed.
   static constexpr bool kScales = std::is_same<T, float16>::value;
-
-  template <typename Use, typename Layout>
-  using Operand =
-      nvcuda::wmma::fragment<Use, kPiece, kPiece, kStep, typename Unit::Element, Layout>;
-  using Accumulator = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, kPiece, kPiece, kStep, C>;
-
-  struct Result {
-    Accumulator pieces[kPieces];
-
-    __device__ __forceinline__ Result() {
-#pragma unroll
-      for (int n = 0; n < kPieces; ++n) nvcuda::wmma::fill_fragment(pieces[n], C(0));
-    }
-  };
 
   C* scores;   // [kTile, kScoreStride]
   T* tile;     // in the same place, [kTile, kTileStride]
@@ -374,27 +474,20 @@ struct AttentionProducts<T, true> {
   __device__ __forceinline__ void rows(const AttentionRows<T>& a, int a_first,
                                        const AttentionRows<T>& b, int b_first,
                                        C (&sums)[kPatch][kPatch]) {
-    using namespace nvcuda::wmma;
     T* const other = stage + kTile * kStride;
     Result products;
     // Other methods count on the loop's barriers.
     if (a.size == 0) __syncthreads();
     for (int first = 0; first < a.size; first += kDepth) {
       __syncthreads();
-      load<kDepth>(a, a_first, first, stage, kStride);
-      load<kDepth>(b, b_first, first, other, kStride);
+      stage_rows<kDepth, kTile, kStride>(a, a_first, first, stage, rounded_pack);
+      stage_rows<kDepth, kTile, kStride>(b, b_first, first, other, rounded_pack);
       __syncthreads();
-#pragma unroll 2
+#pragma unroll
       for (int k = 0; k < kDepth; k += kStep) {
         if (first + k >= a.size) break;
-        Operand<matrix_a, row_major> left;
-        load_operand(left, stage + piece_row() * kStride + k, kStride);
-#pragma unroll
-        for (int n = 0; n < kPieces; ++n) {
-          Operand<matrix_b, col_major> right;
-          load_operand(right, other + piece_column(n) * kStride + k, kStride);
-          mma_sync(products.pieces[n], left, right, products.pieces[n]);
-        }
+        products.template add<kStride, kStride, false>(stage + warp_row() * kStride + k,
+                                                       other + warp_column() * kStride + k);
       }
     }
     read_scores(products, sums);
@@ -412,8 +505,8 @@ struct AttentionProducts<T, true> {
   }
 
   // Multiplies each row of a tile of values >= 0 by the factor that suits it. Its unit goes to
-  // `units`, and to `memory`, shared and [kTile, kPiece], for add_scaled_rows(), which waits before
-  // it reads.
+  // `units`, and to `memory`, shared and [kTile, kAcross], for add_scaled_rows(), which waits
+  // before it reads.
   static __device__ __forceinline__ void scale_rows(C (&values)[kPatch][kPatch], C* memory,
                                                     C (&units)[kPatch]) {
 #pragma unroll
@@ -427,8 +520,8 @@ struct AttentionProducts<T, true> {
 #pragma unroll
         for (int c = 0; c < kPatch; ++c) values[r][c] *= scale.factor;
         units[r] = scale.unit;
-        static_assert(kPiece == kAcross, "each thread of a row writes one of its units");
-        memory[(patch_row() + r) * kPiece + int(threadIdx.x) % kAcross] = scale.unit;
+        static_assert(Result::kPiece == kAcross, "each thread of a row writes one of its units");
+        memory[(patch_row() + r) * kAcross + int(threadIdx.x) % kAcross] = scale.unit;
       }
     }
   }
@@ -436,7 +529,7 @@ struct AttentionProducts<T, true> {
   static __device__ __forceinline__ C rounded(C value) {
     T result;
     narrow(value, result);
-    return widen(Unit::round(result));
+    return widen(Result::round(result));
   }
 
   __device__ __forceinline__ void store(const C (&values)[kPatch][kPatch]) {
@@ -448,7 +541,7 @@ struct AttentionProducts<T, true> {
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) {
         narrow(values[r][c], row.values[c]);
-        row.values[c] = Unit::round(row.values[c]);
+        row.values[c] = Result::round(row.values[c]);
       }
       *reinterpret_cast<Pack<T, kPatch>*>(tile + (patch_row() + r) * kTileStride + patch_column()) =
           row;
@@ -489,16 +582,15 @@ struct AttentionProducts<T, true> {
   template <bool scaled = false>
   __device__ __forceinline__ void add_tile(const AttentionRows<T>& b, int first, int column,
                                            Result& sums) {
-    using namespace nvcuda::wmma;
-    load<kTile>(b, first, column, stage, kWideStride);
+    stage_rows<kTile, kTile, kWideStride>(b, first, column, stage, rounded_pack);
     __syncthreads();
     if constexpr (scaled && kScales) {
       Result products;
       multiply_tile(products);
 #pragma unroll
-      for (int n = 0; n < kPieces; ++n) {
+      for (int n = 0; n < Result::kPieces; ++n) {
 #pragma unroll
-        for (int i = 0; i < Accumulator::num_elements; ++i) {
+        for (int i = 0; i < Result::Accumulator::num_elements; ++i) {
           sums.pieces[n].x[i] += products.pieces[n].x[i] * unit;
         }
       }
@@ -510,16 +602,16 @@ struct AttentionProducts<T, true> {
   // The same for a tile whose rows scale_rows() has scaled.
   __device__ __forceinline__ void add_scaled_rows(const AttentionRows<T>& b, int first, int column,
                                                   const C* memory, Result& sums) {
-    using namespace nvcuda::wmma;
     if constexpr (kScales) {
       Result products;
       add_tile(b, first, column, products);
-      Accumulator units;
-      load_matrix_sync(units, memory + piece_row() * kPiece, kPiece, mem_row_major);
+      typename Result::Accumulator units;
+      nvcuda::wmma::load_matrix_sync(units, memory + warp_row() * kAcross, kAcross,
+                                     nvcuda::wmma::mem_row_major);
 #pragma unroll
-      for (int n = 0; n < kPieces; ++n) {
+      for (int n = 0; n < Result::kPieces; ++n) {
 #pragma unroll
-        for (int i = 0; i < Accumulator::num_elements; ++i) {
+        for (int i = 0; i < Result::Accumulator::num_elements; ++i) {
           sums.pieces[n].x[i] += products.pieces[n].x[i] * units.x[i];
         }
       }
@@ -534,70 +626,30 @@ struct AttentionProducts<T, true> {
   }
 
  private:
-  static __device__ __forceinline__ int piece_row() {
-    return int(threadIdx.x) / (2 * kWarp) * kPiece;
-  }
-  static __device__ __forceinline__ int piece_column(int n) {
-    return (int(threadIdx.x) / kWarp % 2 * kPieces + n) * kPiece;
-  }
+  // Where the warp's sums begin.
+  static __device__ __forceinline__ int warp_row() { return int(threadIdx.x) / (2 * kWarp) * 16; }
+  static __device__ __forceinline__ int warp_column() { return int(threadIdx.x) / kWarp % 2 * 32; }
 
-  // Stages columns [column, + columns) of rows [first, + kTile).
-  template <int columns>
-  static __device__ __forceinline__ void load(const AttentionRows<T>& rows, int first, int column,
-                                              T* to, int stride) {
-    constexpr int kElements = WidestPack<T>::kElements, kPacks = columns / kElements;
-    constexpr int kRows = kAttentionThreads / kPacks;  // that the block takes at once
-    const int thread = in_place(int(threadIdx.x));     // the registers are for the scores
-    const int row = thread / kPacks, offset = thread % kPacks * kElements;
-    first += row;
-    column += offset;
-    to += row * stride + offset;
-    // Most tiles lie wholly inside the matrix.
-    const bool packed = rows.packed();
-    const bool inside =
-        packed && first + kTile - kRows < rows.count && column + kElements <= rows.size;
-    const T* from = rows.data + first * rows.stride + column;
-    // Unrolled, the loop would take registers that the scores need.
-#pragma unroll 1
-    for (int n = 0; n < kTile / kRows; ++n) {
-      WidestPack<T> pack;
-      if (inside) {
-        pack = *reinterpret_cast<const WidestPack<T>*>(from);
-      } else {
-        pack = rows.pack(first + n * kRows, column, packed);
-      }
+  static __device__ __forceinline__ WidestPack<T> rounded_pack(WidestPack<T> pack) {
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) pack.values[i] = Unit::round(pack.values[i]);
-      *reinterpret_cast<WidestPack<T>*>(to) = pack;
-      from += kRows * rows.stride;
-      to += kRows * stride;
-    }
+    for (T& value : pack.values) value = Result::round(value);
+    return pack;
   }
 
   // sums += the tile times the stage.
   __device__ __forceinline__ void multiply_tile(Result& sums) const {
-    using namespace nvcuda::wmma;
-#pragma unroll 1
+    // More of wmma's would take registers that the scores need.
+    constexpr int kUnroll = sizeof(T) == 2 ? 1 : 4;
+#pragma unroll kUnroll
     for (int k = 0; k < kTile; k += kStep) {
-      Operand<matrix_a, row_major> left;
-      load_operand(left, tile + piece_row() * kTileStride + k, kTileStride);
-#pragma unroll
-      for (int n = 0; n < kPieces; ++n) {
-        Operand<matrix_b, row_major> right;
-        load_operand(right, stage + k * kWideStride + piece_column(n), kWideStride);
-        mma_sync(sums.pieces[n], left, right, sums.pieces[n]);
-      }
+      sums.template add<kTileStride, kWideStride, true>(tile + warp_row() * kTileStride + k,
+                                                        stage + k * kWideStride + warp_column());
     }
   }
 
   // Nobody may be reading scores or the tile any more.
   __device__ __forceinline__ void read_scores(const Result& sums, C (&values)[kPatch][kPatch]) {
-    using namespace nvcuda::wmma;
-#pragma unroll
-    for (int n = 0; n < kPieces; ++n) {
-      store_sums(scores + piece_row() * kScoreStride + piece_column(n), sums.pieces[n],
-                 kScoreStride);
-    }
+    sums.template store<kScoreStride>(scores + warp_row() * kScoreStride + warp_column());
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < kPatch; ++r) {

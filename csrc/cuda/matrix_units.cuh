@@ -123,6 +123,21 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 #endif
 }
 
+// d += a b for a of 16 x 8 and b of 8 x 8, fp32 rounded to tf32, one number to a register. a:
+// pieces of 8 x 4 (0, 0), (1, 0), (0, 1), (1, 1), of which lane l has the number (l / 4, l % 4); b:
+// pieces (0, 0), (1, 0), transposed; d: as above. load_matrices() brings four pieces of 8 x 4.
+__device__ __forceinline__ void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                                  uint32_t b0, uint32_t b1 EMBER_PLACE) {
+#ifdef __NVCC__
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  cuda_shim::multiply_add_tf32(d, a, b0, b1 EMBER_PLACE_ARGUMENT);
+#endif
+}
+
 // The two numbers of T that a pair holds.
 template <typename T>
 __device__ __forceinline__ void widen_pair(uint32_t pair, float& low, float& high) {

@@ -115,6 +115,46 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   meet(&mine, together, place);
 }
 
+// The unit does not look at the bits that tf32 lacks.
+inline float tf32_of(uint32_t bits) {
+  bits &= ~0x1fffu;
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                              Place place) {
+  struct Lane {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+  } mine{d, a, {b0, b1}};
+  const auto together = [](void* const* arguments) {
+    float left[16][8], right[8][8], sums[16][8];
+    for (int l = 0; l < 32; ++l) {
+      const Lane& lane = *static_cast<Lane*>(arguments[l]);
+      for (int piece = 0; piece < 4; ++piece) {
+        left[l / 4 + piece % 2 * 8][l % 4 + piece / 2 * 4] = tf32_of(lane.a[piece]);
+      }
+      for (int piece = 0; piece < 2; ++piece) {
+        right[l % 4 + piece * 4][l / 4] = tf32_of(lane.b[piece]);
+      }
+      for (int n = 0; n < 4; ++n) sums[l / 4 + n / 2 * 8][l % 4 * 2 + n % 2] = lane.d[n];
+    }
+    for (int i = 0; i < 16; ++i) {
+      for (int k = 0; k < 8; ++k) {
+        for (int j = 0; j < 8; ++j) sums[i][j] += left[i][k] * right[k][j];
+      }
+    }
+    for (int l = 0; l < 32; ++l) {
+      const Lane& lane = *static_cast<Lane*>(arguments[l]);
+      for (int n = 0; n < 4; ++n) lane.d[n] = sums[l / 4 + n / 2 * 8][l % 4 * 2 + n % 2];
+    }
+  };
+  meet(&mine, together, place);
+}
+
 inline float without_subnormals(float x) {
   return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
 }

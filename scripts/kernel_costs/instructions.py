@@ -101,11 +101,12 @@ def _multiply_adds(blocks: Sequence[Block], indices: frozenset[int]) -> int:
 def _tiles(kernel: str, blocks: Sequence[Block]) -> Iterator[Counted]:
     """Attention by tiles of 64 x 64 scores, 16 of a thread's 256, and heads of 64 columns.
 
-    Products run through inner loops over columns, which follow loops that bring these to shared
-    memory: all columns at once in 16 bits, halves in fp32.
+    Products run through inner loops over columns, or through all of them in one go, after these
+    were brought to shared memory: all columns at once in 16 bits, halves in fp32.
     """
     scores, columns = 16, 64
     wide = "<float" in kernel
+    vector = r"LDG\.E\.(64|128)"
 
     def turns(loop: Loop) -> float:
         """How often an inner loop runs around for a tile."""
@@ -113,13 +114,23 @@ def _tiles(kernel: str, blocks: Sequence[Block]) -> Iterator[Counted]:
         multiply_adds = _multiply_adds(blocks, loop.own)
         if multiply_adds >= 8 and not found["MUFU"]:
             return scores * columns / multiply_adds
-        if found["LDG"] and found["STS"]:
+        if any(turns(child) for child in loop.children.values()):
+            return 2 if wide else 1
+        if found["LDG"] and found["STS"] and loop.head not in at_edges:
             return 4 if wide else 2
-        return (2 if wide else 1) if any(turns(c) for c in loop.children.values()) else 0
+        return 0
 
     def required(block: Block) -> bool:
-        return _has(block, r"MUFU|BAR|STS|LDG\.E\.(64|128)")
+        return _has(block, rf"MUFU|BAR|STS|HMMA|{vector}")
 
+    # Where rows inside the matrix come without a loop, those with a loop are for its edges.
+    loops = [loop for root in loop_nest(blocks) for loop in root.nest()]
+    at_edges = {
+        child.head
+        for loop in loops
+        if any(_has(blocks[i], r"LDG\.E\.128") for i in loop.own)
+        for child in loop.children.values()
+    }
     total: Counter[str] = Counter()
     for root in loop_nest(blocks):
         for loop in root.nest():
