@@ -94,8 +94,10 @@ struct AttentionRows {
 };
 
 // Brings columns [column, + columns) of rows [first, + count) to shared memory, whose rows are
-// `stride` apart; `convert` makes of a pack what lies there.
-template <int columns, int count, int stride, typename T, typename Element, typename Convert>
+// `stride` apart; `convert` makes of a pack what lies there. Where there are `spare` registers,
+// tiles that lie wholly inside the matrix take a loop without tests.
+template <int columns, int count, int stride, bool spare, typename T, typename Element,
+          typename Convert>
 __device__ __forceinline__ void stage_rows(const AttentionRows<T>& rows, int first, int column,
                                            Element* to, const Convert& convert) {
   constexpr int kElements = WidestPack<T>::kElements, kPacks = columns / kElements;
@@ -109,8 +111,10 @@ __device__ __forceinline__ void stage_rows(const AttentionRows<T>& rows, int fir
   to += row * stride + offset;
   const bool packed = rows.packed();
   // Most tiles lie wholly inside the matrix.
-  if (packed && first + count - kRows < rows.count && column + kElements <= rows.size) {
-    const T* from = rows.data + first * rows.stride + column;
+  const bool inside =
+      packed && first + count - kRows < rows.count && column + kElements <= rows.size;
+  const T* from = rows.data + first * rows.stride + column;
+  if (spare && inside) {
 #pragma unroll
     for (int n = 0; n < kTurns; ++n) {
       const WidestPack<T> pack = *reinterpret_cast<const WidestPack<T>*>(from);
@@ -119,9 +123,17 @@ __device__ __forceinline__ void stage_rows(const AttentionRows<T>& rows, int fir
     }
     return;
   }
+  // Unrolled, the loop would take registers that the scores need.
 #pragma unroll 1
   for (int n = 0; n < kTurns; ++n) {
-    *reinterpret_cast<Stored*>(to) = convert(rows.pack(first + n * kRows, column, packed));
+    WidestPack<T> pack;
+    if (inside && !spare) {
+      pack = *reinterpret_cast<const WidestPack<T>*>(from);
+    } else {
+      pack = rows.pack(first + n * kRows, column, packed);
+    }
+    *reinterpret_cast<Stored*>(to) = convert(pack);
+    from += kRows * rows.stride;
     to += kRows * stride;
   }
 }
@@ -134,7 +146,8 @@ constexpr int kMostBlocks = 1;
 constexpr int kMostBlocks = 2;
 #endif
 
-template <typename T, bool matrix_units>
+// `spare`: whether the kernel has registers left for loads of whole tiles.
+template <typename T, bool matrix_units, bool spare = true>
 struct AttentionProducts;
 
 // What values are multiplied by before a tile holds them, and its inverse.
@@ -144,8 +157,8 @@ struct AttentionScale {
 };
 
 // Sums in registers, 4 x 4 to a thread, over operands staged in shared memory.
-template <typename T>
-struct AttentionProducts<T, false> {
+template <typename T, bool spare>
+struct AttentionProducts<T, false, spare> {
   using C = compute_t<T>;
   static constexpr int kElements = WidestPack<T>::kElements;
   // Terms of a product that are staged at once, for both operands or, twice as many, for one.
@@ -222,7 +235,17 @@ struct AttentionProducts<T, false> {
     constexpr int kSlice = 2 * kDepth;
     for (int slice = 0; slice < kTile; slice += kSlice) {
       __syncthreads();
-      stage_rows<kTile, kSlice, kStride>(b, first + slice, column, stage, widened);
+      if constexpr (spare) {
+        stage_rows<kTile, kSlice, kStride, true>(b, first + slice, column, stage, widened);
+      } else {
+        const bool packed = b.packed();
+#pragma unroll 1
+        for (int i = int(threadIdx.x); i < kSlice * kTile / kElements; i += kAttentionThreads) {
+          const int k = i / (kTile / kElements), c = i % (kTile / kElements) * kElements;
+          const WidestPack<T> pack = b.pack(first + slice + k, column + c, packed);
+          *reinterpret_cast<Pack<C, kElements>*>(stage + k * kStride + c) = widened(pack);
+        }
+      }
       __syncthreads();
       multiply<kSlice>(tile + slice * kStride, stage, sums.values);
     }
@@ -249,6 +272,16 @@ struct AttentionProducts<T, false> {
   // they read at once is a sector of memory, and what a warp stores goes to different banks.
   static __device__ __forceinline__ void stage_transposed(const AttentionRows<T>& rows, int first,
                                                           int term, C* to, int thread) {
+    if constexpr (!spare) {
+      constexpr int kPacks = kDepth / kElements;
+      const bool packed = rows.packed();
+#pragma unroll 1
+      for (int i = int(threadIdx.x); i < kTile * kPacks; i += kAttentionThreads) {
+        const int row = i / 2 % kTile, k = (i / (2 * kTile) * 2 + i % 2) * kElements;
+        store_column(rows.pack(first + row, term + k, packed), to + k * kStride + row);
+      }
+      return;
+    }
     constexpr int kAtOnce = kAttentionThreads / kTile * kElements;  // terms of a row
     constexpr int kTurns = kDepth / kAtOnce;
     static_assert(kDepth % kAtOnce == 0 && kAttentionThreads % (2 * kTile) == 0,
@@ -285,8 +318,10 @@ struct AttentionProducts<T, false> {
   template <int depth>
   static __device__ __forceinline__ void multiply(const C* a, const C* b,
                                                   C (&sums)[kPatch][kPatch]) {
-    a += patch_row();
-    b += patch_column();
+    int thread = int(threadIdx.x);
+    if (!spare) thread = in_place(thread);
+    a += thread / kAcross * kPatch;
+    b += thread % kAcross * kPatch;
     // As many turns share one step of the addresses.
 #pragma unroll 8
     for (int k = 0; k < depth; ++k) {
@@ -438,11 +473,13 @@ struct WarpSums<float> {
 // Matrix units: each of the 8 warps has 16 x 32 of every tile. Where wmma's elements lie within a
 // warp's registers is not known, so scores go through shared memory on their way to the patches.
 // The tile of weights takes the scores' place.
-template <typename T>
-struct AttentionProducts<T, true> {
+template <typename T, bool spare>
+struct AttentionProducts<T, true, spare> {
   using C = float;
   using Result = WarpSums<T>;
   static constexpr int kStep = Result::kStep;
+  static constexpr bool kSpare = spare && sizeof(T) > 2;
+  static constexpr int kUnroll = kSpare ? 4 : 1;       // steps of a product in a row
   static constexpr int kDepth = 128 / int(sizeof(T));  // of a product, staged at once
   // Strides keep rows aligned as wmma needs them and spread them over the banks.
   static constexpr int kScoreStride = kTile + 4;                                 // of C
@@ -480,10 +517,10 @@ struct AttentionProducts<T, true> {
     if (a.size == 0) __syncthreads();
     for (int first = 0; first < a.size; first += kDepth) {
       __syncthreads();
-      stage_rows<kDepth, kTile, kStride>(a, a_first, first, stage, rounded_pack);
-      stage_rows<kDepth, kTile, kStride>(b, b_first, first, other, rounded_pack);
+      stage_rows<kDepth, kTile, kStride, kSpare>(a, a_first, first, stage, rounded_pack);
+      stage_rows<kDepth, kTile, kStride, kSpare>(b, b_first, first, other, rounded_pack);
       __syncthreads();
-#pragma unroll
+#pragma unroll kUnroll
       for (int k = 0; k < kDepth; k += kStep) {
         if (first + k >= a.size) break;
         products.template add<kStride, kStride, false>(stage + warp_row() * kStride + k,
@@ -582,7 +619,7 @@ struct AttentionProducts<T, true> {
   template <bool scaled = false>
   __device__ __forceinline__ void add_tile(const AttentionRows<T>& b, int first, int column,
                                            Result& sums) {
-    stage_rows<kTile, kTile, kWideStride>(b, first, column, stage, rounded_pack);
+    stage_rows<kTile, kTile, kWideStride, kSpare>(b, first, column, stage, rounded_pack);
     __syncthreads();
     if constexpr (scaled && kScales) {
       Result products;
@@ -638,8 +675,6 @@ struct AttentionProducts<T, true> {
 
   // sums += the tile times the stage.
   __device__ __forceinline__ void multiply_tile(Result& sums) const {
-    // More of wmma's would take registers that the scores need.
-    constexpr int kUnroll = sizeof(T) == 2 ? 1 : 4;
 #pragma unroll kUnroll
     for (int k = 0; k < kTile; k += kStep) {
       sums.template add<kTileStride, kWideStride, true>(tile + warp_row() * kTileStride + k,
@@ -663,8 +698,8 @@ struct AttentionProducts<T, true> {
 
 // What a kernel of T uses if it asks for matrix units or not. Both kinds run with any launch of
 // attention_shared_bytes(), so that the host need not know what the device's code was compiled for.
-template <typename T, bool matrix_units>
-using AttentionProductsFor = AttentionProducts<T, matrix_units && has_matrix_units<T>()>;
+template <typename T, bool matrix_units, bool spare = true>
+using AttentionProductsFor = AttentionProducts<T, matrix_units && has_matrix_units<T>(), spare>;
 
 template <typename T, bool matrix_units>
 constexpr size_t attention_shared_bytes() {

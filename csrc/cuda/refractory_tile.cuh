@@ -92,7 +92,7 @@ struct RefractoryHead : AttentionHead<T> {
 template <typename T, bool matrix_units, bool keys_first>
 struct RefractoryTile {
   using C = compute_t<T>;
-  using Products = AttentionProductsFor<T, matrix_units>;
+  using Products = AttentionProductsFor<T, matrix_units, false>;
   using Head = RefractoryHead<T>;
   using Values = C[kPatch][kPatch];
   // With keys first and matrix units two blocks share a multiprocessor if p waits in shared memory.
@@ -261,7 +261,7 @@ struct RefractoryTile {
   template <bool scaled = false>
   __device__ __forceinline__ void add_apart(const AttentionRows<T>& b, int first, int column,
                                             typename Products::Result& sums) {
-    if constexpr (std::is_same<Products, AttentionProducts<T, false>>::value) {
+    if constexpr (std::is_same<Products, AttentionProducts<T, false, false>>::value) {
       typename Products::Result product;
       products.add_tile(b, first, column, product);
 #pragma unroll
