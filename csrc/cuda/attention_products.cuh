@@ -235,16 +235,15 @@ struct AttentionProducts<T, false, spare> {
     constexpr int kSlice = 2 * kDepth;
     for (int slice = 0; slice < kTile; slice += kSlice) {
       __syncthreads();
-      if constexpr (spare) {
-        stage_rows<kTile, kSlice, kStride, true>(b, first + slice, column, stage, widened);
-      } else {
-        const bool packed = b.packed();
+      const bool packed = b.packed();
 #pragma unroll 1
-        for (int i = int(threadIdx.x); i < kSlice * kTile / kElements; i += kAttentionThreads) {
-          const int k = i / (kTile / kElements), c = i % (kTile / kElements) * kElements;
-          const WidestPack<T> pack = b.pack(first + slice + k, column + c, packed);
-          *reinterpret_cast<Pack<C, kElements>*>(stage + k * kStride + c) = widened(pack);
-        }
+      for (int i = int(threadIdx.x); i < kSlice * kTile / kElements; i += kAttentionThreads) {
+        const int k = i / (kTile / kElements), c = i % (kTile / kElements) * kElements;
+        const WidestPack<T> pack = b.pack(first + slice + k, column + c, packed);
+        Pack<C, kElements> values;
+#pragma unroll
+        for (int n = 0; n < kElements; ++n) values.values[n] = widen(pack.values[n]);
+        *reinterpret_cast<Pack<C, kElements>*>(stage + k * kStride + c) = values;
       }
       __syncthreads();
       multiply<kSlice>(tile + slice * kStride, stage, sums.values);
@@ -261,13 +260,6 @@ struct AttentionProducts<T, false, spare> {
   }
 
  private:
-  static __device__ __forceinline__ Pack<C, kElements> widened(const WidestPack<T>& pack) {
-    Pack<C, kElements> values;
-#pragma unroll
-    for (int n = 0; n < kElements; ++n) values.values[n] = widen(pack.values[n]);
-    return values;
-  }
-
   // Stages kDepth terms of rows [first, + kTile), transposed. Pairs of threads share a row: what
   // they read at once is a sector of memory, and what a warp stores goes to different banks.
   static __device__ __forceinline__ void stage_transposed(const AttentionRows<T>& rows, int first,
