@@ -123,9 +123,21 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 #endif
 }
 
-// d += a b for a of 16 x 8 and b of 8 x 8, fp32 rounded to tf32, one number to a register. a:
-// pieces of 8 x 4 (0, 0), (1, 0), (0, 1), (1, 1), of which lane l has the number (l / 4, l % 4); b:
-// pieces (0, 0), (1, 0), transposed; d: as above. load_matrices() brings four pieces of 8 x 4.
+// x rounded to tf32, 10 bits of fraction: to the nearest, and of two to the one further from 0.
+__device__ __forceinline__ float rounded_to_tf32(float x) {
+#ifdef __NVCC__
+  uint32_t result;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
+  return bit_cast<float>(result);
+#else
+  return cuda_shim::rounded_to_tf32(x);
+#endif
+}
+
+// d += a b for a of 16 x 8 and b of 8 x 8, which hold fp32 rounded to tf32, one number to a
+// register. a: pieces of 8 x 4 (0, 0), (1, 0), (0, 1), (1, 1), of which lane l has the number
+// (l / 4, l % 4); b: pieces (0, 0), (1, 0), transposed; d: as above. load_matrices() brings four
+// pieces of 8 x 4.
 __device__ __forceinline__ void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4],
                                                   uint32_t b0, uint32_t b1 EMBER_PLACE) {
 #ifdef __NVCC__

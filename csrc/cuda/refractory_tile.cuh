@@ -261,7 +261,7 @@ struct RefractoryTile {
   template <bool scaled = false>
   __device__ __forceinline__ void add_apart(const AttentionRows<T>& b, int first, int column,
                                             typename Products::Result& sums) {
-    if constexpr (std::is_same<Products, AttentionProducts<T, false, false>>::value) {
+    if constexpr (std::is_same<Products, RegisterProducts<T, false>>::value) {
       typename Products::Result product;
       products.add_tile(b, first, column, product);
 #pragma unroll

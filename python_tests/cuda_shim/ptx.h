@@ -115,12 +115,23 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   meet(&mine, together, place);
 }
 
-// The unit does not look at the bits that tf32 lacks.
-inline float tf32_of(uint32_t bits) {
-  bits &= ~0x1fffu;
+inline float float_of(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof(x));
   return x;
+}
+
+// Halves go away from zero.
+inline float rounded_to_tf32(float x) {
+  if (std::isinf(x)) return x;
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return float_of(std::isnan(x) ? 0x7fffffffu : (bits + 0x1000u) & ~0x1fffu);
+}
+
+// The unit does not look at the bits that tf32 lacks.
+inline float tf32_of(uint32_t bits) {
+  return float_of(bits & ~0x1fffu);
 }
 
 inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
