@@ -42,7 +42,7 @@ def test_a_refused_launch_leaves_no_error_for_the_next(faulty: cuda_shim.Shim) -
 
 
 def test_sound_product_passes(faulty: cuda_shim.Shim) -> None:
-    a = torch.arange(64.0).repeat(2).view(16, 8)
+    a = torch.arange(64.0).repeat(4).view(16, 16)
     assert torch.equal(run(faulty, "sound_product")[:32], (a @ a.T).flatten()[:32])
 
 
@@ -55,6 +55,28 @@ def test_sound_fragments_pass(faulty: cuda_shim.Shim) -> None:
     assert torch.equal(run(faulty, "sound_fragments").view(8, 8), a[:8] @ a[:8].T)
     transposed = torch.arange(64.0).view(8, 8).T
     assert torch.equal(run(faulty, "sound_transposed").view(8, 8), transposed)
+
+
+def tf32_products() -> Tensor:
+    """Of factors rounded to the nearest tf32, of two to the one further from 0."""
+    numbers = 1 + torch.arange(256.0) * 3 / 4096
+    rounded = torch.floor(numbers * 1024 + 0.5) / 1024
+    products = rounded[:128].view(16, 8) @ rounded.flip(0).view(32, 8).T
+    return products[torch.arange(32) % 16, torch.arange(32)].repeat(2)
+
+
+def test_sound_tf32_passes(faulty: cuda_shim.Shim) -> None:
+    torch.testing.assert_close(run(faulty, "sound_tf32"), tf32_products(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wrong"),
+    [("unrounded_tf32_a", 64), ("unrounded_tf32_b", 64), ("tf32_rows_for_columns", 32)],
+)
+def test_wrong_tf32_differs(faulty: cuda_shim.Shim, kernel: str, wrong: int) -> None:
+    """By more than the sound products may."""
+    error = (run(faulty, kernel) / tf32_products() - 1).abs()
+    assert (error > 5e-5).sum() >= 0.9 * wrong
 
 
 def test_sound_exchange_passes(faulty: cuda_shim.Shim) -> None:
@@ -88,6 +110,8 @@ def test_clusters_that_the_device_has_not_are_refused(faulty: cuda_shim.Shim) ->
         ("abandoned_copy", "leaves with copies under way"),
         ("divergent_fragments", "some wait for their warp in faulty.cu"),
         ("divergent_transposed", "some wait for their warp in faulty.cu"),
+        ("divergent_tf32", "some wait for their warp in attention_warp_sums.cuh"),
+        ("unpublished_tf32", "depends on the order of threads"),
         ("misaligned_fragments", "shared memory that is not aligned to 16 bytes"),
         ("fragments_past_the_end", "past the block's shared memory"),
         ("unpublished_exchange", "depends on the order of threads"),

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 #include <mma.h>
 
+#include "../../csrc/cuda/attention_warp_sums.cuh"
 #include "../../csrc/cuda/cluster.cuh"
 #include "../../csrc/cuda/cluster_launch.cuh"
 #include "../../csrc/cuda/matrix_units.cuh"
@@ -62,24 +63,25 @@ __global__ void misaligned(const float* in, float* out) {
   out[threadIdx.x] = reinterpret_cast<const Four*>(in + 1)->values[0];
 }
 
-// Writes 8 of the 256 products of a matrix with itself: of tf32 [16, 8] from shared memory.
+// Writes 32 of the 256 products of a bf16 matrix [16, 16] with itself, from shared memory.
 __device__ void multiply(const float* in, float* out, int offset, bool loads, bool takes_part) {
   using namespace nvcuda::wmma;
-  float* shared = shared_memory<float>();
-  for (int i = threadIdx.x; i < 136; i += 64) shared[i] = in[i % 64];
+  bfloat16* shared = shared_memory<bfloat16>();
+  for (int i = threadIdx.x; i < 264; i += 64) narrow(in[i % 64], shared[i]);
   __syncthreads();
-  fragment<matrix_a, 16, 16, 8, precision::tf32, row_major> a;
-  fragment<matrix_b, 16, 16, 8, precision::tf32, col_major> b;
-  fragment<accumulator, 16, 16, 8, float> sums;
+  fragment<matrix_a, 16, 16, 16, bfloat16, row_major> a;
+  fragment<matrix_b, 16, 16, 16, bfloat16, col_major> b;
+  fragment<accumulator, 16, 16, 16, float> sums;
   fill_fragment(sums, 0.0f);
-  if (loads) load_matrix_sync(a, shared + offset, 8);
-  load_matrix_sync(b, shared + offset, 8);
+  if (loads) load_matrix_sync(a, shared + offset, 16);
+  load_matrix_sync(b, shared + offset, 16);
   if (takes_part) mma_sync(sums, a, b, sums);
   __syncthreads();
   if (threadIdx.x >= 32) return;
-  store_matrix_sync(shared, sums, 16, mem_row_major);
+  float* products = shared_memory<float>();
+  store_matrix_sync(products, sums, 16, mem_row_major);
   __syncwarp();
-  out[threadIdx.x] = shared[threadIdx.x];
+  out[threadIdx.x] = products[threadIdx.x];
   out[threadIdx.x + 32] = 0;
 }
 __global__ void sound_product(const float* in, float* out) {
@@ -89,7 +91,7 @@ __global__ void divergent_product(const float* in, float* out) {
   multiply(in, out, 0, true, threadIdx.x != 7);
 }
 __global__ void misaligned_product(const float* in, float* out) {
-  multiply(in, out, 4, true, true);
+  multiply(in, out, 8, true, true);
 }
 __global__ void unloaded_product(const float* in, float* out) {
   multiply(in, out, 0, false, true);
@@ -176,6 +178,67 @@ __global__ void misaligned_fragments(const float* in, float* out) {
 }
 __global__ void fragments_past_the_end(const float* in, float* out) {
   multiply_fragments(in, out, 512, true);
+}
+
+// Products of a [16, 8] with b [32, 8] as attention makes them in tf32: the first warp's of b by
+// rows, the second's of b transposed. Of each warp's 16 x 32 the elements (l % 16, l) are written.
+// Element i of a is number(i), and of b number(255 - i).
+enum class Fault { none, no_barrier, unrounded_a, unrounded_b, rows_for_columns, absent_lane };
+__device__ float number(const float* in, int i) {
+  return 1 + (in[i % 64] + float(i / 64 * 64)) * 0x3p-12f;  // two bits more than tf32 has
+}
+__device__ void multiply_tf32(const float* in, float* out, Fault fault) {
+  using Sums = WarpSums<float>;
+  constexpr int kRows = 16, kColumns = 32, kTerms = 8, kWide = kColumns + Sums::kWidePad;
+  float* a = shared_memory<float>();
+  float* b = a + kRows * kTerms;
+  float* transposed = b + kColumns * kTerms;
+  float* products = transposed + kTerms * kWide;
+  const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  // What is not there yet is 0.
+  for (int i = thread; i < products - a; i += 64) a[i] = 0;
+  __syncthreads();
+  for (int i = thread; i < kColumns * kTerms; i += 64) {
+    if (i < kRows * kTerms) {
+      const float x = number(in, i);
+      a[i] = fault == Fault::unrounded_a ? x : Sums::round(x);
+    }
+    const float x = number(in, 255 - i);
+    b[i] = fault == Fault::unrounded_b ? x : Sums::round(x);
+    transposed[i % kTerms * kWide + i / kTerms] = b[i];
+  }
+  if (fault != Fault::no_barrier) __syncthreads();
+  Sums sums;
+  if (fault == Fault::absent_lane && thread == 7) return;
+  if (warp == 0) {
+    sums.add<kTerms, kTerms, false>(a, b);
+  } else if (fault == Fault::rows_for_columns) {
+    sums.add<kTerms, kTerms, true>(a, b);
+  } else {
+    sums.add<kTerms, kWide, true>(a, transposed);
+  }
+  products += warp * kRows * kColumns;
+  sums.store<kColumns>(products);
+  __syncwarp();
+  out[thread] = products[lane % kRows * kColumns + lane];
+}
+__global__ void sound_tf32(const float* in, float* out) {
+  multiply_tf32(in, out, Fault::none);
+}
+__global__ void unpublished_tf32(const float* in, float* out) {
+  multiply_tf32(in, out, Fault::no_barrier);
+}
+__global__ void unrounded_tf32_a(const float* in, float* out) {
+  multiply_tf32(in, out, Fault::unrounded_a);
+}
+__global__ void unrounded_tf32_b(const float* in, float* out) {
+  multiply_tf32(in, out, Fault::unrounded_b);
+}
+__global__ void tf32_rows_for_columns(const float* in, float* out) {
+  multiply_tf32(in, out, Fault::rows_for_columns);
+}
+__global__ void divergent_tf32(const float* in, float* out) {
+  multiply_tf32(in, out, Fault::absent_lane);
 }
 
 // A cluster of two blocks of 32 threads. Each hands 32 values to the other, twice, through the same
@@ -265,6 +328,12 @@ FAULT(sound_fragments, 128)
 FAULT(divergent_fragments, 128)
 FAULT(misaligned_fragments, 128)
 FAULT(fragments_past_the_end, 128)
+FAULT(sound_tf32, 1792)
+FAULT(unpublished_tf32, 1792)
+FAULT(unrounded_tf32_a, 1792)
+FAULT(unrounded_tf32_b, 1792)
+FAULT(tf32_rows_for_columns, 1792)
+FAULT(divergent_tf32, 1792)
 
 #define CLUSTER_FAULT(name)                                                                       \
   extern "C" int name(const float* in, float* out) {                                              \

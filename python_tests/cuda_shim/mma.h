@@ -20,9 +20,6 @@ struct accumulator;
 struct row_major;
 struct col_major;
 enum layout_t { mem_row_major, mem_col_major };
-namespace precision {
-struct tf32;
-}
 
 }  // namespace wmma
 }  // namespace nvcuda
@@ -35,23 +32,6 @@ inline float value_of(__half x) {
 inline float value_of(__nv_bfloat16 x) {
   return __bfloat162float(x);
 }
-// The unit does not look at the bits that tf32 lacks.
-inline float value_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
-  bits &= ~0x1fffu;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
-template <typename T>
-struct FragmentStorage {
-  using type = T;
-};
-template <>
-struct FragmentStorage<nvcuda::wmma::precision::tf32> {
-  using type = float;
-};
 
 // Rows and columns of an operand of m x n x k.
 template <typename Use, int m, int n, int k>
@@ -78,7 +58,7 @@ namespace wmma {
 template <typename Use, int m, int n, int k, typename T, typename Layout = void>
 struct fragment {
   using Shape = cuda_shim::FragmentShape<Use, m, n, k>;
-  using Element = typename cuda_shim::FragmentStorage<T>::type;
+  using Element = T;
   static constexpr int num_elements = Shape::rows * Shape::columns / 32;
   Element x[num_elements];
 
@@ -221,16 +201,6 @@ void mma_sync(fragment<accumulator, m, n, k, float>& d,
     }
   };
   cuda_shim::meet(&operands, together, {file, line});
-}
-
-// Rounds to the nearest number with 10 bits of fraction, halves away from zero.
-inline float __float_to_tf32(float x) {
-  if (!std::isfinite(x)) return x;
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
-  bits = (bits + 0x1000u) & ~0x1fffu;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
 }
 
 }  // namespace wmma

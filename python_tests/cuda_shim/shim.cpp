@@ -6,7 +6,9 @@
 // faults next to arrays from cuda_shim_allocate(), misaligned accesses and integer overflow (the
 // sources are built with trapping undefined-behaviour checks); writes past the block's shared
 // memory. Shared memory and fresh arrays hold NaN, so what is read before it is written shows in
-// the results; so does a missing barrier, because results then change with the order of threads.
+// the results; so does a missing barrier, because results then change with the order of threads. In
+// two orders a warp runs as far as it gets without the others, then the next; in the third, threads
+// of all warps take turns.
 // Of the blocks of a cluster one runs as far as it gets without the others, then the next in the
 // order: so much may happen in one while nothing does in another, and a missing barrier shows. Each
 // has shared memory of its own, which is kept elsewhere while another block runs.
@@ -178,11 +180,12 @@ Thread* block_of(int rank) {
   return threads + rank * block_threads;
 }
 
-// Lets warps of the running block go on whose lanes have all met. Returns whether there were any.
-bool release_warps() {
+// Lets warps of the running block go on whose lanes have all met, of threads [begin, end). Returns
+// whether there were any.
+bool release_warps(int begin, int end) {
   Thread* const block = block_of(rank_now);
   bool released = false;
-  for (int i = 0; i < block_threads; ++i) {
+  for (int i = begin; i < end; ++i) {
     if (block[i].state != State::at_warp) continue;
     const int first = i / 32 * 32;
     const unsigned mask = block[i].mask;
@@ -296,17 +299,31 @@ void enter(int rank, int first_block) {
   rank_now = rank;
 }
 
-// Runs the block's threads until none gets further without another block. Returns whether any did.
-bool run_block() {
+// Runs threads [begin, end) of the block, whole warps, until none gets further without others.
+// Returns whether any did.
+bool run_threads(int begin, int end) {
   bool ran = false;
   do {
-    for (int i : in_order(block_threads)) {
-      const int index = rank_now * block_threads + i;
+    for (int i : in_order(end - begin)) {
+      const int index = rank_now * block_threads + begin + i;
       if (threads[index].state != State::ready) continue;
       resume(index);
       ran = true;
     }
-  } while (release_warps() || release_barrier() || release_cluster());
+  } while (release_warps(begin, end));
+  return ran;
+}
+
+// Runs the block's threads until none gets further without another block. Returns whether any did.
+bool run_block() {
+  const int at_once = order == shuffled ? block_threads : 32;
+  bool ran = false;
+  do {
+    for (int part : in_order((block_threads + at_once - 1) / at_once)) {
+      const int begin = part * at_once;
+      ran |= run_threads(begin, std::min(begin + at_once, block_threads));
+    }
+  } while (release_barrier() || release_cluster());
   return ran;
 }
 
