@@ -197,6 +197,36 @@ def test_tf32_matches_reference_in_tf32(operator: Any) -> None:
         operator(**one.tensors, **one.options, return_summary=True)
 
 
+@pytest.mark.usefixtures("tf32")
+def test_tf32_rounds_to_the_nearest(operator: Any) -> None:
+    """Cut off instead, factors are too small throughout, here of all inputs by one in the last bit.
+
+    Rounding errors of weights and of gradients of scores have either sign, and cancel.
+    """
+    generator = torch.Generator().manual_seed(4)
+    tensors = attention_tensors(1, 2, 1, 70, 100, 72, torch.float32, generator)
+    tensors["value"] = tensors["value"].abs()
+    tensors["grad_out"] = torch.rand(1, 2, 70, 72, generator=generator)
+    factors = ("query", "key", "value", "grad_out")
+    exact = {name: value.double() for name, value in tensors.items()}
+    for name in factors:
+        cut = tensors[name].view(torch.int32) & ~0x1FFF
+        tensors[name] = (cut | 0x1800).view(torch.float32)
+        exact[name] = (cut + 0x2000).view(torch.float32).double()
+
+    def results(function: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {name: t.clone().requires_grad_() for name, t in given.items()}
+        grad_out = inputs.pop("grad_out").detach()
+        out = function(**inputs, is_causal=True)
+        gradients = torch.autograd.grad(out, [inputs[name] for name in factors[:3]], grad_out)
+        return {"out": out, **dict(zip(factors, gradients, strict=False))}
+
+    expected = results(reference.lif_attention, exact)
+    for name, got in results(operator, tensors).items():
+        size = (got.double() * expected[name]).sum() / expected[name].square().sum()
+        assert size.item() == pytest.approx(1, abs=1e-4), name
+
+
 @pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gpus_without_matrix_units_for_a_type(dtype: torch.dtype) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import ember_ext
 from ember_ext import _native, nn, ops, reference
@@ -184,6 +186,63 @@ def test_autocast_rounds_inputs_and_keeps_the_gates(dtype: torch.dtype) -> None:
         assert lif_attention(**double).dtype == torch.float64
         with pytest.raises(TypeError, match=r"key must be of query's dtype torch\.float64"):
             lif_attention(**values | {"query": double["query"]})
+
+
+def _allow(tf32: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    """What the test sets for products of fp32 ends with it."""
+    owners: tuple[Any, ...] = (
+        torch.backends,
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,
+    )
+    before = [owner.fp32_precision for owner in owners]
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for owner, value in zip(owners, before, strict=True):
+        owner.fp32_precision = value
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize(
+    ("ask", "allowed"),
+    [
+        (lambda: None, False),
+        (lambda: torch.set_float32_matmul_precision("highest"), False),
+        (lambda: torch.set_float32_matmul_precision("high"), True),
+        (lambda: torch.set_float32_matmul_precision("medium"), True),
+        (lambda: _allow(False), False),
+        (lambda: _allow(True), True),
+        (lambda: setattr(torch.backends, "fp32_precision", "tf32"), True),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"), False),
+    ],
+    ids=["default", "highest", "high", "medium", "not allowed", "allowed", "everywhere", "ieee"],
+)
+def test_kernels_round_to_tf32_where_products_of_matrices_may(
+    ask: Callable[[], None], allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32 on a GPU, for which the raw operator stands in here."""
+    ask()
+    asked: list[bool] = []
+
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        query, tf32 = arguments[0], arguments[12]
+        asked.append(tf32)
+        return (query, query, query, query)
+
+    monkeypatch.setattr(_native, "runs", lambda *_: True)
+    monkeypatch.setattr(torch.ops.ember_ext, "lif_attention_forward", forward)
+    for device, dtype in itertools.product(("cuda", "cpu"), DTYPES):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            query = torch.empty(1, 1, 2, 2, dtype=dtype, device=device)
+            gate = torch.empty(3, 1, device=device).unbind()
+            lif_attention(query, query, query, *gate)
+        assert asked.pop() == (allowed and dtype == torch.float32 and device == "cuda")
 
 
 # Dropout.
