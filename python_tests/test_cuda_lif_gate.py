@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import ember_ext
+import kernel_costs
 from ember_ext import reference
 from ember_ext.testing import DTYPES, Sample, check_sample, gate_samples
 from ember_ext.testing.lif_gate import gate_parameters
@@ -85,6 +86,21 @@ def test_no_sum_takes_in_more_than_32_rows(dtype: torch.dtype, norm: str) -> Non
         x = torch.empty(1, dtype=dtype).expand(rows, columns)
         sums = cuda_shim.lif_gate.partial_sums(x, norm) // (3 * columns)
         assert sums >= rows // 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtypes"),
+    [("double", [torch.float64]), ("float", [torch.float32, torch.bfloat16, torch.float16])],
+)
+def test_the_report_s_launch_adds_up_as_many_sums(kind: str, dtypes: list[torch.dtype]) -> None:
+    if cuda_shim.compiler() is None:
+        pytest.skip("no C++ compiler")
+    kernel = f"lif_gate_sum_kernel<{kind}>"
+    workload = next(w for w in kernel_costs.WORKLOADS if w.kernel == kernel)
+    assert workload.shape == "gate [64, 256, 384], l2"
+    for dtype in dtypes:
+        x = torch.empty(1, dtype=dtype).expand(64 * 256, 384)
+        assert workload.operations == cuda_shim.lif_gate.partial_sums(x, "l2")
 
 
 def test_rows_without_asynchronous_copies() -> None:

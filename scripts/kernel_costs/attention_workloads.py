@@ -56,11 +56,11 @@ def gate_workloads() -> Iterator[Workload]:
                 work * elements,
             )
     for compute_kind in ("double", "float"):
-        # 512 blocks have left sums of their rows; 8 outputs take one.
-        terms = 512 * 3 * columns
+        # 1024 blocks have left sums of their 16 rows; 8 outputs take one.
+        terms = 1024 * 3 * columns
         yield Workload(
             f"lif_gate_sum_kernel<{compute_kind}>",
-            f"gate {[batch, tokens, columns]}",
+            f"gate {[batch, tokens, columns]}, l2",
             256,
             256 * 8,
             KINDS[compute_kind] * terms,
