@@ -17,7 +17,8 @@ struct MatrixProducts {
   using Result = WarpSums<T>;
   static constexpr int kStep = Result::kStep;
   static constexpr bool kSpare = spare && sizeof(T) > 2;
-  static constexpr int kUnroll = kSpare ? 4 : 1;       // steps of a product in a row
+  // Steps that a turn of a product's loop takes, as many as there are registers for.
+  static constexpr int kRowsUnroll = kSpare ? 4 : 2, kTileUnroll = kSpare ? 4 : 1;
   static constexpr int kDepth = 128 / int(sizeof(T));  // of a product, staged at once
   // Strides keep rows aligned as wmma needs them and spread them over the banks.
   static constexpr int kScoreStride = kTile + 4;                                 // of C
@@ -58,7 +59,7 @@ struct MatrixProducts {
       stage_rows<kDepth, kTile, kStride, kSpare>(a, a_first, first, stage, rounded_pack);
       stage_rows<kDepth, kTile, kStride, kSpare>(b, b_first, first, other, rounded_pack);
       __syncthreads();
-#pragma unroll kUnroll
+#pragma unroll kRowsUnroll
       for (int k = 0; k < kDepth; k += kStep) {
         if (first + k >= a.size) break;
         products.template add<kStride, kStride, false>(stage + warp_row() * kStride + k,
@@ -213,7 +214,7 @@ struct MatrixProducts {
 
   // sums += the tile times the stage.
   __device__ __forceinline__ void multiply_tile(Result& sums) const {
-#pragma unroll kUnroll
+#pragma unroll kTileUnroll
     for (int k = 0; k < kTile; k += kStep) {
       sums.template add<kTileStride, kWideStride, true>(tile + warp_row() * kTileStride + k,
                                                         stage + k * kWideStride + warp_column());

@@ -163,8 +163,9 @@ struct RegisterProducts {
     if (!spare) thread = in_place(thread);  // the registers are for the sums
     a += thread / kAcross * kPatch;
     b += thread % kAcross * kPatch;
-    // As many turns share one step of the addresses.
-#pragma unroll 8
+    // Terms that share one step of the addresses, as many as there are registers for.
+    constexpr int kUnroll = spare ? 8 : 4;
+#pragma unroll kUnroll
     for (int k = 0; k < depth; ++k) {
       const Pack<C, kPatch> left = *reinterpret_cast<const Pack<C, kPatch>*>(a + k * kStride);
       const Pack<C, kPatch> right = *reinterpret_cast<const Pack<C, kPatch>*>(b + k * kStride);
