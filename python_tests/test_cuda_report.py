@@ -7,6 +7,7 @@ import csv
 import functools
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,6 +126,52 @@ def test_loops_and_their_turns() -> None:
     }
 
 
+def _sass(lines: Sequence[str]) -> str:
+    """Machine code of labels and instructions, as nvdisasm writes it."""
+    text = "\n".join(
+        line if line.startswith(".L") else f"        /*{16 * n:04x}*/ {line} ;"
+        for n, line in enumerate(lines)
+    )
+    return f"\n//--------------------- .text._Z1kPf --------------------------\n{text}\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "loads"),
+    [
+        # Of rows in one go the loop is for those at edges.
+        (["LDG.E.128 R4, [R2]", "LDG.E.128 R8, [R2]", "STS.128 [R3], R4", "STS.128 [R3], R8"], 2),
+        # What the scores are made of comes in packs, too.
+        (["LDG.E.128 R4, [R2]", "FADD R4, R4, R5", "STS [R3], R4"], 5),
+        ([], 4),
+    ],
+    ids=["in one go", "by a loop, beside a pack", "by a loop"],
+)
+def test_how_rows_come_to_shared_memory(before: list[str], loads: int) -> None:
+    """In a loop over tiles of 16 scores a thread: by four turns of a loop, or by none."""
+    in_one_go = len(before) == 4
+    rows = [".L_x_1:", "LDG.E R4, [R2]", "STS [R3], R4", "@P2 BRA `(.L_x_1)"]
+    code = _sass(
+        [
+            "MOV R1, c[0x0][0x28]",
+            ".L_x_0:",
+            *["MUFU.EX2 R1, R1"] * 16,
+            *(["@!P1 BRA `(.L_x_1)", *before, "BRA `(.L_x_2)"] if in_one_go else before),
+            *rows,
+            ".L_x_2:",
+            *["FFMA R1, R1, R1, R1"] * 16,
+            "@P3 BRA `(.L_x_2)",
+            "@P0 BRA `(.L_x_0)",
+            "EXIT",
+        ]
+    )
+    (blocks,) = machine_code.parse(code).values()
+    (counted,) = instructions.count({"lif_attention_forward_kernel<float, false>": blocks})
+    kinds = counted.cost.kinds
+    assert kinds["exponential"] == 1
+    assert kinds["global"] == loads / 16
+    assert kinds["arithmetic"] >= 64, "the loop of products has as many turns as there are columns"
+
+
 def test_rows_of_the_model() -> None:
     kinds = dict.fromkeys(machine_code.KINDS, 0.0) | {"arithmetic": 64.0}
     kernel = "lif_gate_rows_forward_kernel<float>"
@@ -180,7 +227,7 @@ needs_nvdisasm = pytest.mark.skipif(
 @needs_nvdisasm
 @pytest.mark.timeout(900)
 def test_instructions_of_attention_in_16_bits() -> None:
-    costs = [one for one in counted_kernels("lif_attention") if "half" in one.kernel]
+    costs = [one for one in counted_kernels("lif_attention") if "_half_" in one.kernel]
     assert len(costs) == 6
     for element in ("__nv_bfloat16", "__half"):
         mine = [one.cost for one in costs if f"<{element}," in one.kernel]
@@ -192,8 +239,27 @@ def test_instructions_of_attention_in_16_bits() -> None:
 @pytest.mark.slow
 @needs_nvdisasm
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("units", "matrix", "most"),
+    [("false", 0, 1400), ("true", 24, 630)],  # 12 products of 64 columns, 32 an instruction
+    ids=["fp32", "tf32"],
+)
+def test_instructions_of_attention_in_fp32(units: str, matrix: float, most: int) -> None:
+    costs = [
+        one.cost for one in counted_kernels("lif_attention") if f"<float, {units}>" in one.kernel
+    ]
+    assert len(costs) == 3
+    assert sum(cost.instructions for cost in costs) <= most
+    assert sum(cost.kinds["matrix"] for cost in costs) == matrix
+    # Rows of 64 columns come by packs of four, the queries and keys of scores twice.
+    assert sum(cost.kinds["global"] for cost in costs) >= (5 + 9 + 6) / 4
+
+
+@pytest.mark.slow
+@needs_nvdisasm
+@pytest.mark.timeout(900)
 def test_instructions_of_refractory_attention_in_16_bits() -> None:
-    costs = [one for one in counted_kernels("refractory_lif_attention") if "half" in one.kernel]
+    costs = [one for one in counted_kernels("refractory_lif_attention") if "_half_" in one.kernel]
     assert len(costs) == 18
     for element, parts in (("__nv_bfloat16", 1), ("__half", 2)):
         # The gradient of previous loads is for those that ask for it.
@@ -208,7 +274,9 @@ def test_instructions_of_refractory_attention_in_16_bits() -> None:
 @pytest.mark.slow
 @needs_nvdisasm
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("stem", ["lif_gate", "ltc_scan"])
+@pytest.mark.parametrize(
+    "stem", ["lif_gate", "lif_attention", "refractory_lif_attention", "ltc_scan"]
+)
 def test_counts_are_those_of_the_table(stem: str) -> None:
     """Else `python scripts/cuda_report.py --instructions` has to be run anew."""
     with (RESULTS / "kernel_instructions.csv").open(encoding="utf-8") as file:

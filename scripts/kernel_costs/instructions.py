@@ -123,12 +123,17 @@ def _tiles(kernel: str, blocks: Sequence[Block]) -> Iterator[Counted]:
     def required(block: Block) -> bool:
         return _has(block, rf"MUFU|BAR|STS|HMMA|{vector}")
 
+    def brings_rows(block: Block) -> bool:
+        """Whether it loads packs of rows and stores them, one after the other."""
+        packs = sum(bool(re.match(r"LDG\.E\.128", i)) for i in block.instructions)
+        return packs >= 2 and block.count("STS") >= packs
+
     # Where rows inside the matrix come without a loop, those with a loop are for its edges.
     loops = [loop for root in loop_nest(blocks) for loop in root.nest()]
     at_edges = {
         child.head
         for loop in loops
-        if any(_has(blocks[i], r"LDG\.E\.128") for i in loop.own)
+        if any(brings_rows(blocks[i]) for i in loop.own)
         for child in loop.children.values()
     }
     total: Counter[str] = Counter()
