@@ -286,6 +286,18 @@ def test_gates_that_open_for_some_rows_only(
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_gates_that_are_steps(operator: Any, dtype: torch.dtype) -> None:
+    """Their exponents are rounded by more than the exponent of any number."""
+    generator = torch.Generator().manual_seed(10)
+    for steepness in (1e9, 1e12):
+        tensors = attention_tensors(1, 2, 2, 40, 40, 64, dtype, generator)
+        tensors["steepness"] = torch.full((2,), steepness)
+        scales = gradient_scales(tensors)
+        one = Sample(f"k={steepness}", tensors, {"is_causal": True}, scales)
+        check_sample(operator, reference.lif_attention, one)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 @pytest.mark.parametrize("size", [64, 128])
 def test_nearly_equal_keys(operator: Any, dtype: torch.dtype, size: int) -> None:
     """The gradient of a query is one of differences between keys, which may be small."""

@@ -261,6 +261,18 @@ def test_gradient_of_great_steepness(operator: Any, dtype: torch.dtype, steepnes
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_gates_that_are_steps(operator: Any, dtype: torch.dtype) -> None:
+    """Their exponents are rounded by more than the exponent of any number."""
+    generator = torch.Generator().manual_seed(10)
+    for steepness in (1e9, 1e12):
+        tensors = refractory_tensors(1, 2, 2, 40, 0, 64, dtype, generator)
+        tensors["steepness"] = torch.full((2,), steepness)
+        options = {"is_causal": True, "across": tensors.pop("across")}
+        scales = refractory_gradient_scales(tensors)
+        check_sample(operator, expected, Sample(f"k={steepness}", tensors, options, scales))
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 @pytest.mark.parametrize(
     ("mode", "size", "within", "across"),
     [

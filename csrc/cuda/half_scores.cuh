@@ -206,6 +206,79 @@ __device__ __forceinline__ float largest_exponent(float largest) {
   return largest * kLog2e;
 }
 
+// A tile of keys that a warp's queries are taken past.
+struct KeyTile {
+  int keys;        // the first of them
+  int row;         // the lane's first query
+  uint32_t place;  // from the first tile's place to this one's, two tiles having their own
+
+  // The warp's first query.
+  __device__ __forceinline__ int warp_first() const { return row / kFragmentRows * kFragmentRows; }
+  // Whether all of the warp's queries see all of `count` keys, without a mask.
+  template <typename T>
+  __device__ __forceinline__ bool all_visible(const AttentionHead<T>& head, int count) const {
+    return keys + count <= head.end_of_keys(warp_first());
+  }
+};
+
+// Takes queries from `first` on past `tiles` tiles of keys: calls take(tile) for those of which the
+// warp's queries see keys. bring(n) starts to bring what step n needs, of which `step` is the first
+// and has been asked for, to the place that the tile before the last had.
+template <int kSize, typename T, typename Bring, typename Take>
+__device__ __forceinline__ void walk_keys(const AttentionHead<T>& head, int first, int tiles,
+                                          int step, const Bring& bring, const Take& take) {
+  using Layout = TileLayout<kSize>;
+  for (int tile = 0; tile < tiles; ++tile) {
+    wait_for_copies<0>();
+    __syncthreads();
+    bring(step + tile + 1);
+    // Worked out anew for each tile: the registers are for scores.
+    const KeyTile here{tile * Layout::kRows, first + in_place(fragment_row()),
+                       uint32_t((step + tile) & 1) * Layout::kBytes};
+    if (here.keys < head.end_of_keys(here.warp_first() + kFragmentRows - 1)) take(here);
+  }
+}
+
+// Takes keys past the queries of head `h`: calls take(queries, tile) for tiles of them from `from`
+// on, `stride` further each, before `to`. `tile` is the one of two that has them, and bring(step,
+// head, queries) starts to bring more: the next ones, or at the end the first of the next head.
+template <int stride, typename LastHead, typename Bring, typename Take>
+__device__ __forceinline__ void walk_queries(int from, int to, int h, const LastHead& last_head,
+                                             int& step, const Bring& bring, const Take& take) {
+  for (int queries = from; stride > 0 ? queries < to : queries > to; queries += stride, ++step) {
+    wait_for_copies<0>();
+    __syncthreads();
+    const int next = queries + stride;
+    if (stride > 0 ? next < to : next > to) {
+      bring(step + 1, h, next);
+    } else if (h < last_head()) {
+      bring(step + 1, h + 1, from);
+    }
+    take(queries, step & 1);
+  }
+}
+
+// Calls take(c) for the chunks of a tile in order. Not unrolled, and where c is not known before,
+// as the registers are for scores.
+template <int chunks, typename Take>
+__device__ __forceinline__ void each_chunk(const Take& take) {
+  if constexpr (chunks == 1) {
+    take(0);
+  } else {
+#pragma unroll 1
+    for (int c = in_place(0); c < chunks; ++c) take(c);
+  }
+}
+// take(whole, c), `whole` being a type that says that all scores exist and none is dropped.
+template <int chunks, typename Take>
+__device__ __forceinline__ void each_chunk(bool whole, const Take& take) {
+  if (whole) {
+    each_chunk<chunks>([&](int c) { take(std::true_type(), c); });
+  } else {
+    each_chunk<chunks>([&](int c) { take(std::false_type(), c); });
+  }
+}
+
 // The rows of a warp: the largest product of each, and the sum of powers of two.
 struct HalfMaxima {
   float largest[2] = {-kInfinity, -kInfinity};  // over this lane's keys
@@ -247,16 +320,9 @@ struct HalfMaxima {
                                         float scale, const Bring& bring) {
     using Layout = TileLayout<kSize>;
     constexpr int kKeys = Layout::kRows, kChunks = kKeys / 16;
-    for (int tile = 0; tile < tiles; ++tile) {
-      wait_for_copies<0>();
-      __syncthreads();
-      bring(tile + 1);
-      const int keys = tile * kKeys;
-      const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
-      if (keys >= head.end_of_keys(warp_first + kFragmentRows - 1)) continue;
-      const auto columns =
-          TileRows<kSize>::by_column(key_tiles + uint32_t(tile & 1) * Layout::kBytes);
-      if (!p.mask && keys + kKeys <= head.end_of_keys(warp_first)) {
+    walk_keys<kSize>(head, first, tiles, 0, bring, [&](const KeyTile& tile) {
+      const auto columns = TileRows<kSize>::by_column(key_tiles + tile.place);
+      if (!p.mask && tile.all_visible(head, kKeys)) {
         float scores[kChunks][2][4] = {};
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
@@ -268,11 +334,12 @@ struct HalfMaxima {
         for (int c = 0; c < kChunks; ++c) {
           float scores[1][2][4] = {};
           query.multiply(columns, uint32_t(c * 16 * Layout::kRowBytes), scores[0]);
-          hide_scores(scores[0], visible_scores(head, row, keys + 16 * c + fragment_column()));
+          const int column = tile.keys + 16 * c + fragment_column();
+          hide_scores(scores[0], visible_scores(head, tile.row, column));
           add<false>(scores, scale);
         }
       }
-    }
+    });
   }
 
   // Of a row: its largest score, and 1 over the sum of exponentials; 0 if there is none.

@@ -85,18 +85,11 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : 3)
         weight_sum[half] += score;
       }
     };
-    for (int tile = 0; tile < tiles; ++tile) {
-      wait_for_copies<0>();
-      __syncthreads();
-      bring(tiles + tile + 1);
-      const int keys = tile * kKeys;
-      const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
-      if (keys >= head.end_of_keys(warp_first + kFragmentRows - 1)) continue;
+    walk_keys<kSize>(head, first, tiles, tiles, bring, [&](const KeyTile& tile) {
       const bool easy = !p.mask && !p.seed && !gate.bounded;
-      const uint32_t place = uint32_t((tiles + tile) & 1) * Layout::kBytes;
-      const auto columns = TileRows<kSize>::by_column(key_tiles + place);
-      const auto rows = TileRows<kSize>::by_row(value_tiles + place);
-      if (easy && keys + kKeys <= head.end_of_keys(warp_first)) {
+      const auto columns = TileRows<kSize>::by_column(key_tiles + tile.place);
+      const auto rows = TileRows<kSize>::by_row(value_tiles + tile.place);
+      if (easy && tile.all_visible(head, kKeys)) {
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
           const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);
@@ -114,20 +107,21 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : 3)
           const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);
           float scores[2][4] = {};
           query.multiply(columns, offset, scores);
-          hide_scores(scores, visible_scores(head, row, keys + 16 * c + fragment_column()));
+          hide_scores(scores,
+                      visible_scores(head, tile.row, tile.keys + 16 * c + fragment_column()));
           weigh(std::false_type(), scores);
           uint32_t weights[4];
           left_operand<T>(scores, weights);
           multiply_add<T>(rounded_sum, weights, ones, ones, rounded_sum);
           if (p.seed) {
-            const unsigned kept = kept_scores(head, row, keys + 16 * c);
+            const unsigned kept = kept_scores(head, tile.row, tile.keys + 16 * c);
 #pragma unroll
             for (int n = 0; n < 4; ++n) weights[n] = kept_pair(weights[n], kept >> 2 * n);
           }
           add_rows<T, kSize>(weights, rows, offset, out);
         }
       }
-    }
+    });
 
     float factor[2];
 #pragma unroll

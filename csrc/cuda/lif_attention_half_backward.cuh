@@ -147,19 +147,11 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : kHalfQuerie
       rounded.add(gradients, probabilities);
       add_rows<T, kSize>(gradients, probabilities, rows, offset, gradient, mean_key);
     };
-    for (int tile = 0; tile < tiles; ++tile) {
-      wait_for_copies<0>();
-      __syncthreads();
-      bring(tile + 1);
-      const int keys = tile * kKeys;
-      // Worked out anew for each tile: the registers are for scores.
-      const int warp_first = first + in_place(int(threadIdx.x)) / kWarp * kFragmentRows;
-      if (keys >= head.end_of_keys(warp_first + kFragmentRows - 1)) continue;
+    walk_keys<kSize>(head, first, tiles, 0, bring, [&](const KeyTile& tile) {
       const bool easy = !p.mask && !p.seed && !gate.bounded;
-      const uint32_t place = key_tiles + uint32_t(tile & 1) * Layout::kBytes;
-      const auto columns = TileRows<kSize>::by_column(place);
-      const auto rows = TileRows<kSize>::by_row(place);
-      if (easy && keys + kKeys <= head.end_of_keys(warp_first)) {
+      const auto columns = TileRows<kSize>::by_column(key_tiles + tile.place);
+      const auto rows = TileRows<kSize>::by_row(key_tiles + tile.place);
+      if (easy && tile.all_visible(head, kKeys)) {
 #pragma unroll 1
         for (int c = in_place(0); c < kChunks; ++c) {
           const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);
@@ -178,8 +170,9 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : kHalfQuerie
           const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);
           // Before there are scores to keep in registers.
           const int here = first + in_place(fragment_row());
-          const unsigned kept = p.seed ? kept_scores(head, here, keys + 16 * c) : 0xffu;
-          const unsigned visible = visible_scores(head, here, keys + 16 * c + fragment_column());
+          const unsigned kept = p.seed ? kept_scores(head, here, tile.keys + 16 * c) : 0xffu;
+          const unsigned visible =
+              visible_scores(head, here, tile.keys + 16 * c + fragment_column());
           float scores[2][4] = {}, shifted[2][4] = {};
           query.multiply(columns, offset, scores);
           grads.multiply(columns, offset + kValues, shifted);
@@ -193,7 +186,7 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : kHalfQuerie
           add(scores, shifted, rows, offset);
         }
       }
-    }
+    });
 
     double gates[3] = {};
     float factor[2];
@@ -323,23 +316,15 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
           s = share * fmaf(fmaf(v, slope, g), s - query.delta, -query.mean);
         }
       };
-      for (int queries = first_tile(in_place(first)); queries < int(p.queries);
-           queries += kQueries, ++step) {
-        wait_for_copies<0>();
-        __syncthreads();
-        if (queries + kQueries < int(p.queries)) {
-          bring(step + 1, h, queries + kQueries);
-        } else if (h < last_head()) {
-          bring(step + 1, h + 1, first_tile(in_place(first)));
-        }
+      const auto take_tile = [&](int queries, int tile) {
         // Worked out anew for each tile: the registers are for scores.
         const int warp_first = first + in_place(int(threadIdx.x)) / kWarp * kFragmentRows;
-        if (warp_first >= head.end_of_keys(queries + kQueries - 1)) continue;
-        const uint32_t place = query_tiles + uint32_t(step & 1) * Layout::kBytes;
+        if (warp_first >= head.end_of_keys(queries + kQueries - 1)) return;
+        const uint32_t place = query_tiles + uint32_t(tile) * Layout::kBytes;
         const auto columns = TileRows<kSize>::by_column(place);
         const auto rows = TileRows<kSize>::by_row(place);
-        const HalfQuery* const of_queries = reinterpret_cast<const HalfQuery*>(shared_rows) +
-                                            (step & 1) * kQueries + fragment_column();
+        const HalfQuery* const of_queries =
+            reinterpret_cast<const HalfQuery*>(shared_rows) + tile * kQueries + fragment_column();
         const auto add = [&](float (&scores)[2][4], float (&shifted)[2][4], uint32_t offset) {
           stored.apply(shifted, grad_key);
           uint32_t weights[4], gradients[4];
@@ -390,7 +375,9 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
             add(scores, shifted, offset);
           }
         }
-      }
+      };
+      walk_queries<kQueries>(first_tile(in_place(first)), int(p.queries), h, last_head, step, bring,
+                             take_tile);
     }
     const float key_factor = options.scale / (stored.factor * kHalfWeight<T>);
     const float value_factor = options.keep_factor / kHalfWeight<T>;

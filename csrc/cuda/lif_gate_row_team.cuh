@@ -198,6 +198,28 @@ struct LifGateRows {
     if constexpr (has_fragments()) wait_for_copies<0>();
   }
 
+  // Calls take(done, stage, offset) for each of the block's rounds, where the ring's stage has the
+  // row at `offset` of each matrix, and rows to come are on their way.
+  template <typename Take>
+  __device__ __forceinline__ void walk(const T* const (&matrices)[arrays], const Take& take) const {
+    int64_t offset = row * cols;
+    int stage = 0;
+    for (int n = 0; n < kLifGateRowStages - 1; ++n) {
+      fetch(matrices, offset + n * step, stage, n < rows);
+      stage = next(stage);
+    }
+    stage = 0;
+    for (int done = 0; done < rounds; ++done) {
+      fetch(matrices, offset + (kLifGateRowStages - 1) * step, previous(stage),
+            done + kLifGateRowStages - 1 < rows);
+      wait();
+      take(done, stage, offset);
+      offset += step;
+      stage = next(stage);
+    }
+    wait_for_all();
+  }
+
   // Of the thread's columns, 0 where there are none.
   __device__ __forceinline__ void load(const void* from, float (&to)[kVectors][kWidth]) const {
 #pragma unroll

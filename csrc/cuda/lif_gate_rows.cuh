@@ -19,18 +19,8 @@ __device__ __forceinline__ void lif_gate_rows_forward(const LifGateParams& p,
   const Rows rows(p, plan);
   float theta[kVectors][kWidth], leak[kVectors][kWidth], rate[kVectors][kWidth];
   rows.load_parameters(p, theta, leak, rate);
-  int64_t offset = rows.row * p.cols;
   const T* const x = static_cast<const T*>(p.x);
-  int stage = 0;
-  for (int row = 0; row < kLifGateRowStages - 1; ++row) {
-    rows.fetch({x}, offset + row * rows.step, stage, row < rows.rows);
-    stage = rows.next(stage);
-  }
-  stage = 0;
-  for (int done = 0; done < rows.rounds; ++done) {
-    rows.fetch({x}, offset + (kLifGateRowStages - 1) * rows.step, rows.previous(stage),
-               done + kLifGateRowStages - 1 < rows.rows);
-    rows.wait();
+  rows.walk({x}, [&](int done, int stage, int64_t offset) {
     float out[kVectors][kWidth], sums[2] = {};
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -59,10 +49,7 @@ __device__ __forceinline__ void lif_gate_rows_forward(const LifGateParams& p,
         rows.store(out[v], static_cast<T*>(p.y) + offset, v);
       }
     }
-    offset += rows.step;
-    stage = rows.next(stage);
-  }
-  rows.wait_for_all();
+  });
 }
 
 template <typename T, Norm norm>
@@ -80,19 +67,9 @@ __device__ __forceinline__ void lif_gate_rows_backward(const LifGateParams& p,
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) slope[v][i] = gate_steepness(rate[v][i]) * (1 - leak[v][i]);
   }
-  int64_t offset = rows.row * p.cols;
   const T* const x = static_cast<const T*>(p.x);
   const T* const grad_y = static_cast<const T*>(p.grad_y);
-  int stage = 0;
-  for (int row = 0; row < kLifGateRowStages - 1; ++row) {
-    rows.fetch({x, grad_y}, offset + row * rows.step, stage, row < rows.rows);
-    stage = rows.next(stage);
-  }
-  stage = 0;
-  for (int done = 0; done < rows.rounds; ++done) {
-    rows.fetch({x, grad_y}, offset + (kLifGateRowStages - 1) * rows.step, rows.previous(stage),
-               done + kLifGateRowStages - 1 < rows.rows);
-    rows.wait();
+  rows.walk({x, grad_y}, [&](int done, int stage, int64_t offset) {
     float fires[kVectors][kWidth], smoulders[kVectors][kWidth];
     LifGateRowBackward<float> r;
 #pragma unroll
@@ -137,10 +114,7 @@ __device__ __forceinline__ void lif_gate_rows_backward(const LifGateParams& p,
         rows.store(out, static_cast<T*>(p.grad_x) + offset, v);
       }
     }
-    offset += rows.step;
-    stage = rows.next(stage);
-  }
-  rows.wait_for_all();
+  });
   if (p.grad_parameters == nullptr) return;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {

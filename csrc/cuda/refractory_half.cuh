@@ -368,18 +368,6 @@ __device__ __forceinline__ void pair_rows(const AttentionHead<T>& head, bool loo
   }
 }
 
-// Calls take(c) for the chunks of a tile in order. Not unrolled, and where c is not known before,
-// as the registers are for scores.
-template <int chunks, typename Take>
-__device__ __forceinline__ void each_chunk(const Take& take) {
-  if constexpr (chunks == 1) {
-    take(0);
-  } else {
-#pragma unroll 1
-    for (int c = in_place(0); c < chunks; ++c) take(c);
-  }
-}
-
 // Not a number, of a row that is broken.
 __device__ __forceinline__ float unless_broken(bool broken, float value) {
   return broken ? kInfinity - kInfinity : value;

@@ -254,20 +254,15 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : 3)
     const uint32_t ones = rounded_pair<T>(1, 1);
     HalfRowScale<T> stored;
     float weight_sum[2] = {}, rounded_sum[1][4] = {}, out[kSize / 8][4] = {};
-    for (int tile = 0; tile < tiles; ++tile) {
-      wait_for_copies<0>();
-      __syncthreads();
-      bring(tile + 1);
-      const int keys = tile * kKeys;
-      const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
-      if (keys >= head.end_of_keys(warp_first + kFragmentRows - 1)) continue;
-      const uint32_t place = shared + uint32_t(tile & 1) * Layout::kBytes;
+    walk_keys<kSize>(head, first, tiles, 0, bring, [&](const KeyTile& tile) {
+      const int row = tile.row;
+      const uint32_t place = shared + tile.place;
       const auto columns = TileRows<kSize>::by_column(place);
       const auto rows = TileRows<kSize>::by_row(place);
       const auto take = [&](auto whole, int c) {
         constexpr bool kWhole = decltype(whole)::value;
         const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);
-        const int column = keys + 16 * c;
+        const int column = tile.keys + 16 * c;
         const unsigned visible =
             kWhole ? 0xffu : visible_scores(head, row, column + fragment_column());
         float sums[2][4], bases[2][4], scores[2][4] = {};
@@ -297,12 +292,8 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : 3)
         }
         add_rows<T, kSize>(weights, rows, offset + kValues, out);
       };
-      if (options.in_pairs && !p.seed && keys + kKeys <= head.end_of_keys(warp_first)) {
-        each_chunk<kChunks>([&](int c) { take(std::true_type(), c); });
-      } else {
-        each_chunk<kChunks>([&](int c) { take(std::false_type(), c); });
-      }
-    }
+      each_chunk<kChunks>(options.in_pairs && !p.seed && tile.all_visible(head, kKeys), take);
+    });
 
     float factor[2];
 #pragma unroll

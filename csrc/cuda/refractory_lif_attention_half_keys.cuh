@@ -120,20 +120,13 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
       for (int half = 0; half < 2; ++half) ending[half] = given(half, key_row);
       // Of the lane's keys, where the loads of a block of queries are.
       int64_t saved = (pair + 1) * options.load_blocks * p.keys - p.keys + key_row;
-      for (int queries = last; queries >= begin; queries -= kQueries, ++step) {
-        wait_for_copies<0>();
-        __syncthreads();
-        if (queries > begin) {
-          bring(step + 1, h, queries - kQueries);
-        } else if (h < last_head()) {
-          bring(step + 1, h + 1, last);
-        }
-        const uint32_t place = shared + uint32_t(step & 1) * Layout::kBytes;
+      const auto take_tile = [&](int queries, int tile) {
+        const uint32_t place = shared + uint32_t(tile) * Layout::kBytes;
         const auto columns = TileRows<kSize>::by_column(place);
         const auto rows = TileRows<kSize>::by_row(place);
-        const HalfQuery* const of_queries = reinterpret_cast<const HalfQuery*>(shared_rows) +
-                                            (step & 1) * kQueries + fragment_column();
-        const QuerySum* const of_sums = query_sums + (step & 1) * kQueries + fragment_column();
+        const HalfQuery* const of_queries =
+            reinterpret_cast<const HalfQuery*>(shared_rows) + tile * kQueries + fragment_column();
+        const QuerySum* const of_sums = query_sums + tile * kQueries + fragment_column();
         const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
         // A lane's first query and key, and all of one query's keys.
         const auto take = [&](auto whole, int c) {
@@ -252,7 +245,8 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
             if (kChunks - 1 - c < chunks) take(std::false_type(), kChunks - 1 - c);
           });
         }
-      }
+      };
+      walk_queries<-kQueries>(last, begin - kQueries, h, last_head, step, bring, take_tile);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (!for_key || fragment_column() > 0 || !exist[half]) continue;
@@ -320,8 +314,8 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : 3)
     HalfScale<T> stored;
     float grad_key[kSize / 8][4] = {};
     int step = 0;
-    const int last_head = (group + 1) * options.shared_by - 1;
-    for (int h = group * options.shared_by; h <= last_head; ++h) {
+    const auto last_head = [&] { return (group + 1) * options.shared_by - 1; };
+    for (int h = group * options.shared_by; h <= last_head(); ++h) {
       const AttentionHead<T> head(p, options.keep, batch, h);
       // What `keys` did not know of c.
       float ending[2] = {};
@@ -337,21 +331,14 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : 3)
           }
         }
       }
-      for (int queries = begin; queries < int(p.queries); queries += kQueries, ++step) {
-        wait_for_copies<0>();
-        __syncthreads();
-        if (queries + kQueries < int(p.queries)) {
-          bring(step + 1, h, queries + kQueries);
-        } else if (h < last_head) {
-          bring(step + 1, h + 1, begin);
-        }
-        const uint32_t place = shared + uint32_t(step & 1) * Layout::kBytes;
+      const auto take_tile = [&](int queries, int tile) {
+        const uint32_t place = shared + uint32_t(tile) * Layout::kBytes;
         const auto columns = TileRows<kSize>::by_column(place);
         const auto rows = TileRows<kSize>::by_row(place);
-        const HalfQuery* const of_queries = reinterpret_cast<const HalfQuery*>(shared_rows) +
-                                            (step & 1) * kQueries + fragment_column();
+        const HalfQuery* const of_queries =
+            reinterpret_cast<const HalfQuery*>(shared_rows) + tile * kQueries + fragment_column();
         const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
-        if (warp_first >= head.end_of_keys(queries + kQueries - 1)) continue;
+        if (warp_first >= head.end_of_keys(queries + kQueries - 1)) return;
         const auto take = [&](auto whole, int c) {
           const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);
           float scores[2][4] = {};
@@ -372,12 +359,10 @@ __global__ void __launch_bounds__(kFragmentThreads, kSize > 64 ? 2 : 3)
           left_operand<T>(scores, gradients);
           add_rows<T, kSize>(gradients, rows, offset, grad_key);
         };
-        if (all_visible(head, warp_first, queries) && queries + kQueries <= int(p.queries)) {
-          each_chunk<kChunks>([&](int c) { take(std::true_type(), c); });
-        } else {
-          each_chunk<kChunks>([&](int c) { take(std::false_type(), c); });
-        }
-      }
+        each_chunk<kChunks>(
+            all_visible(head, warp_first, queries) && queries + kQueries <= int(p.queries), take);
+      };
+      walk_queries<kQueries>(begin, int(p.queries), h, last_head, step, bring, take_tile);
     }
     const float factor = options.scale / stored.factor;
     scale_rows(grad_key, factor, factor);

@@ -11,29 +11,58 @@ namespace cuda {
 // registers.
 constexpr int kPreviousKeys = 32;
 
-// What a block that takes 64 queries past all keys and values keeps, as it begins.
+// 64 queries and their gradients, which a block keeps and takes past all keys and values.
 template <typename T, int kSize>
-struct GradientRows {
+struct GradientQueries {
   using Layout = TileLayout<kSize>;
   static constexpr uint32_t kValues = 2 * Layout::kBytes;  // from a tile of keys to their values
   static constexpr bool kInRegisters = kHalfInRegisters<kSize>;
-  uint32_t query_place, grad_place;
+  using Kept = KeptRows<T, kSize, kInRegisters>;
 
-  __device__ __forceinline__ explicit GradientRows(uint32_t shared)
-      : query_place(shared + (kInRegisters ? 1 : 4) * Layout::kBytes),
+  int first;
+  AttentionHead<T> head;
+  GradientGate gate;
+  uint32_t shared, query_place, grad_place;
+  int tiles;
+
+  __device__ __forceinline__ GradientQueries(const RefractoryLifAttentionParams& p,
+                                             const RefractoryOptions& options)
+      : GradientQueries(p, options, HalfBlock(p, p.heads)) {}
+
+  // Starts to bring a tile of keys and values.
+  __device__ __forceinline__ void bring(int tile) const {
+    if (tile >= tiles) return;
+    const uint32_t place = shared + uint32_t(tile & 1) * Layout::kBytes;
+    bring_rows<kSize>(head.key, tile * Layout::kRows, place);
+    bring_rows<kSize>(head.value, tile * Layout::kRows, place + kValues);
+    commit_copies();
+  }
+  // Calls take(tile) for each of them.
+  template <typename Take>
+  __device__ __forceinline__ void walk(const Take& take) const {
+    walk_keys<kSize>(head, first, tiles, 0, [&](int tile) { bring(tile); }, take);
+  }
+
+ private:
+  __device__ __forceinline__ GradientQueries(const RefractoryLifAttentionParams& p,
+                                             const RefractoryOptions& options,
+                                             const HalfBlock& block)
+      : first((int(attention_tiles(p.queries)) - 1 - block.tile) * kTile),
+        head(p, options.keep, block.batch, block.head),
+        gate(p, block.head),
+        shared(shared_address(shared_memory<unsigned char>())),
+        query_place(shared + (kInRegisters ? 1 : 4) * Layout::kBytes),
         grad_place(kInRegisters ? shared + kValues + Layout::kBytes
-                                : query_place + kTile * Layout::kRowBytes) {}
-
-  template <typename Bring>
-  __device__ __forceinline__ void begin(const AttentionRows<T>& query,
-                                        const AttentionRows<T>& grads, int first, bool negative,
-                                        const Bring& bring) const {
-    bring_rows<kSize, kTile>(query, first, query_place);
-    bring_rows<kSize, kTile>(grads, first, grad_place);
+                                : query_place + kTile * Layout::kRowBytes),
+        tiles((head.end_of_keys(first + kTile - 1) + Layout::kRows - 1) / Layout::kRows) {
+    bring_rows<kSize, kTile>(head.query, first, query_place);
+    bring_rows<kSize, kTile>(
+        AttentionRows<T>(p.grad_out, block.batch, block.head, p.queries, p.size), first,
+        grad_place);
     commit_copies();
     bring(0);
     wait_for_copies<0>();
-    if (negative) negate_rows<kSize>(query_place);
+    if (p.scale < 0) negate_rows<kSize>(query_place);
     __syncthreads();
   }
 };
@@ -46,28 +75,13 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
                                                RefractoryHalfScratch scratch) {
   if constexpr (has_fragments()) {
     using Layout = TileLayout<kSize>;
-    using Rows = GradientRows<T, kSize>;
+    using Block = GradientQueries<T, kSize>;
     constexpr int kKeys = Layout::kRows, kChunks = kKeys / 16;
-    const HalfBlock block(p, p.heads);
-    const int first = (int(attention_tiles(p.queries)) - 1 - block.tile) * kTile;
-    const AttentionHead<T> head(p, options.keep, block.batch, block.head);
-    const GradientGate gate(p, head.head);
-    const AttentionRows<T> grad_out(p.grad_out, block.batch, block.head, p.queries, p.size);
-
-    const uint32_t shared = shared_address(shared_memory<unsigned char>());
-    const int end = head.end_of_keys(first + kTile - 1);
-    const int tiles = (end + kKeys - 1) / kKeys;
-    const auto bring = [&](int tile) {
-      if (tile >= tiles) return;
-      const uint32_t place = shared + uint32_t(tile & 1) * Layout::kBytes;
-      bring_rows<kSize>(head.key, tile * kKeys, place);
-      bring_rows<kSize>(head.value, tile * kKeys, place + Rows::kValues);
-      commit_copies();
-    };
-    const Rows kept_rows(shared);
-    kept_rows.begin(head.query, grad_out, first, p.scale < 0, bring);
-    const KeptRows<T, kSize, Rows::kInRegisters> query(kept_rows.query_place),
-        grads(kept_rows.grad_place);
+    const Block block(p, options);
+    const int first = block.first;
+    const AttentionHead<T>& head = block.head;
+    const GradientGate& gate = block.gate;
+    const typename Block::Kept query(block.query_place), grads(block.grad_place);
 
     const LoadSums loads;
     const QueryExponents exponents(head, loads, first + fragment_row());
@@ -82,18 +96,13 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
                              : nullptr;
     // Of p g, p g t, p h, p h t and p d probabilities.
     float weight[2] = {}, weight_t[2] = {}, derivative[2] = {}, derivative_t[2] = {}, known[2] = {};
-    for (int tile = 0; tile < tiles; ++tile) {
-      wait_for_copies<0>();
-      __syncthreads();
-      bring(tile + 1);
-      const int keys = tile * kKeys;
-      const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
-      if (keys >= head.end_of_keys(warp_first + kFragmentRows - 1)) continue;
-      const auto columns = TileRows<kSize>::by_column(shared + uint32_t(tile & 1) * Layout::kBytes);
+    block.walk([&](const KeyTile& tile) {
+      const int row = tile.row;
+      const auto columns = TileRows<kSize>::by_column(block.shared + tile.place);
       const auto take = [&](auto whole, int c) {
         constexpr bool kWhole = decltype(whole)::value;
         const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);
-        const int column = keys + 16 * c;
+        const int column = tile.keys + 16 * c;
         const unsigned kept = !kWhole && p.seed ? kept_scores(head, row, column) : 0xffu;
         const unsigned visible =
             kWhole ? 0xffu : visible_scores(head, row, column + fragment_column());
@@ -103,7 +112,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
         if (ending) read_pairs<kWhole>(ending, column, visible, endings);
         float scores[2][4] = {}, t[2][4] = {};
         query.multiply(columns, offset, scores);
-        grads.multiply(columns, offset + Rows::kValues, t);
+        grads.multiply(columns, offset + Block::kValues, t);
         add_above<kWhole>(head, kept, options.share, more, t);
         if (!kWhole) hide_scores(scores, visible);
 #pragma unroll
@@ -124,12 +133,8 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
           known[half] = fmaf(prob, endings[n / 4][n % 4], known[half]);
         }
       };
-      if (options.in_pairs && !p.seed && keys + kKeys <= head.end_of_keys(warp_first)) {
-        each_chunk<kChunks>([&](int c) { take(std::true_type(), c); });
-      } else {
-        each_chunk<kChunks>([&](int c) { take(std::false_type(), c); });
-      }
-    }
+      each_chunk<kChunks>(options.in_pairs && !p.seed && tile.all_visible(head, kKeys), take);
+    });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       for (float* sum :
@@ -163,6 +168,25 @@ __device__ __forceinline__ HalfQuery query_row(const AttentionHead<T>& head, con
 // more. As it does for p, of which f takes k (p - threshold), sums of differences gain nothing.
 struct RefractoryGateSums {
   float y = 0, y_p = 0, y_load = 0, y_previous = 0, smoulder = 0;
+
+  // Writes the block's part of the gradients of threshold, leak, steepness, within and across.
+  __device__ __forceinline__ void store(const RefractoryLifAttentionParams& p,
+                                        const GradientGate& gate, int head, double* to) const {
+    const float threshold = static_cast<const float*>(p.threshold)[head];
+    const float coupling = static_cast<const float*>(p.within)[head];
+    const float across = static_cast<const float*>(p.across)[head];
+    double gates[3] = {
+        double(-gate.steep * y), double(smoulder),
+        double(gate.open * (y_p - threshold * y - coupling * y_load - across * y_previous))};
+    double couplings[2] = {double(-gate.steep * y_load), double(-gate.steep * y_previous)};
+    __syncthreads();
+    const Team<double> team{kFragmentThreads, shared_memory<double>()};
+    team.template reduce<Sum>(gates);
+    team.template reduce<Sum>(couplings);
+    if (threadIdx.x > 0) return;
+    for (int n = 0; n < 3; ++n) to[n] = gates[n];
+    for (int n = 0; n < 2; ++n) to[3 + n] = couplings[n];
+  }
 };
 
 // What `queries` needs of a lane's two queries, of which `row` is the first.
@@ -192,6 +216,28 @@ struct QueryState {
   }
 };
 
+// Adds up what `rows` lacks of E over lanes, and leaves it to the next launches: in `rows` itself
+// once it is of no more use to `queries`, or else in `rest`.
+template <bool for_rest, bool for_query>
+__device__ __forceinline__ void store_means(const RefractoryLifAttentionParams& p,
+                                            const RefractoryHalfScratch& scratch, int64_t pair,
+                                            int first, float (&mean)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    mean[half] = across_lanes<Sum>(mean[half]);
+    const int i = first + fragment_row() + 8 * half;
+    if (fragment_column() > 0 || i >= int(p.queries)) continue;
+    const int64_t at = pair * p.queries + i;
+    if constexpr (for_query) {
+      HalfQuery& of_row = scratch.rows[at];
+      of_row.mean = for_rest ? mean[half] : scratch.rest[at];
+      of_row.delta = static_cast<const float*>(p.row_stats)[p.batch * p.heads * p.queries + at];
+    } else {
+      scratch.rest[at] = mean[half];
+    }
+  }
+}
+
 // Grid: as `delta`. Writes what `rows` lacks of E and the gates' gradients, or with E grad_query,
 // or, where there are the registers for two results, all of it.
 template <typename T, int kSize, bool for_rest, bool for_query>
@@ -201,30 +247,15 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
                                                           RefractoryHalfScratch scratch) {
   if constexpr (has_fragments()) {
     using Layout = TileLayout<kSize>;
-    using Rows = GradientRows<T, kSize>;
+    using Block = GradientQueries<T, kSize>;
     constexpr int kKeys = Layout::kRows, kChunks = kKeys / 16;
     // Of 128 columns too much is in registers for what queries need to be kept there.
     constexpr bool kLate = kSize > 64;
-    const HalfBlock block(p, p.heads);
-    const int first = (int(attention_tiles(p.queries)) - 1 - block.tile) * kTile;
-    const AttentionHead<T> head(p, options.keep, block.batch, block.head);
-    const GradientGate gate(p, head.head);
-    const AttentionRows<T> grad_out(p.grad_out, block.batch, block.head, p.queries, p.size);
-
-    const uint32_t shared = shared_address(shared_memory<unsigned char>());
-    const int end = head.end_of_keys(first + kTile - 1);
-    const int tiles = (end + kKeys - 1) / kKeys;
-    const auto bring = [&](int tile) {
-      if (tile >= tiles) return;
-      const uint32_t place = shared + uint32_t(tile & 1) * Layout::kBytes;
-      bring_rows<kSize>(head.key, tile * kKeys, place);
-      bring_rows<kSize>(head.value, tile * kKeys, place + Rows::kValues);
-      commit_copies();
-    };
-    const Rows kept_rows(shared);
-    kept_rows.begin(head.query, grad_out, first, p.scale < 0, bring);
-    const KeptRows<T, kSize, Rows::kInRegisters> query(kept_rows.query_place),
-        grads(kept_rows.grad_place);
+    const Block block(p, options);
+    const int first = block.first;
+    const AttentionHead<T>& head = block.head;
+    const GradientGate& gate = block.gate;
+    const typename Block::Kept query(block.query_place), grads(block.grad_place);
 
     const int first_row = first + fragment_row();
     using State = QueryState<T>;
@@ -237,21 +268,15 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
     HalfScale<T> stored;
     RoundedSums<T> rounded;
     float gradient[kSize / 8][4] = {}, mean_key[kSize / 8][4] = {};
-    for (int tile = 0; tile < tiles; ++tile) {
-      wait_for_copies<0>();
-      __syncthreads();
-      bring(tile + 1);
-      const int keys = tile * kKeys;
-      // Worked out anew for each tile: the registers are for scores.
-      const int row = first + in_place(fragment_row()), warp_first = row / 16 * 16;
-      if (keys >= head.end_of_keys(warp_first + kFragmentRows - 1)) continue;
-      const uint32_t place = shared + uint32_t(tile & 1) * Layout::kBytes;
+    block.walk([&](const KeyTile& tile) {
+      const int row = tile.row;
+      const uint32_t place = block.shared + tile.place;
       const auto columns = TileRows<kSize>::by_column(place);
       const auto rows = TileRows<kSize>::by_row(place);
       const auto take = [&](auto whole, int c) {
         constexpr bool kWhole = decltype(whole)::value;
         const uint32_t offset = uint32_t(c * 16 * Layout::kRowBytes);
-        const int column = keys + 16 * c;
+        const int column = tile.keys + 16 * c;
         const unsigned kept = !kWhole && p.seed ? kept_scores(head, row, column) : 0xffu;
         const auto visible_in = [&](int row) {
           return kWhole ? 0xffu : visible_scores(head, row, column + fragment_column());
@@ -271,7 +296,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
           read(state_kept, visible, 1);
         }
         query.multiply(columns, offset, scores);
-        grads.multiply(columns, offset + Rows::kValues, t);
+        grads.multiply(columns, offset + Block::kValues, t);
         const unsigned visible = visible_in(in_place(row));
         if (!kWhole) hide_scores(scores, visible);
         uint32_t probabilities[4];
@@ -334,32 +359,15 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
           add_rows<T, kSize>(probabilities, rows, offset, mean_key);
         }
       };
-      if (options.in_pairs && !p.seed && keys + kKeys <= head.end_of_keys(warp_first)) {
-        each_chunk<kChunks>([&](int c) { take(std::true_type(), c); });
-      } else {
-        each_chunk<kChunks>([&](int c) { take(std::false_type(), c); });
-      }
-    }
+      each_chunk<kChunks>(options.in_pairs && !p.seed && tile.all_visible(head, kKeys), take);
+    });
 
     // Worked out again, as in the loop the registers are for scores.
     const HalfBlock here = HalfBlock::again(p, p.heads);
     const int query_tile = int(attention_tiles(p.queries)) - 1 - here.tile;
     const int64_t pair = here.batch * p.heads + here.head;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      mean[half] = across_lanes<Sum>(mean[half]);
-      const int i = query_tile * kTile + fragment_row() + 8 * half;
-      if (fragment_column() > 0 || i >= int(p.queries)) continue;
-      const int64_t at = pair * p.queries + i;
-      if constexpr (for_query) {
-        HalfQuery& of_row = scratch.rows[at];
-        of_row.mean = for_rest ? mean[half] : scratch.rest[at];
-        of_row.delta = static_cast<const float*>(p.row_stats)[p.batch * p.heads * p.queries + at];
-      } else {
-        scratch.rest[at] = mean[half];
-      }
-    }
     const int query_first = query_tile * kTile;
+    store_means<for_rest, for_query>(p, scratch, pair, query_first, mean);
     if constexpr (for_rest) {
       rounded.divide(mean_key);
     } else {
@@ -377,22 +385,10 @@ __global__ void __launch_bounds__(kFragmentThreads, 2)
       store_rows<T, kSize>(p.grad_query, here.batch, here.head, query_first, int(p.queries),
                            int(p.size), mean_key);
     }
-    if constexpr (!for_rest) return;
-    const float threshold = static_cast<const float*>(p.threshold)[here.head];
-    const float coupling = static_cast<const float*>(p.within)[here.head];
-    const float across = static_cast<const float*>(p.across)[here.head];
-    double gates[3] = {double(-gate.steep * sum.y), double(sum.smoulder),
-                       double(gate.open * (sum.y_p - threshold * sum.y - coupling * sum.y_load -
-                                           across * sum.y_previous))};
-    double couplings[2] = {double(-gate.steep * sum.y_load), double(-gate.steep * sum.y_previous)};
-    __syncthreads();
-    const Team<double> team{kFragmentThreads, shared_memory<double>()};
-    team.template reduce<Sum>(gates);
-    team.template reduce<Sum>(couplings);
-    if (threadIdx.x > 0) return;
-    double* const partial = scratch.gates + (pair * attention_tiles(p.queries) + query_tile) * 5;
-    for (int n = 0; n < 3; ++n) partial[n] = gates[n];
-    for (int n = 0; n < 2; ++n) partial[3 + n] = couplings[n];
+    if constexpr (for_rest) {
+      sum.store(p, gate, here.head,
+                scratch.gates + (pair * attention_tiles(p.queries) + query_tile) * 5);
+    }
   }
 }
 
