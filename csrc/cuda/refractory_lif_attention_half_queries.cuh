@@ -239,7 +239,8 @@ __device__ __forceinline__ void store_means(const RefractoryLifAttentionParams& 
 }
 
 // Grid: as `delta`. Writes what `rows` lacks of E and the gates' gradients, or with E grad_query,
-// or, where there are the registers for two results, all of it.
+// or, where there are the registers for two results, all of it. Of two launches the first one
+// leaves in grad_query the mean of keys at which the second one centres the gradient.
 template <typename T, int kSize, bool for_rest, bool for_query>
 __global__ void __launch_bounds__(kFragmentThreads, 2)
     refractory_lif_attention_half_backward_queries_kernel(RefractoryLifAttentionParams p,
