@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ember_ext import nn
+from ember_ext import _native, nn
 from ember_ext.nn._rows import Rows
 
 
@@ -97,6 +97,7 @@ def test_a_changed_part_sees_the_whole_batch(kind: str) -> None:
             return plain(x, *args)
 
         module.forward = changed
+        _native._warn.cache_clear()
         with pytest.warns(UserWarning, match="step by step|at each step"):
             y, _ = network(x, lengths=lengths)
         assert seen == [4] * 6
@@ -120,3 +121,27 @@ def test_gradients_are_those_of_each_row_alone() -> None:
         (y.square().sum() + (h * c).sum()).backward()
     for ours, other in zip(network.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, other.grad)
+
+
+@pytest.mark.parametrize("kind", ["CfC", "LTC"])
+def test_no_row_has_a_step(kind: str) -> None:
+    network = getattr(nn, kind)(3, 5, mixed_memory=True)
+    h = torch.randn(4, 5, requires_grad=True)
+    y, (last, _) = network(torch.randn(4, 6, 3), (h, h), lengths=[0] * 4)
+    assert torch.equal(last, h)
+    assert not y.any()
+    (y.sum() + last.sum()).backward()
+    assert torch.equal(h.grad, torch.ones(4, 5))
+    assert all(not p.grad.any() for p in network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", ["CfC", "LTC"])
+def test_dtypes_under_autocast_do_not_depend_on_lengths(kind: str) -> None:
+    network = getattr(nn, kind)(3, 5, mixed_memory=True)
+    x = torch.randn(4, 6, 3)
+    dtypes = set()
+    with torch.autocast("cpu", torch.bfloat16):
+        for lengths in ([1, 6, 0, 2], [1, 6, 3, 2], [6] * 4, [0] * 4):
+            y, (h, c) = network(x, lengths=lengths)
+            dtypes.add((y.dtype, h.dtype, c.dtype))
+    assert len(dtypes) == 1

@@ -20,7 +20,7 @@ struct MatrixProducts {
   // Steps that a turn of a product's loop takes, as many as there are registers for.
   static constexpr int kRowsUnroll = kSpare ? 4 : 2, kTileUnroll = kSpare ? 4 : 1;
   static constexpr int kDepth = 128 / int(sizeof(T));  // of a product, staged at once
-  // Strides keep rows aligned as wmma needs them and spread them over the banks.
+  // Strides keep rows aligned as wmma and ldmatrix need them and spread them over the banks.
   static constexpr int kScoreStride = kTile + 4;                                 // of C
   static constexpr int kTileStride = kScoreStride * int(sizeof(C) / sizeof(T));  // of T, in place
   static constexpr int kPad = 16 / int(sizeof(T));

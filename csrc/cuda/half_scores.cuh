@@ -42,8 +42,9 @@ struct HalfOptions {
 constexpr float kLargestGateExponent = 125;
 
 // Where (1 - f) / f = rest 2^(rate p + start). What `start` is rounded by is the same for all of a
-// head's scores, and in `rest`. If gates can be all but closed, `start` is exact, and if they are
-// steeper, f counts where p is about the threshold, and `rate` is rounded in both.
+// head's scores, so it is made good for in `rest`. Up to kLargestGateExponent, `start` comes from
+// the exact steepness. Above it, only p near the threshold have a gate that is neither open nor
+// closed. There rate p and `start` cancel, so `start` comes from the rate as it was rounded.
 struct GateStart {
   float start, rest;
 
@@ -398,9 +399,10 @@ struct RoundedSums {
   __device__ __forceinline__ void add(const uint32_t (&gradients)[4],
                                       const uint32_t (&probabilities)[4]) {
     // Right operands with ones in columns 0 and 4, or 2 and 6.
-    const int thread = in_place(int(threadIdx.x)), column = thread & 12;
+    const int thread = in_place(int(threadIdx.x));
+    const int column_of_4 = thread & 12;  // 4 (column % 4)
     const uint32_t ones = rounded_pair<T>(1, 1);
-    const uint32_t first = column == 0 ? ones : 0, second = column == 8 ? ones : 0;
+    const uint32_t first = column_of_4 == 0 ? ones : 0, second = column_of_4 == 8 ? ones : 0;
     float sums[4] = {};
     multiply_add<T>(sums, gradients, first, first, sums);
     multiply_add<T>(sums, probabilities, second, second, sums);

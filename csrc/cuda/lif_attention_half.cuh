@@ -7,9 +7,10 @@
 //   grad_weight_j = (t_j - delta) / R,  E = sum_j p_j h_j grad_weight_j
 //   grad_query = sum_j (p_j h_j grad_weight_j) key_j - E sum_j p_j key_j
 //
-// in which E may come last. That delta is rounded as the result is, too coarsely for the gates'
-// gradients, which are of fp32. What it errs by follows from the same sweep and is taken out of
-// them. Then 64 keys are taken past all queries.
+// in which E may come last: as the ratio of the sums of both factors, as they were rounded for the
+// products with keys (RoundedSums). That delta is rounded as the result is, too coarsely for the
+// gates' gradients, which are of fp32. What it errs by follows from the same sweep and is taken out
+// of them. Then 64 keys are taken past all queries.
 //
 // Tiles wholly inside the mask, without dropout, take a loop without tests.
 #pragma once

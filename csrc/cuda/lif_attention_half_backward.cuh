@@ -24,8 +24,9 @@ struct HalfRowSums {
   }
 };
 
-// By which probabilities are too small whose exponent holds the sum's logarithm, and so is rounded
-// where scores are large. Steep gates have no use for such p.
+// The true probability over the computed one. The computed one's exponent holds the logarithm of
+// the sum, and is rounded where scores are large. Steep gates need a more exact p. The kernel for
+// keys does without: its gradients are of 16 bits.
 __device__ __forceinline__ float lost_by_exponent(const AttentionRowStats<float>& stats,
                                                   float exponent) {
   if (exponent == kInfinity) return 1;

@@ -3,7 +3,8 @@
 //
 // A host compiler takes each from python_tests/cuda_shim/ptx.h, which does what NVIDIA documents:
 // where an element of a matrix lies in the registers of a warp is part of that, unlike wmma's. In
-// every layout lane l has the place (l / 4, 2 (l % 4) and + 1) of an 8 x 8 piece.
+// every layout of 16-bit elements and of sums, lane l has the place (l / 4, 2 (l % 4) and + 1) of
+// an 8 x 8 piece.
 //
 // Shared memory is named by 32-bit addresses, which shared_address() makes of pointers.
 #pragma once

@@ -300,7 +300,8 @@ class LiquidLayer(Packing):
         h, c = h.to(x.dtype), None if c is None else c.to(x.dtype)
         if isinstance(timespans, Tensor):
             timespans = timespans.to(dtype)
-        leaves = lengths is not None and self._lets_rows_leave(lengths)
+        records = c is not None and self._records_steps(x)
+        leaves = lengths is not None and not records and self._lets_rows_leave(lengths)
         beyond = None
         if lengths is not None and not leaves:
             beyond = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
@@ -308,7 +309,7 @@ class LiquidLayer(Packing):
             x = x.masked_fill(beyond[..., None], 0)
             if isinstance(timespans, Tensor) and timespans.dim() > 0:
                 timespans = timespans.masked_fill(beyond[..., None], 1)
-        if c is not None and self._records_steps(x):
+        if c is not None and records:
             y, h, last_c = record(self._recorded_cells(x), self.lstm, x, h, c, timespans, lengths)
             y = self._map_recorded(y)
             return y if beyond is None else y.masked_fill(beyond[..., None], 0), h, last_c
@@ -326,17 +327,21 @@ class LiquidLayer(Packing):
             return *advance(t, mixed), c
 
         outputs, states = rows.run(step, (h,) if c is None else (h, c), beyond)
+        if lengths is not None:
+            # Under autocast a row without steps has a wider state than the others.
+            states = tuple(s.to(torch.promote_types(s.dtype, x.dtype)) for s in states)
         y = rows.unpack(outputs) if outputs else x.new_zeros(*x.shape[:2], self._output_width)
         return y, states[0], None if c is None else states[1]
 
     def _lets_rows_leave(self, lengths: Tensor) -> bool:
         """Whether rows may leave the batch of the steps when they end.
 
-        A cell that is called may count on a batch that stays the same.
+        A cell that is called may count on a batch that stays the same. Without any step there would
+        be nothing for gradients to come through.
         """
-        return _checks.is_readable(lengths) and not (
-            self._calls_cells() or (self.use_mixed and why_lstm_differs(self.lstm))
-        )
+        if not _checks.is_readable(lengths) or not bool(lengths.any()):
+            return False
+        return not (self._calls_cells() or (self.use_mixed and why_lstm_differs(self.lstm)))
 
     def _weights_dtype(self, x: Tensor) -> torch.dtype:
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)

@@ -69,9 +69,10 @@ def nearly_equal_keys(
 
 
 def with_steep_scales(reference: Operator, sample: Sample) -> Sample:
-    """`sample` with the scale of what is of fp32 where the inputs are of a narrower type.
+    """`sample` with scales for the results in fp32 of inputs of 16 bits: the gates' gradients.
 
-    A gate takes steepness * (p - threshold), in which rounding of p to fp32 counts as often.
+    A gate is a function of steepness * (p - threshold). The rounding of p to fp32 is multiplied by
+    steepness * threshold there.
     """
     steepness, threshold = (float(sample.tensors[n].max()) for n in ("steepness", "threshold"))
     scales = {
