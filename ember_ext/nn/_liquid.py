@@ -361,7 +361,7 @@ class LiquidLayer(Packing):
 
         Args:
             rows: which rows take each step.
-            packed: the input, as `rows` packs it, [N, C].
+            packed: the input, as `rows` packs it, [..., C].
             fixed: the time span of all steps, or None if they vary.
             spans: the time span of each step: a number, a tensor of no dimension, or one for each
                 of its rows, [B, 1] or, one for each unit, [B, H].

@@ -21,7 +21,7 @@ def memory_step(
     Args:
         layer: for the warning that the cell has to be called.
         lstm: an `ncps.torch.lstm.LSTMCell`.
-        packed: the input, as `rows` packs it, [N, C].
+        packed: the input, as `rows` packs it, [..., C].
         rows: which rows take each step.
     """
     reason = why_lstm_differs(lstm)

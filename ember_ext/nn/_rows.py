@@ -38,14 +38,20 @@ class Rows:
         self._places = self._order[place] * steps + step
 
     def pack(self, values: Tensor) -> Tensor:
-        """The values of a sequence [B, T, ...], step by step, [N, ...]; N is the sum of counts."""
+        """The values of a sequence, [B, T, ...], with those of a step side by side.
+
+        They are [T, B, ...] if all rows take all steps, and otherwise [N, ...], where N is the sum
+        of counts.
+        """
         if self._places is None:
-            return values.transpose(0, 1).flatten(0, 1)
+            return values.transpose(0, 1).contiguous()
         return values.flatten(0, 1).index_select(0, self._places)
 
     def split(self, packed: Tensor) -> Sequence[Tensor]:
-        """What `pack` returned, or anything [N, ...] like it, as one tensor for each step."""
-        # One split, because the gradient of each step's slice would be as large as the whole.
+        """What `pack` returned, or what was made of it, as one tensor for each step."""
+        # At once, because the gradient of each step's slice would be as large as the whole.
+        if self._places is None:
+            return packed.unbind()  # which refuses another number of steps in a trace
         return packed.split(self.counts) if self.counts else ()
 
     def unpack(self, outputs: Sequence[Tensor]) -> Tensor:

@@ -360,10 +360,10 @@ def _step_by_step(
     Args:
         cell: an ncps cell.
         rows: which rows take each step.
-        packed: its input at all steps, as `rows` packs it, [N, I], where that is known. Then it is
-            used.
+        packed: its input at all steps, as `rows` packs it, [..., I], where that is known. Then it
+            is used.
         timespan: of all steps, or None if each has its own.
-        scale: dropout of the backbone, [N, layers - 1, U], or None.
+        scale: dropout of the backbone, [..., layers - 1, U], or None.
     """
     weights, activation = _weights(cell)
     hidden, mode = int(cell.hidden_size), cell.mode
@@ -374,7 +374,7 @@ def _step_by_step(
     bias, matrix = first[:, 0], first[:, 1:].t()
     products: Sequence[Tensor] = ()
     if packed is not None:
-        inputs = packed.shape[1]
+        inputs = packed.shape[-1]
         products = rows.split(nn.functional.linear(packed, matrix[:inputs].t(), bias))
         matrix = matrix[inputs:]
     scales = None if scale is None else rows.split(scale)

@@ -221,7 +221,7 @@ class LTC(LiquidLayer, ncps.torch.LTC):  # type: ignore[misc]
             inputs = rows.split(packed)
             return lambda t, h: self.rnn_cell.forward(inputs[t], h, spans[t])
         cell, ready = self.rnn_cell, Ready.of(self.rnn_cell)
-        mapped = rows.split(ltc_cell.map_inputs(cell, packed).unsqueeze(1))
+        mapped = rows.split(ltc_cell.map_inputs(cell, packed).unsqueeze(-2))
 
         def advance(t: int, h: Tensor) -> tuple[Tensor, Tensor]:
             y, h = ltc_cell.scan(cell, ready, mapped[t], h, spans[t])
