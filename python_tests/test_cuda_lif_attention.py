@@ -298,7 +298,7 @@ def test_gates_that_are_steps(operator: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, 128, 60, 256])
 def test_nearly_equal_keys(operator: Any, dtype: torch.dtype, size: int) -> None:
     """The gradient of a query is one of differences between keys, which may be small."""
     generator = torch.Generator().manual_seed(9)

@@ -279,6 +279,8 @@ def test_gates_that_are_steps(operator: Any, dtype: torch.dtype) -> None:
         ("causal", 64, 0.1, 0.0),
         ("causal", 128, 0.1, 0.2),
         ("look_ahead", 64, 0.1, 0.0),
+        ("causal", 60, 0.1, 0.2),
+        ("look_ahead", 256, 0.1, 0.0),
     ],
 )
 def test_nearly_equal_keys(

@@ -160,18 +160,27 @@ struct MatrixProducts {
                                            Result& sums) {
     stage_rows<kTile, kTile, kWideStride, kSpare>(b, first, column, stage, rounded_pack);
     __syncthreads();
-    if constexpr (scaled && kScales) {
-      Result products;
-      multiply_tile(products);
+    add_staged<scaled>(sums);
+  }
+
+  // store_scaled() and add_tile<true>(). Where the values of a row add up to 0, what the rows of b
+  // have in common cancels. Rounded to 16 bits they do not, so what has been rounded off follows as
+  // a tile of its own.
+  __device__ __forceinline__ void add_in_parts(C (&values)[kPatch][kPatch],
+                                               const AttentionRows<T>& b, int first, int column,
+                                               Result& sums) {
+    store_scaled(values);
+    add_tile<true>(b, first, column, sums);
+    if constexpr (sizeof(T) == 2) {
 #pragma unroll
-      for (int n = 0; n < Result::kPieces; ++n) {
+      for (int r = 0; r < kPatch; ++r) {
 #pragma unroll
-        for (int i = 0; i < Result::Accumulator::num_elements; ++i) {
-          sums.pieces[n].x[i] += products.pieces[n].x[i] * unit;
-        }
+        for (int c = 0; c < kPatch; ++c) values[r][c] -= rounded(values[r][c]);
       }
-    } else {
-      multiply_tile(sums);
+      __syncthreads();
+      store(values);
+      __syncthreads();
+      add_staged<true>(sums);
     }
   }
 
@@ -212,7 +221,25 @@ struct MatrixProducts {
     return pack;
   }
 
-  // sums += the tile times the stage.
+  // sums += the tile times the stage; `scaled` if the tile is one of store_scaled().
+  template <bool scaled>
+  __device__ __forceinline__ void add_staged(Result& sums) const {
+    if constexpr (scaled && kScales) {
+      Result products;
+      multiply_tile(products);
+#pragma unroll
+      for (int n = 0; n < Result::kPieces; ++n) {
+#pragma unroll
+        for (int i = 0; i < Result::Accumulator::num_elements; ++i) {
+          sums.pieces[n].x[i] += products.pieces[n].x[i] * unit;
+        }
+      }
+    } else {
+      multiply_tile(sums);
+    }
+  }
+
+  // sums += the tile times the stage, as the tile's values are.
   __device__ __forceinline__ void multiply_tile(Result& sums) const {
 #pragma unroll kTileUnroll
     for (int k = 0; k < kTile; k += kStep) {

@@ -100,6 +100,14 @@ struct RegisterProducts {
     }
   }
 
+  // store_scaled() and add_tile<true>(), in parts if the tile would round the values.
+  __device__ __forceinline__ void add_in_parts(C (&values)[kPatch][kPatch],
+                                               const AttentionRows<T>& b, int first, int column,
+                                               Result& sums) {
+    store_scaled(values);
+    add_tile<true>(b, first, column, sums);
+  }
+
   // The thread's patch of a result.
   __device__ __forceinline__ void read(const Result& sums, C (&values)[kPatch][kPatch]) {
 #pragma unroll

@@ -431,8 +431,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionProductsFor<T, mat
     }
 #pragma unroll
     for (int k = 0; k < 3; ++k) gates[k] += double(tile_gates[k]);
-    products.store_scaled(scores);
-    products.template add_tile<true>(head.key, keys, column, weighted);
+    products.add_in_parts(scores, head.key, keys, column, weighted);
   }
   C grad_query[kPatch][kPatch];
   products.read(weighted, grad_query);

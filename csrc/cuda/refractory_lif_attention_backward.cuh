@@ -217,8 +217,7 @@ refractory_lif_attention_backward_queries_kernel(RefractoryLifAttentionParams p,
 #pragma unroll
       for (int c = 0; c < kPatch; ++c) values[r][c] *= t[r][c] - sum;
     }
-    tile.products.store_scaled(values);
-    tile.products.template add_tile<true>(head.key, tile.keys, column, weighted);
+    tile.products.add_in_parts(values, head.key, tile.keys, column, weighted);
   }
   tile.products.read(weighted, values);
   scale_patch(values, head.scale);
