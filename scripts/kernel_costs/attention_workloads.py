@@ -112,6 +112,11 @@ def _attention_workload(
     )
 
 
+def _parts(kind: str) -> int:
+    """How many products more a gradient of the query takes: 16 bits hold its factors in parts."""
+    return 1 if KINDS[kind] == 2 else 0
+
+
 def attention_workloads() -> Iterator[Workload]:
     """Launches of the kernels of LIF attention, for every dtype."""
     batch, heads, tokens, columns = _ATTENTION
@@ -127,7 +132,7 @@ def attention_workloads() -> Iterator[Workload]:
         # Forward computes scores twice, backward's first kernel scores and grad_out values twice.
         for name, products, arrays in (
             ("forward", 3, 4),
-            ("backward_queries", 5, 5),
+            ("backward_queries", 5 + _parts(kind), 5),
             ("backward_keys", 4, 6),
             ("summary", 1, 2),
         ):
@@ -205,7 +210,7 @@ def refractory_workloads() -> Iterator[Workload]:
             ("out", 2, 4, 0, ""),
             ("weights", 1, 2, 1, ""),
             ("backward_rows", 4, 4, 1, ""),
-            ("backward_queries", 4, 5, 1, ""),
+            ("backward_queries", 4 + _parts(kind), 5, 1, ""),
             *keys,
             ("previous", 2, 4, 3, ""),
         ):
